@@ -1,0 +1,49 @@
+# `make demo`: the main job on real input. `make test`: all that CI runs. Both set up their own environment first.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: demo test lint lock clean
+
+# The CPU target, complete and hashed, without dependencies of its own choosing: see requirements/without-vision.txt.
+.venv/.installed: requirements/cpu.txt pyproject.toml
+	@echo "Setting up .venv (about two minutes, once)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+	  || { echo "The hashed requirements are for Python 3.11; set PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --no-deps --require-hashes --no-compile -r requirements/cpu.txt \
+	  || { echo "pip could not install requirements/cpu.txt. Where it did not find torch 2.13.0+cpu, add PyTorch's index of CPU" \
+	       "wheels (named on pytorch.org under 'Get started') with PIP_EXTRA_INDEX_URL and run make again."; exit 1; }
+	@$(BIN)/pip install --quiet --no-deps --no-build-isolation ./requirements/vllm-name --editable .
+	@touch $@
+
+lint: .venv/.installed
+	@$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache >/dev/null || $(BIN)/lint-imports --no-cache
+
+# Trains on the standard library's source, fits, serves, asks; a second run reuses what is there. Figures: build/demo/figures.json
+demo: .venv/.installed
+	@mkdir -p build/demo
+	@$(BIN)/python bench/demo.py build/demo
+
+# What tests run for real and pip does not have. Debian's packages, installed where that is allowed.
+.PHONY: tools
+tools:
+	@missing=; for tool in redis-server chromium; do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	  [ -z "$$missing" ] && exit 0; \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	    && { apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing; } >/dev/null 2>&1 \
+	    || { echo "Tests need$$missing: install the packages of that name and run make again."; exit 1; }
+
+# All that CI runs.
+test: lint tools
+	@$(BIN)/pytest
+
+# Resolve requirements/cpu.in again; needs uv on the path, and pip's own settings for where torch's CPU wheels are.
+lock:
+	@uv pip compile requirements/cpu.in --override requirements/without-vision.txt --python-version 3.11 \
+	  --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate --no-header -o requirements/cpu.txt
+
+clean:
+	@rm -rf .venv build

@@ -1,0 +1,70 @@
+"""The command's front door: `chorus`. It knows the names of the sub-commands and loads a room only when its command is called."""
+
+import importlib
+import sys
+
+import click
+
+from population.errors import ChorusError
+
+# name: (module:attribute, the line that `chorus --help` shows). Rooms are named, not imported: this room knows no other.
+_COMMANDS = {
+    "train": ("train.command:train", "Train a population of models from text."),
+    "distil": ("train.candidates:distil", "Distil the mixture into one student that joins the population."),
+    "average": ("train.candidates:average", "Add weight averages of each trajectory's last members."),
+    "prior": ("prior.command:prior", "Fit the weights and members for every budget."),
+    "serve": ("serve.gateway.command:serve", "Serve a population over HTTP, with a budget per request."),
+    "bench": ("serve.gateway.bench_command:bench", "Put load on a gateway and print what became of it."),
+    "population": ("population.command:population", "Look at a population, or make one from checkpoints."),
+}
+
+
+class _LazyGroup(click.Group):
+    """A group whose sub-commands are imported when they are used; `--help` imports none of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, _, attribute = _COMMANDS[cmd_name][0].partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help_line) for name, (_, help_line) in _COMMANDS.items()])
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="chorus-lm", message="chorus %(version)s")
+def cli() -> None:
+    """Many imperfect language models, mixed at every token, answer as one better model.
+
+    \b
+    chorus train stdlib --out my-population    text in, a population out
+    chorus prior fit my-population             weights and members for every budget
+    chorus serve my-population                 an OpenAI API in front of the mixture
+    """
+
+
+def main() -> None:
+    """Run the command. What a user did wrong is one sentence on stderr and exit status 2, never a traceback."""
+    try:
+        cli.main(standalone_mode=False)
+    except ChorusError as error:
+        click.secho("error: ", fg="red", bold=True, nl=False, err=True)
+        click.echo(str(error), err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

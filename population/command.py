@@ -1,0 +1,86 @@
+"""`chorus population`: print what a population holds; make one from existing checkpoints."""
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from population import assemble, manifest
+from population.manifest import Loss, Population
+
+
+@click.group()
+def population() -> None:
+    """Look at a population, or make one from checkpoints."""
+
+
+@population.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Also check every weight file against its sha256.")
+def show(directory: Path, verify: bool) -> None:
+    """Print members, tiers, losses and costs of the population in DIRECTORY."""
+    loaded = manifest.load(directory)
+    if verify:
+        manifest.verify(loaded, directory)
+    console = Console()
+    console.print(_headline(loaded, verified=verify), highlight=False)
+    console.print(_member_table(loaded))
+    console.print(_tier_table(loaded))
+
+
+@population.command()
+@click.argument("checkpoints", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the new population.")
+@click.option("--name", help="Name of the population; the directory's by default.")
+def init(checkpoints: tuple[Path, ...], out: Path, name: str | None) -> None:
+    """Make a population from Hugging Face CHECKPOINTS that share a tokenizer, under uniform weights."""
+    made = assemble.gather(list(checkpoints), out, name=name)
+    Console().print(
+        f"[bold]{out}[/]: {len(made.members)} members under uniform weights. "
+        f"Fit weights with [bold]chorus prior fit {out} --corpus TEXT[/], or serve it: [bold]chorus serve {out}[/]",
+        highlight=False,
+    )
+
+
+def _headline(loaded: Population, *, verified: bool) -> str:
+    prior = f"prior version {loaded.prior_version}" if loaded.prior_version else "uniform weights, no prior fitted"
+    return (
+        f"[bold]{loaded.name}[/]  {len(loaded.members)} members, vocabulary {loaded.vocab_size:,}, "
+        f"context {loaded.context_length:,}; {prior}{'; all digests match' if verified else ''}"
+    )
+
+
+def _member_table(loaded: Population) -> Table:
+    table = Table("member", title="Members", title_justify="left", box=None, pad_edge=False)
+    for heading in ("trajectory", "cycle", "epochs", "parameters", "test loss, nats"):
+        table.add_column(heading, justify="right")
+    table.add_column("teacher")
+    for member in loaded.members:
+        table.add_row(
+            member.name,
+            *("-" if value is None else f"{value:g}" for value in (member.trajectory, member.cycle, member.epochs)),
+            f"{member.num_parameters:,}",
+            _interval(member.test_loss),
+            member.teacher or "-",
+        )
+    return table
+
+
+def _tier_table(loaded: Population) -> Table:
+    table = Table("tier", title="\nTiers", title_justify="left", box=None, pad_edge=False)
+    for heading in ("budget", "cost", "test loss, nats"):
+        table.add_column(heading, justify="right")
+    table.add_column("pool")
+    table.add_column("members and weights", overflow="fold")
+    for tier in loaded.tiers:
+        mixture = "  ".join(f"{name} {weight:.3f}" for name, weight in zip(tier.members, tier.weights, strict=True))
+        pool = tier.pool if tier.temperature == 1 else f"{tier.pool}, T={tier.temperature:.3g}"
+        table.add_row(
+            tier.name, str(tier.budget), f"{tier.relative_cost:.2f}x", _interval(tier.test_loss), pool, mixture
+        )
+    return table
+
+
+def _interval(loss: Loss | None) -> str:
+    return "-" if loss is None else f"{loss.nats:.4f} [{loss.low:.4f}, {loss.high:.4f}]"

@@ -1,0 +1,283 @@
+"""The population directory's manifest: the one contract between training, prior and serving.
+
+It knows what a population is made of (members, tiers, where they came from) and keeps `population.json` typed, versioned
+and whole. It does not know how members are trained, weights are fitted or tokens are mixed.
+
+    my-population/
+      population.json      this manifest
+      config.json          architecture PopulationForCausalLM, so that `vllm serve my-population` works by itself
+      tokenizer.json ...   the one tokenizer that all members share
+      members/t0-c03/      a plain Hugging Face checkpoint, safetensors only
+      splits/              the held-out documents, as tokens (see `population.splits`)
+      prior/               likelihoods, fit report, frontier plot
+"""
+
+import json
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from population.errors import ChorusError
+from population.files import sha256, write_text
+
+MANIFEST = "population.json"
+SCHEMA_VERSION = 1
+SIMPLEX_TOLERANCE = 1e-6
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+Pool = Literal["linear", "log"]
+
+
+class _Record(BaseModel):
+    """Frozen; unknown fields are refused, so that a manifest of a newer version is never half understood."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Loss(_Record):
+    """Mean negative log-likelihood per token, in nats, with a 95 % interval from a bootstrap over documents."""
+
+    nats: float
+    low: float
+    high: float
+    num_tokens: int = Field(ge=1)
+
+
+class Member(_Record):
+    """One model of the population: a Hugging Face checkpoint under the population's directory."""
+
+    name: Name
+    path: str
+    """Directory of the checkpoint, relative to the population's."""
+    sha256: dict[str, str]
+    """Digest of each weight file of the checkpoint, by file name."""
+    num_parameters: int = Field(ge=1)
+    trajectory: int | None = None
+    cycle: int | None = None
+    epochs: float | None = None
+    """Epochs over the train split that the trajectory had seen at this snapshot."""
+    teacher: Name | None = None
+    """The member that taught this one, in chain distillation."""
+    test_loss: Loss | None = None
+
+
+class Tier(_Record):
+    """What a request can ask for: which members answer, and with what weights.
+
+    `linear` pools probabilities, p = sum_m w_m p_m; `log` pools logits, p ~ prod_m p_m^w_m. The temperature divides the
+    pooled log-probabilities, which are then normalised again.
+    """
+
+    name: Name
+    members: tuple[Name, ...] = Field(min_length=1)
+    weights: tuple[float, ...]
+    """In the order of `members`, on the simplex."""
+    pool: Pool = "linear"
+    temperature: float = Field(default=1.0, gt=0)
+    test_loss: Loss | None = None
+    relative_cost: float = Field(gt=0)
+    """Parameters of the tier's members over those of the population's largest member."""
+
+    @property
+    def budget(self) -> int:
+        """Number of members that run for each token."""
+        return len(self.members)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.members)) != len(self.members):
+            raise ValueError(f"tier {self.name!r} names a member twice: {list(self.members)}")
+        if len(self.weights) != len(self.members):
+            raise ValueError(f"tier {self.name!r} has {len(self.members)} members but {len(self.weights)} weights")
+        if min(self.weights) < 0 or abs(math.fsum(self.weights) - 1) > SIMPLEX_TOLERANCE:
+            raise ValueError(f"tier {self.name!r}: weights {list(self.weights)} are not on the simplex")
+        return self
+
+
+class Provenance(_Record):
+    """Where the population came from: enough to make it again."""
+
+    created_at: datetime
+    chorus_version: str
+    source: str
+    """The corpus it was trained on, or the checkpoints it was made from."""
+    settings: dict[str, JsonValue] = {}
+
+
+class Population(_Record):
+    """The manifest. Validated on every load and save."""
+
+    schema_version: Literal[1] = 1
+    name: Name
+    tokenizer_sha256: str
+    vocab_size: int = Field(ge=1)
+    context_length: int = Field(ge=2)
+    """Longest sequence, in tokens, that every member was made for."""
+    members: tuple[Member, ...] = Field(min_length=1)
+    tiers: tuple[Tier, ...] = ()
+    """From the cheapest to the dearest."""
+    prior_version: int = Field(default=0, ge=0)
+    """Counts the fits: 0 while the tiers are uniform defaults."""
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [member.name for member in self.members]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two members share a name: {names}")
+        tier_names = [tier.name for tier in self.tiers]
+        if len(set(tier_names)) != len(tier_names):
+            raise ValueError(f"two tiers share a name: {tier_names}")
+        for tier in self.tiers:
+            if unknown := sorted(set(tier.members) - set(names)):
+                raise ValueError(f"tier {tier.name!r} names members that do not exist: {unknown}; there are {names}")
+        return self
+
+    def member(self, name: str) -> Member:
+        """The member of that name.
+
+        Raises:
+            ChorusError: there is none.
+        """
+        for member in self.members:
+            if member.name == name:
+                return member
+        raise ChorusError(f"no member {name!r}; there are {', '.join(m.name for m in self.members)}")
+
+    def tier(self, name: str) -> Tier:
+        """The tier of that name.
+
+        Raises:
+            ChorusError: there is none.
+        """
+        for tier in self.tiers:
+            if tier.name == name:
+                return tier
+        raise ChorusError(f"no tier {name!r}; there are {', '.join(t.name for t in self.tiers) or 'none yet'}")
+
+    def relative_cost(self, members: tuple[str, ...]) -> float:
+        """Parameters of `members` over those of the population's largest member."""
+        largest = max(member.num_parameters for member in self.members)
+        return sum(self.member(name).num_parameters for name in members) / largest
+
+    def with_uniform_tiers(self) -> Self:
+        """The same members under default tiers: the last member alone, and all of them with equal weights.
+
+        A population is servable from its first member on; `chorus prior fit` replaces these tiers by fitted ones.
+        """
+        names = tuple(member.name for member in self.members)
+        sets = {"economy": names[-1:], "max": names} if len(names) > 1 else {"economy": names}
+        tiers = tuple(
+            Tier(name=name, members=m, weights=(1 / len(m),) * len(m), relative_cost=self.relative_cost(m))
+            for name, m in sets.items()
+        )
+        return self.model_copy(update={"tiers": tiers, "prior_version": 0})
+
+
+def load(directory: Path) -> Population:
+    """Read and validate the manifest of a population directory. The weights are not read: see `verify`.
+
+    Raises:
+        ChorusError: there is no manifest, or it does not follow the schema.
+    """
+    path = directory / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ChorusError(
+            f"{directory} is not a population: it has no {MANIFEST}. "
+            "Make one with `chorus train CORPUS --out DIR` or `chorus population init CHECKPOINT... --out DIR`."
+        ) from None
+    try:
+        raw = json.loads(text)
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if version != SCHEMA_VERSION:
+            raise ChorusError(
+                f"{path} has schema version {version!r}; this chorus reads version {SCHEMA_VERSION}. "
+                "Use the chorus version that wrote it, or make the population again."
+            )
+        return Population.model_validate_json(text)
+    except json.JSONDecodeError as error:
+        raise ChorusError(
+            f"{path} is not JSON ({error}). Restore it from a backup or make the population again."
+        ) from None
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors())
+        raise ChorusError(f"{path} does not follow the schema: {problems}") from None
+
+
+def save(population: Population, directory: Path) -> None:
+    """Validate the manifest again and write it atomically."""
+    checked = Population.model_validate(population.model_dump())
+    write_text(directory / MANIFEST, checked.model_dump_json(indent=2) + "\n")
+
+
+def verify(population: Population, directory: Path) -> None:
+    """Check that the tokenizer and every member's weights are the files that the manifest was written for.
+
+    Raises:
+        ChorusError: a file is missing, differs from its digest, or is not safetensors; or a member's vocabulary differs.
+    """
+    tokenizer = directory / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise ChorusError(f"{tokenizer} is missing: the population's members share it. Restore it from a backup.")
+    if (digest := sha256(tokenizer)) != population.tokenizer_sha256:
+        raise ChorusError(
+            f"{tokenizer} has sha256 {digest}, the manifest says {population.tokenizer_sha256}: "
+            "members trained with another tokenizer would answer nonsense. Restore the file."
+        )
+    for member in population.members:
+        verify_member(member, population, directory)
+
+
+def verify_member(member: Member, population: Population, directory: Path) -> None:
+    """Check one member's files against the manifest; see `verify`."""
+    root = directory / member.path
+    if not root.is_dir():
+        raise ChorusError(
+            f"member {member.name!r} is missing: {root} does not exist. Restore it, "
+            f"or remove the member from {MANIFEST} and run `chorus prior fit {directory}`."
+        )
+    for file_name, expected in member.sha256.items():
+        file = root / file_name
+        if not file_name.endswith(".safetensors"):
+            raise ChorusError(f"member {member.name!r}: {file_name} is not safetensors, and no other format is read.")
+        if not file.is_file():
+            raise ChorusError(f"member {member.name!r}: {file} is missing. Restore it.")
+        if (digest := sha256(file)) != expected:
+            raise ChorusError(
+                f"member {member.name!r}: {file} has sha256 {digest}, the manifest says {expected}. "
+                "The weights were changed or damaged: restore them."
+            )
+    vocab_size = read_config(root)["vocab_size"]
+    if vocab_size != population.vocab_size:
+        raise ChorusError(
+            f"member {member.name!r} has a vocabulary of {vocab_size} tokens, the population one of "
+            f"{population.vocab_size}: distributions over different vocabularies cannot be mixed."
+        )
+
+
+def read_config(checkpoint: Path) -> dict[str, JsonValue]:
+    """The `config.json` of a Hugging Face checkpoint.
+
+    Raises:
+        ChorusError: it is missing, is not JSON, or names no vocabulary size.
+    """
+    path = checkpoint / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ChorusError(f"{checkpoint} is not a Hugging Face checkpoint: it has no config.json.") from None
+    except json.JSONDecodeError as error:
+        raise ChorusError(f"{path} is not JSON ({error}).") from None
+    if not isinstance(config, dict) or not isinstance(config.get("vocab_size"), int):
+        raise ChorusError(f"{path} names no vocab_size: a decoder-only language model is expected.")
+    return config
+
+
+def now() -> datetime:
+    """The present, in UTC and whole seconds, for `Provenance.created_at`."""
+    return datetime.now(UTC).replace(microsecond=0)

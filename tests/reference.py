@@ -1,0 +1,37 @@
+"""The obvious way to mix: every member through Hugging Face, in float32, and the pool in float64. Slow, and right."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from population import manifest
+
+
+@cache
+def _load_member(checkpoint: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def mixture_log_probs(directory: Path, tier_name: str, token_ids: list[int]) -> Tensor:
+    """Log-probabilities (T, V) of the token after each of `token_ids`, under a tier of the population in `directory`."""
+    population = manifest.load(directory)
+    tier = population.tier(tier_name)
+    log_p_MTV = torch.stack(
+        [
+            torch.log_softmax(
+                _load_member(directory / population.member(name).path)(torch.tensor([token_ids])).logits[0].double(), -1
+            )
+            for name in tier.members
+        ]
+    )
+    weights_M11 = torch.tensor(tier.weights, dtype=torch.float64).view(-1, 1, 1)
+    if tier.pool == "linear":
+        pooled_TV = torch.logsumexp(log_p_MTV + weights_M11.log(), dim=0)
+    else:
+        pooled_TV = (weights_M11 * log_p_MTV).sum(0)
+    return torch.log_softmax(pooled_TV / tier.temperature, dim=-1)

@@ -1,0 +1,23 @@
+"""One finished tiny run for all tests that only look at such a run."""
+
+import pytest
+import torch
+
+from train.prepare import prepare
+from train.run import Run
+from train.settings import Settings
+from train.trajectory import Trajectory
+
+TINY = Settings(
+    corpus="stdlib", max_bytes=40_000, layers=1, width=32, heads=1, context_length=32, vocab_size=300,
+    batch_tokens=512, trajectories=2, cycles=2, epochs_per_cycle=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two trajectories of two members; shared, so leave it as it is or copy its directory."""
+    run = prepare(TINY, tmp_path_factory.mktemp("train") / "finished")
+    for idx in range(2):
+        assert Trajectory(run, idx, torch.device("cpu")).train(lambda record: None, lambda: False)
+    return run

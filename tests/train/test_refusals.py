@@ -1,0 +1,138 @@
+"""What `chorus train` refuses before it spends any compute: one sentence each, and nothing written."""
+
+from collections import namedtuple
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from population.corpus import Document
+from population.errors import ChorusError
+from tests.worlds import save_tokenizer, some_documents
+from train import prepare
+from train.command import train
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[Document]:
+    """Real documents."""
+    return some_documents(12)
+
+
+@pytest.fixture
+def corpus(documents: list[Document], tmp_path: Path) -> Path:
+    """A folder of twelve documents, one file each."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for idx, document in enumerate(documents):
+        (folder / f"{idx}.txt").write_text(document.text, encoding="utf-8")
+    return folder
+
+
+def refusal(*arguments: str | Path, out: Path) -> str:
+    """The sentence that the command ends with. Nothing may be written."""
+    before = sorted(out.rglob("*")) if out.exists() else None
+    result = CliRunner().invoke(train, [*map(str, arguments), "--out", str(out)])
+    assert isinstance(result.exception, ChorusError), result.output
+    assert (sorted(out.rglob("*")) if out.exists() else None) == before
+    return str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--cycles", "0"], "--cycles is 0; a number above 0"),
+        (["--lr", "-1"], "--lr is -1.0; a number above 0"),
+        (["--lr", "nan"], "--lr is nan"),
+        (["--weight-decay", "-0.1"], "--weight-decay is -0.1; 0 or more"),
+        (["--distil-alpha", "1.5"], "share between 0 and 1"),
+        (["--weight-decay-floor", "1.5"], "--weight-decay-floor is 1.5; a share between 0 and 1"),
+        (["--embedding-rate", "0"], "--embedding-rate is 0.0; a number above 0"),
+        (["--distil-alpha", "0", "--distil-after", "3"], "--distil-after 3 contradicts --distil-alpha 0"),
+        (["--distil-after", "9"], "--distil-after 9 with --cycles 5"),
+        (["--perturbation", "3"], "noise drowns"),
+        (["--width", "100", "--heads", "3"], "--width 100 cannot be shared by --heads 3"),
+        (["--width", "128", "--heads", "8"], "heads of size 16, which the engine cannot serve"),
+        (["--vocab-size", "100"], "at least 258 tokens"),
+        (["--batch-tokens", "64"], "--batch-tokens 64 is less than --context-length 256"),
+        (["--max-bytes", "0"], "--max-bytes is 0"),
+        (["--max-bytes", "10"], "fits into --max-bytes 10"),
+        (["--tokenizer", "nowhere"], "nowhere does not exist"),
+        (["--split-on", "("], "not a regular expression"),
+    ],
+)
+def test_flags_that_cannot_be_meant(arguments: list[str], sentence: str, corpus: Path, tmp_path: Path) -> None:
+    assert sentence in refusal(corpus, *arguments, out=tmp_path / "out")
+
+
+def test_a_corpus_that_is_not_there(tmp_path: Path) -> None:
+    assert "does not exist" in refusal("./nowhere.txt", out=tmp_path / "out")
+
+
+def test_an_unknown_dataset(tmp_path: Path) -> None:
+    assert "cannot be loaded" in refusal("nobody/nothing-of-that-name", out=tmp_path / "out")
+
+
+def test_an_empty_corpus(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    assert "the corpus is empty" in refusal(tmp_path / "empty.txt", out=tmp_path / "out")
+
+
+def test_a_corpus_with_fewer_documents_than_splits(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("one short document\n")
+    assert "too small for its splits" in refusal(tmp_path / "short.txt", out=tmp_path / "out")
+
+
+def test_a_corpus_smaller_than_a_batch(corpus: Path, tmp_path: Path) -> None:
+    sentence = refusal(corpus, "--batch-tokens", "1000000", "--vocab-size", "300", out=tmp_path / "out")
+    assert "does not fill one batch of 999,937" in sentence
+
+
+def test_text_that_is_not_utf8(corpus: Path, tmp_path: Path) -> None:
+    (corpus / "latin.txt").write_bytes("café".encode("latin-1"))
+    assert "is not UTF-8 (byte 3)" in refusal(corpus, out=tmp_path / "out")
+
+
+def test_a_vocabulary_larger_than_the_corpus_yields(corpus: Path, tmp_path: Path) -> None:
+    assert "Lower --vocab-size to" in refusal(corpus, "--vocab-size", "50000", out=tmp_path / "out")
+
+
+def test_a_size_for_a_tokenizer_that_is_given(corpus: Path, tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "given", vocab_size=300)
+    sentence = refusal(corpus, "--tokenizer", tmp_path / "given", "--vocab-size", "400", out=tmp_path / "out")
+    assert "has 300 tokens, not --vocab-size 400" in sentence
+
+
+def test_a_directory_that_holds_something_else(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("precious")
+    assert "holds something else" in refusal(corpus, out=tmp_path / "out")
+    assert "is a file" in refusal(corpus, out=tmp_path / "out" / "thesis.txt")
+
+
+def test_a_disk_without_room(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")(10, 9, 1)
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: usage)
+    assert "0.00 GB free; this run needs" in refusal(corpus, "--vocab-size", "300", out=tmp_path / "out")
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is not None, reason="tensorboard is installed")
+def test_tensorboard_where_it_is_not_installed(corpus: Path, tmp_path: Path) -> None:
+    assert "pip install tensorboard" in refusal(corpus, "--tensorboard", out=tmp_path / "out")
+
+
+def test_no_directory_named(corpus: Path) -> None:
+    result = CliRunner().invoke(train, [str(corpus)])
+    assert result.exit_code == 2
+    assert "--out is missing" in result.output
+
+
+def test_the_plan_shows_schedule_and_cost_and_writes_nothing(corpus: Path) -> None:
+    result = CliRunner().invoke(
+        train, [str(corpus), "--plan", "--vocab-size", "300", "--width", "32", "--heads", "1", "--batch-tokens", "512"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "previous" in result.output
+    assert "TFLOP" in result.output
+    assert " min, " in result.output

@@ -1,0 +1,128 @@
+"""A trajectory in this process: stopped, crashed and diverged at many moments, which costs too much with whole processes."""
+
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from population import manifest
+from population.errors import ChorusError
+from train.checkpoint import load_checkpoint
+from train.log import Record
+from train.prepare import prepare
+from train.run import Run
+from train.settings import Settings
+from train.trajectory import Trajectory
+
+TINY = Settings(
+    corpus="stdlib", max_bytes=60_000, layers=1, width=32, heads=1, context_length=32, vocab_size=300,
+    batch_tokens=512, trajectories=1, cycles=3, epochs_per_cycle=1,
+)  # fmt: skip
+CPU = torch.device("cpu")
+
+
+class Crash(BaseException):
+    """What a SIGKILL looks like to the files on disk: nothing runs after it."""
+
+
+def train_whole(run: Run) -> None:
+    assert Trajectory(run, 0, CPU).train(lambda record: None, lambda: False)
+
+
+def train_until(run: Run, records: int, moments: random.Random) -> bool:
+    """Train until so many records are written, then crash or stop; True when the trajectory is finished first."""
+    written: list[Record] = []
+    crashes = moments.random() < 0.5
+
+    def emit(record: Record) -> None:
+        written.append(record)
+        if crashes and len(written) == records:
+            raise Crash
+
+    trajectory = Trajectory(run, 0, CPU, checkpoint_seconds=moments.choice([0.0, 1e9]))
+    try:
+        return trajectory.train(emit, lambda: not crashes and len(written) >= records)
+    except Crash:
+        return False
+
+
+def digests(run: Run) -> list[dict[str, str]]:
+    return [member.sha256 for member in manifest.load(run.directory).members]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Steps this small only lose by a second thread, and a lot where the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = prepare(TINY, tmp_path_factory.mktemp("trajectory") / "undisturbed")
+    train_whole(run)
+    return run
+
+
+def test_crashes_and_stops_at_twenty_moments_change_nothing(undisturbed: Run, tmp_path: Path) -> None:
+    run = prepare(TINY, tmp_path / "disturbed")
+    moments = random.Random(5)
+    disturbances = 0
+    while not train_until(run, moments.randint(1, 9) if disturbances < 20 else 10**9, moments):
+        disturbances += 1
+    assert disturbances == 20
+    assert digests(run) == digests(undisturbed)
+
+
+def test_divergence_stops_with_the_step_and_what_to_try(tmp_path: Path) -> None:
+    settings = Settings(**{**vars(TINY), "lr": 1e25})
+    run = prepare(settings, tmp_path / "diverged")
+    with pytest.raises(ChorusError, match=r"trajectory 0 diverged at step \d+ .*lower --lr \(try 3.3e\+24\)"):
+        train_whole(run)
+
+
+def test_micro_batches_add_up_to_the_batch(undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from train import trajectory as module
+
+    def first_steps(name: str) -> list[Record]:
+        records: list[Record] = []
+        run = prepare(TINY, tmp_path / name)
+        Trajectory(run, 0, CPU).train(records.append, lambda: len(records) >= 5)
+        return records
+
+    whole = first_steps("whole")
+    monkeypatch.setitem(module._MICRO_TOKENS, "cpu", 160)  # 5 rows of 16, so the last part is smaller
+    parts = first_steps("parts")
+    for one, other in zip(whole, parts, strict=True):
+        assert one["cross_entropy"] == pytest.approx(other["cross_entropy"], rel=1e-4)
+        assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-2)
+
+
+def test_a_restart_begins_the_next_cycle_as_if_it_were_the_first(tmp_path: Path) -> None:
+    run = prepare(Settings(**{**vars(TINY), "restart": True}), tmp_path / "restarts")
+    records: list[Record] = []
+    Trajectory(run, 0, CPU).train(records.append, lambda: records[-2:-1] != [] and records[-2]["event"] == "member")
+    other = Trajectory(run, 0, CPU)
+    position = load_checkpoint(other.directory, other.model, other.optimiser)
+    assert position is not None
+    assert (position.cycle, position.step) == (1, 1), "stopped after the first step behind the boundary"
+    assert other.optimiser.num_steps == 1, "the optimiser's state does not cross the boundary"
+    assert Trajectory(run, 0, CPU).train(records.append, lambda: False)
+    starts = [cycle.first_step for cycle in run.schedule.cycles()]
+    first = [float(r["cross_entropy"]) for r in records if r["event"] == "step" and r["step"] in starts]
+    assert first == pytest.approx([math.log(300)] * 3, abs=0.1), "each cycle begins with a model that knows nothing"
+    assert len(set(first)) == 3, "but not with the same one"
+    assert [member.teacher for member in manifest.load(run.directory).members] == [None, "t0-c00", "t0-c01"]
+
+
+def test_without_distillation_no_member_has_a_teacher(tmp_path: Path) -> None:
+    run = prepare(Settings(**{**vars(TINY), "distil_alpha": 0.0, "cycles": 2}), tmp_path / "plain")
+    records: list[Record] = []
+    Trajectory(run, 0, CPU).train(records.append, lambda: False)
+    assert [member.teacher for member in manifest.load(run.directory).members] == [None, None]
+    assert all(record["loss"] == record["cross_entropy"] for record in records if record["event"] == "step")

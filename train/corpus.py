@@ -1,0 +1,177 @@
+"""A corpus on its way to tokens, in bounded memory: surveyed once, then read again for whatever needs its text.
+
+What is held is an outline of each document and the tokens of the held-out splits, which are capped; train tokens go through a file.
+A corpus of at most `_HELD_BYTES` is held whole, so that nothing is read (or downloaded) twice.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from population.corpus import Document, Outline, sample_outlines, split_outlines, survey_documents
+from population.errors import ChorusError
+from population.tokens import TextTokenizer, TokenSplit
+from train.data import TrainTokens
+
+_HELD_BYTES = 64 << 20
+HELD_OUT_CHARACTERS = 20_000_000  # of each held-out split: some five million tokens, far more than a prior needs
+_TOKENIZER_CHARACTERS = 500_000_000  # that a tokenizer is trained on
+
+
+class Corpus:
+    """Documents that can be read several times."""
+
+    def __init__(self, read: Callable[[], Iterator[Document]]) -> None:
+        self._read = read
+        self._held: list[Document] | None = None
+
+    def survey(self) -> list[Outline]:
+        """Outlines of the distinct documents."""
+        return list(survey_documents(self._holding()))
+
+    def documents(self) -> Iterator[Document]:
+        """All documents, in the same order every time."""
+        return iter(self._held) if self._held is not None else self._read()
+
+    def _holding(self) -> Iterator[Document]:
+        held: list[Document] | None = []
+        num_bytes = 0
+        for document in self._read():
+            num_bytes += len(document.text.encode())
+            if num_bytes > _HELD_BYTES:
+                held = None
+            if held is not None:
+                held.append(document)
+            yield document
+        self._held = held
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """A corpus whose documents are sampled and dealt to splits."""
+
+    corpus: Corpus
+    splits: dict[str, list[Outline]]
+
+    @classmethod
+    def deal(
+        cls, corpus: Corpus, *, max_bytes: int | None, seed: int, fractions: dict[str, float], source: str
+    ) -> "Dealt":
+        """Survey, sample and deal.
+
+        Raises:
+            ChorusError: nothing is left, or a split stays empty.
+        """
+        sampled = sample_outlines(corpus.survey(), max_bytes=max_bytes, seed=seed)
+        if not sampled and max_bytes is not None:
+            raise ChorusError(
+                f"no document of corpus {source!r} fits into --max-bytes {max_bytes}, or none holds text. "
+                "Raise --max-bytes, or check the corpus."
+            )
+        total = sum(outline.num_characters for outline in sampled)
+        return cls(corpus, split_outlines(sampled, capped(fractions, total)))
+
+    def texts(self, split: str, *, characters: int = _TOKENIZER_CHARACTERS) -> Iterator[str]:
+        """Texts of a split in the order of reading, up to about so many characters."""
+        wanted = {outline.idx for outline in self.splits[split]}
+        for idx, document in enumerate(self.corpus.documents()):
+            if idx in wanted:
+                yield document.text
+                characters -= len(document.text)
+                if characters <= 0:
+                    return
+
+    def tokenise(self, tokenizer: TextTokenizer) -> "Tokenised":
+        """Encode every sampled document once."""
+        file = tempfile.TemporaryFile(prefix="chorus-tokens-")  # noqa: SIM115 - its owner closes it
+        try:
+            return self._tokenise(tokenizer, file)
+        except BaseException:
+            file.close()
+            raise
+
+    def _tokenise(self, tokenizer: TextTokenizer, file: IO[bytes]) -> "Tokenised":
+        place = {
+            outline.idx: (split, at, outline) for split, held in self.splits.items() for at, outline in enumerate(held)
+        }
+        lengths = {split: np.zeros(len(held), dtype=np.int64) for split, held in self.splits.items()}
+        starts = np.zeros(len(self.splits["train"]), dtype=np.int64)
+        heldout: dict[str, list[NDArray[np.uint32] | None]]
+        heldout = {split: [None] * len(held) for split, held in self.splits.items() if split != "train"}
+        written = 0
+        for idx, document in enumerate(self.corpus.documents()):
+            if idx not in place:
+                continue
+            split, at, outline = place[idx]
+            if len(document.text) != outline.num_characters:
+                raise ChorusError(f"document {document.name} changed while the corpus was read. Run the command again.")
+            tokens = np.asarray(tokenizer.encode_document(document.text), dtype=np.uint32)
+            lengths[split][at] = len(tokens)
+            if split == "train":
+                starts[at] = written
+                file.write(tokens.tobytes())
+                written += len(tokens)
+            else:
+                heldout[split][at] = tokens
+        file.flush()
+        done = {split: [tokens for tokens in held if tokens is not None] for split, held in heldout.items()}
+        return Tokenised(file=file, starts=starts, lengths=lengths, heldout=done)
+
+
+class Tokenised:
+    """The tokens of a dealt corpus: train in a temporary file, the rest in memory."""
+
+    def __init__(
+        self,
+        *,
+        file: IO[bytes],
+        starts: NDArray[np.int64],
+        lengths: dict[str, NDArray[np.int64]],
+        heldout: dict[str, list[NDArray[np.uint32]]],
+    ) -> None:
+        self._file, self._starts, self._lengths, self._heldout = file, starts, lengths, heldout
+
+    def counts(self) -> dict[str, int]:
+        """Tokens of each split."""
+        return {split: int(lengths.sum()) for split, lengths in self._lengths.items()}
+
+    def documents(self) -> dict[str, int]:
+        """Documents of each split."""
+        return {split: len(lengths) for split, lengths in self._lengths.items()}
+
+    def save_train(self, directory: Path) -> None:
+        """Write the train split, its documents in the order in which they were dealt."""
+        TrainTokens.save(directory, self._lengths["train"], self._train_documents())
+
+    def heldout(self, split: str) -> TokenSplit:
+        """A held-out split."""
+        return TokenSplit.from_documents(self._heldout[split])
+
+    def __enter__(self) -> "Tokenised":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the temporary file back."""
+        self._file.close()
+
+    def _train_documents(self) -> Iterator[NDArray[np.uint32]]:
+        for start, length in zip(self._starts, self._lengths["train"], strict=True):
+            self._file.seek(int(start) * 4)
+            yield np.frombuffer(self._file.read(int(length) * 4), dtype=np.uint32)
+
+
+def capped(fractions: dict[str, float], total_characters: int) -> dict[str, float]:
+    """The same shares; of a large corpus, held-out splits stop at `HELD_OUT_CHARACTERS` and train takes the rest."""
+    cap = HELD_OUT_CHARACTERS / max(total_characters, 1)
+    held_out = {split: min(share, cap) for split, share in fractions.items() if split != "train"}
+    if all(held_out[split] == fractions[split] for split in held_out):
+        return fractions
+    return {"train": 1 - sum(held_out.values()), **held_out}

@@ -1,0 +1,31 @@
+"""What makes a model a member: its files, its marks on the selection split, its entry in the manifest. In this order, so that
+whatever is in the manifest is whole.
+"""
+
+import torch
+from pydantic import JsonValue
+
+from population import assemble
+from population.tokens import TokenSplit, split_path
+from train import diversity, heldout
+from train.evaluate import likelihoods
+from train.model import Llama
+from train.run import Run, diversity_path, likelihoods_path
+from train.snapshot import load_member, register, save_member
+
+
+def add_member(model: Llama, run: Run, name: str, device: torch.device, *, epochs: float, **origin: JsonValue) -> float:
+    """Save, evaluate and register a model; its loss on the selection split in nats.
+
+    `origin` holds what the manifest says about where it comes from (trajectory, cycle, teacher).
+    """
+    path = save_member(model, run, name)
+    selection = TokenSplit.load(split_path(run.directory, "selection"))
+    saved = load_member(run, name, device)
+    found = likelihoods(saved, selection, device)
+    heldout.save_likelihoods(likelihoods_path(run, name), found)
+    relative = str(path.relative_to(run.directory))
+    register(run, assemble.describe_member(run.directory, relative, name, epochs=epochs, **origin))
+    # Last, for the report alone: where the disk is full, the member counts all the same.
+    diversity.save(diversity_path(run, name), diversity.sampled_log_p(saved, selection))
+    return heldout.loss(found)

@@ -1,0 +1,122 @@
+"""`chorus train --plan`: the schedule cycle by cycle, and what it will cost, measured on a few steps of the real model."""
+
+import tempfile
+import time
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from train import run as runs
+from train.launch import plan_processes
+from train.prepare import check_fits_a_batch, deal_corpus, disk_bytes, make_tokenizer
+from train.schedule import Cycle, Schedule
+from train.settings import Settings
+from train.shape import Shape
+
+_TIMED_STEPS = 3
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def print_plan(settings: Settings) -> None:
+    """Print the plan of a run without writing anything."""
+    dealt = deal_corpus(settings)
+    with tempfile.TemporaryDirectory(prefix="chorus-plan-") as name:
+        tokenizer = make_tokenizer(settings, dealt, Path(name))
+        with dealt.tokenise(tokenizer) as tokenised:
+            train_tokens = tokenised.counts()["train"]
+    check_fits_a_batch(settings, train_tokens)
+    shape = runs.make_shape(settings, tokenizer.vocab_size)
+    schedule = runs.make_schedule(settings, train_tokens)
+    cycles = schedule.cycles()
+    Console().print(_table(schedule, cycles))
+
+    world, threads = plan_processes(settings.trajectories)
+    seconds, distilled_seconds = _time_steps(settings, shape, world, threads)
+    trajectory_s = sum(
+        cycle.steps * (distilled_seconds if cycle.distils else seconds) * cycle.batch_rows for cycle in cycles
+    )
+    tokens = settings.trajectories * sum(cycle.steps * cycle.batch_rows * settings.context_length for cycle in cycles)
+    click.echo(
+        f"\npeak learning rate {settings.lr:g}, peak weight decay {settings.weight_decay:g}\n"
+        f"{settings.trajectories} trajectories of {settings.cycles} members with {shape.num_parameters:,} parameters; "
+        f"{train_tokens:,} train tokens, {tokens:,} tokens in all\n"
+        f"{world} process{'es' if world > 1 else ''} of {threads} thread{'s' if threads > 1 else ''}: "
+        f"about {trajectory_s * settings.trajectories / world / 60:.1f} min, "
+        f"{tokens * shape.flops_per_token / 1e12:,.0f} TFLOP without teachers; "
+        f"at most {disk_bytes(settings, shape, train_tokens) / 1e6:,.0f} MB of disk"
+    )
+
+
+def _table(schedule: Schedule, cycles: list[Cycle]) -> Table:
+    table = Table("cycle", box=None, pad_edge=False)
+    for heading in ("epochs", "steps", "batch, tokens", "rate", "decay", "teacher", "sigma"):
+        table.add_column(heading, justify="right")
+    for cycle in cycles:
+        rates = [schedule.rates(cycle, step) for step in range(cycle.steps)]
+        table.add_row(
+            str(cycle.idx),
+            f"{cycle.first_epoch + 1}-{cycle.first_epoch + cycle.epochs}",
+            str(cycle.steps),
+            f"{cycle.batch_rows * schedule.context_length:,}",
+            _trace([rate for rate, _ in rates]),
+            _trace([decay for _, decay in rates]),
+            "previous" if cycle.distils else "-",
+            "-" if cycle.sigma_after is None else f"{cycle.sigma_after:.3f}",
+        )
+    return table
+
+
+def _trace(values: list[float], width: int = 8) -> str:
+    """`█▇▆▅▄▃▂▁`: a value over a cycle, against its peak there."""
+    picked = [values[idx * (len(values) - 1) // (width - 1)] for idx in range(width)]
+    top = max(values) or 1.0
+    return "".join(_BARS[round(value / top * (len(_BARS) - 1))] for value in picked)
+
+
+def _time_steps(settings: Settings, shape: Shape, world: int, threads: int) -> tuple[float, float]:
+    """Seconds per row of a batch, without and with a teacher, of one process among `world` (alone on its threads here)."""
+    import torch
+
+    from train.loss import Distillation, Teacher, next_token_loss
+    from train.model import Llama
+    from train.perturb import generator_for
+    from train.schedule import batch_rows
+    from train.trajectory import autocast, make_optimiser
+    from train.worker import choose_device
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    device = choose_device(0)
+    model = Llama(shape).to(device)
+    model.initialise(generator_for(settings.seed))
+    optimiser = make_optimiser(model, settings)
+    rows = batch_rows(settings.batch_tokens, settings.context_length)
+    tokens = torch.randint(shape.vocab_size, (rows, shape.context_length + 1), generator=generator_for(0)).to(device)
+
+    def step(distils: bool) -> float:
+        with autocast(device):
+            hidden = model(tokens[:, :-1]).flatten(0, 1)
+            head = model.lm_head.weight
+            teacher = None
+            if distils:
+                with torch.no_grad():
+                    teacher_hidden = model(tokens[:, :-1]).flatten(0, 1)
+                said = Teacher(hidden_ND=teacher_hidden, head_VD=head.detach())
+                teacher = Distillation(teachers=(said,), alpha=0.5, temperature=1.0)
+            loss, _ = next_token_loss(hidden, head, tokens[:, 1:].flatten(), teacher)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step(learning_rate=settings.lr, weight_decay=settings.weight_decay)
+        return float(loss.detach())
+
+    def timed(distils: bool) -> float:
+        step(distils)
+        started = time.perf_counter()
+        for _ in range(_TIMED_STEPS):
+            step(distils)
+        return (time.perf_counter() - started) / _TIMED_STEPS / rows
+
+    times = timed(False), timed(True)
+    torch.set_num_threads(before)
+    return times

@@ -1,0 +1,180 @@
+"""A run on disk: its settings, what was prepared for it, and where its files lie. Read by every process that trains.
+
+DIR/training/run.json            settings, and (once the corpus is prepared) sizes
+DIR/training/train-*.npy         the train split as tokens
+DIR/training/t0/                 checkpoints and the log of trajectory 0
+DIR/training/likelihoods/*.npy   each member's p(ground truth) on the selection split
+DIR/training/diversity/*.npy     each member's log-probabilities on a sample of it
+DIR/training/report.*            what the finished run looked like
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from population import manifest
+from population.errors import ChorusError
+from population.files import write_text
+from train.schedule import Schedule
+from train.settings import Settings
+from train.shape import Shape
+
+
+class Prepared(BaseModel):
+    """What the corpus became."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vocab_size: int
+    bos: int | None
+    eos: int | None
+    tokens: dict[str, int]
+    """Tokens of each split."""
+    documents: dict[str, int]
+    """Documents of each split."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    settings: Settings
+    prepared: Prepared | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A prepared run."""
+
+    directory: Path
+    settings: Settings
+    prepared: Prepared
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Read a run that `save` has completed.
+
+        Raises:
+            ChorusError: there is none.
+        """
+        record = read_record(directory)
+        if record is None or record.prepared is None:
+            raise ChorusError(f"{directory} holds no prepared training run. Start one with `chorus train`.")
+        return cls(directory=directory, settings=record.settings, prepared=record.prepared)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every trajectory's last member is there."""
+        last = {member_name(idx, self.settings.cycles - 1) for idx in range(self.settings.trajectories)}
+        return last <= finished_members(self.directory)
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes of a member."""
+        return make_shape(self.settings, self.prepared.vocab_size)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of every trajectory."""
+        return make_schedule(self.settings, self.prepared.tokens["train"])
+
+
+def member_name(trajectory: int, cycle: int) -> str:
+    """`t0-c03`: the snapshot after cycle 3 of trajectory 0."""
+    return f"t{trajectory}-c{cycle:02d}"
+
+
+def finished_members(directory: Path) -> set[str]:
+    """Names of the members that are in the manifest."""
+    if not (directory / manifest.MANIFEST).exists():
+        return set()
+    return {member.name for member in manifest.load(directory).members}
+
+
+def likelihoods_path(run: Run, name: str) -> Path:
+    """Where a member's p(ground truth) on the selection split is kept."""
+    return run.directory / "training" / "likelihoods" / f"{name}.npy"
+
+
+def diversity_path(run: Run, name: str) -> Path:
+    """Where a member's log-probabilities on a sample of the selection split are kept."""
+    return run.directory / "training" / "diversity" / f"{name}.npy"
+
+
+def make_shape(settings: Settings, vocab_size: int) -> Shape:
+    """The sizes of a member under these settings."""
+    return Shape(
+        vocab_size=vocab_size,
+        context_length=settings.context_length,
+        layers=settings.layers,
+        width=settings.width,
+        heads=settings.heads,
+    )
+
+
+def make_schedule(settings: Settings, train_tokens: int) -> Schedule:
+    """The schedule under these settings."""
+    return Schedule(
+        num_cycles=settings.cycles,
+        epochs_per_cycle=settings.epochs_per_cycle,
+        train_tokens=train_tokens,
+        context_length=settings.context_length,
+        batch_tokens=settings.batch_tokens,
+        learning_rate=settings.lr,
+        weight_decay=settings.weight_decay,
+        perturbation=settings.perturbation,
+        distil_after=settings.distils_after,
+        weight_decay_floor=settings.weight_decay_floor,
+        restarts=settings.restart,
+    )
+
+
+def record_path(directory: Path) -> Path:
+    """The file that makes a directory a training run."""
+    return directory / "training" / "run.json"
+
+
+def read_record(directory: Path) -> _Record | None:
+    """What a directory says about its run; None where it holds none.
+
+    Raises:
+        ChorusError: the file is damaged or of another version.
+    """
+    path = record_path(directory)
+    if not path.exists():
+        return None
+    try:
+        return _Record.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ChorusError(
+            f"{path} is not the record of a training run of this version "
+            f"({error.error_count()} problems, first: {error.errors()[0]['msg']}). Train into a new --out."
+        ) from None
+
+
+def save(directory: Path, settings: Settings, prepared: Prepared | None) -> None:
+    """Claim a directory for a run (without `prepared`), or complete its preparation."""
+    write_text(record_path(directory), _Record(settings=settings, prepared=prepared).model_dump_json(indent=2) + "\n")
+
+
+def check_out(directory: Path, settings: Settings) -> bool:
+    """Whether the directory holds this very run, prepared; False where a run may begin.
+
+    Raises:
+        ChorusError: it holds another run or something else.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ChorusError(f"--out {directory} is a file. Give a directory.")
+    record = read_record(directory)
+    if record is None:
+        if directory.exists() and any(directory.iterdir()):
+            raise ChorusError(f"--out {directory} exists and holds something else. Give another, or remove it.")
+        return False
+    ours, theirs = settings.as_json(), record.settings.as_json()
+    if differences := [f"{key} {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key]]:
+        raise ChorusError(
+            f"--out {directory} holds another run ({'; '.join(differences)}). "
+            "Give its settings to continue it, or another --out."
+        )
+    return record.prepared is not None

@@ -1,0 +1,119 @@
+"""The cyclic schedule of q0 as pure functions of the step (arXiv 2606.03938 and its authors' public code; see docs/training.md).
+
+Nothing here knows a model or an optimiser: a run can be planned, drawn and tested without either, and a resumed run is where it
+was as soon as it knows its step.
+"""
+
+import math
+from dataclasses import dataclass
+
+LEARNING_RATE_FLOOR = 0.08
+WEIGHT_DECAY_FLOOR = 0.7
+LAST_PERTURBATION = 0.2  # of the first: 0.25 falls to 0.05 in the record run
+EDGE_BATCH = 0.75
+WARMUP = 0.05
+
+
+def learning_rate_multiplier(step: int, steps: int, *, floor: float = LEARNING_RATE_FLOOR, warmup: int = 0) -> float:
+    """m(s) = l + (1 - l)(1 - s / L) for step s of a cycle of L, times a linear warm-up over the first `warmup` steps."""
+    linear = floor + (1 - floor) * (1 - step / steps)
+    return linear * min(1.0, (step + 1) / (warmup + 1))
+
+
+def weight_decay_multiplier(
+    multiplier: float, *, floor: float = LEARNING_RATE_FLOOR, decay_floor: float = WEIGHT_DECAY_FLOOR
+) -> float:
+    """f + (1 - f)(1 - m) / (1 - l): low while the rate is high, 1 when the rate is at its floor (or below, in a warm-up)."""
+    return decay_floor + (1 - decay_floor) * min(1.0, (1 - multiplier) / (1 - floor))
+
+
+def batch_multiplier(cycle: int, num_cycles: int, *, edge: float = EDGE_BATCH) -> float:
+    """Block-triangular batch size: `edge` of the peak in the first and the last quarter of the cycles."""
+    quarter = num_cycles // 4
+    return edge if cycle < quarter or cycle >= num_cycles - quarter else 1.0
+
+
+def perturbation_sigma(boundary: int, num_boundaries: int, *, first: float, last: float | None = None) -> float:
+    """Noise after cycle `boundary`, in units of each tensor's standard deviation: a cosine from `first` to `last`."""
+    last = first * LAST_PERTURBATION if last is None else last
+    progress = boundary / (num_boundaries - 1) if num_boundaries > 1 else 0.0
+    return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cycle:
+    """One cycle of a trajectory: constant batch size, one fall of the learning rate."""
+
+    idx: int
+    first_step: int
+    """Steps of the trajectory before this cycle."""
+    first_epoch: int
+    epochs: int
+    batch_rows: int
+    """Rows of one context length in a batch."""
+    steps_per_epoch: int
+    distils: bool
+    """Whether the previous snapshot teaches during this cycle."""
+    sigma_after: float | None
+    """Perturbation at its end; None where none follows."""
+
+    @property
+    def steps(self) -> int:
+        """Steps of this cycle."""
+        return self.epochs * self.steps_per_epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """All of a trajectory's steps: the same for every trajectory of a run."""
+
+    num_cycles: int
+    epochs_per_cycle: int
+    train_tokens: int
+    context_length: int
+    batch_tokens: int
+    learning_rate: float
+    weight_decay: float
+    """Peak of the decoupled decay: each step shrinks weights by learning rate times this."""
+    perturbation: float
+    distil_after: int | None
+    """Completed cycles before the teacher speaks; None for never."""
+    weight_decay_floor: float = WEIGHT_DECAY_FLOOR
+    """Share of the peak at a cycle's start; 1 for a flat decay."""
+    restarts: bool = False
+    """Every cycle begins anew: a warm-up and the full batch in each, no perturbation."""
+
+    def cycles(self) -> list[Cycle]:
+        """The cycles in order."""
+        cycles: list[Cycle] = []
+        for idx in range(self.num_cycles):
+            multiplier = 1.0 if self.restarts else batch_multiplier(idx, self.num_cycles)
+            rows = batch_rows(self.batch_tokens, self.context_length, multiplier)
+            cycles.append(
+                Cycle(
+                    idx=idx,
+                    first_step=cycles[-1].first_step + cycles[-1].steps if cycles else 0,
+                    first_epoch=idx * self.epochs_per_cycle,
+                    epochs=self.epochs_per_cycle,
+                    batch_rows=rows,
+                    # The last token of an epoch is only a target, and what does not fill a batch waits for the next shuffle.
+                    steps_per_epoch=(self.train_tokens - 1) // (rows * self.context_length),
+                    distils=self.distil_after is not None and idx >= max(1, self.distil_after),
+                    sigma_after=None
+                    if self.restarts or idx + 1 == self.num_cycles
+                    else perturbation_sigma(idx, self.num_cycles - 1, first=self.perturbation),
+                )
+            )
+        return cycles
+
+    def rates(self, cycle: Cycle, step: int) -> tuple[float, float]:
+        """Learning rate and weight decay at step `step` of the cycle. Only a fresh start warms up."""
+        warmup = math.ceil(WARMUP * cycle.steps) if cycle.idx == 0 or self.restarts else 0
+        multiplier = learning_rate_multiplier(step, cycle.steps, warmup=warmup)
+        decay = weight_decay_multiplier(multiplier, decay_floor=self.weight_decay_floor)
+        return self.learning_rate * multiplier, self.weight_decay * decay
+
+
+def batch_rows(batch_tokens: int, context_length: int, multiplier: float = 1.0) -> int:
+    """Rows of one context length that come closest to so many tokens, at least one."""
+    return max(1, round(batch_tokens * multiplier / context_length))

@@ -1,0 +1,124 @@
+"""A student: one model that learns what the mixture says, and joins the population as one more member.
+
+It is trained like a trajectory of a single cycle, with the same batches, checkpoints and log; its teachers are the members of a
+tier, their probabilities averaged under the tier's weights. Whether it is worth a place is for `chorus prior fit` to judge.
+
+DIR/training/students/NAME/plan.json   its settings and teachers
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+from population import manifest
+from population.errors import ChorusError
+from population.files import write_text
+from population.manifest import Tier
+from train.model import Llama
+from train.run import Run
+from train.schedule import Cycle
+from train.settings import Settings
+from train.snapshot import load_member
+from train.trajectory import Trajectory
+
+
+class StudentPlan(BaseModel):
+    """What a student is to be."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    settings: Settings
+    """Of a run of one trajectory and one cycle."""
+    tier: str
+    teachers: dict[str, float]
+    """Members and their weights."""
+
+
+def make_plan(
+    run: Run, tier: Tier, *, epochs: int, alpha: float, temperature: float, layers: int, width: int, heads: int
+) -> StudentPlan:
+    """The plan of a student of a finished run.
+
+    Raises:
+        ChorusError: the sizes do not fit together.
+    """
+    settings = replace(
+        run.settings, trajectories=1, cycles=1, epochs_per_cycle=epochs, layers=layers, width=width, heads=heads,
+        distil_alpha=alpha, distil_temperature=temperature, distil_after=None, restart=False,
+    )  # fmt: skip
+    return StudentPlan(settings=settings, tier=tier.name, teachers=dict(zip(tier.members, tier.weights, strict=True)))
+
+
+def claim(run: Run, name: str, plan: StudentPlan) -> StudentPlan:
+    """Write a student's plan; or find that it was begun, with the teachers that it began with.
+
+    Raises:
+        ChorusError: there is another student or a member of that name.
+    """
+    if name in {member.name for member in manifest.load(run.directory).members}:
+        raise ChorusError(f"{run.directory} has a member {name!r} already. Give the student another --name.")
+    begun = read_plan(run.directory, name)
+    if begun is None:
+        write_text(_plan_path(run.directory, name), plan.model_dump_json(indent=2) + "\n")
+        return plan
+    if (begun.settings, begun.tier) != (plan.settings, plan.tier):
+        raise ChorusError(
+            f"a student {name!r} was begun in {run.directory} under other settings. "
+            "Give those to continue it, or another --name."
+        )
+    return begun
+
+
+def read_plan(directory: Path, name: str) -> StudentPlan | None:
+    """A student's plan; None where there is none.
+
+    Raises:
+        ChorusError: the file is damaged or of another version.
+    """
+    path = _plan_path(directory, name)
+    if not path.exists():
+        return None
+    try:
+        return StudentPlan.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ChorusError(f"{path} is not the plan of a student of this version. Give another --name.") from error
+
+
+def student_run(run: Run, plan: StudentPlan) -> Run:
+    """The run that trains the student: the same corpus and directory under the student's settings."""
+    return replace(run, settings=plan.settings)
+
+
+class Student(Trajectory):
+    """The training of one student."""
+
+    def __init__(self, run: Run, name: str, device: torch.device, *, checkpoint_seconds: float = 60.0) -> None:
+        plan = read_plan(run.directory, name)
+        if plan is None:
+            raise ChorusError(f"{run.directory} has no plan for a student {name!r}. Start it with `chorus distil`.")
+        self._population, self._plan, self._student = run, plan, name
+        super().__init__(student_run(run, plan), 0, device, checkpoint_seconds=checkpoint_seconds)
+
+    def _seeds(self) -> tuple[int, int]:
+        # A trajectory number of its own: another initialisation and other orders than any of its teachers had.
+        return self._population.settings.seed, self._population.settings.trajectories
+
+    def _home(self) -> Path:
+        return self.run.directory / "training" / "students" / self._student
+
+    def _name(self, cycle: Cycle) -> str:
+        return self._student
+
+    def _origin(self, cycle: Cycle) -> dict[str, JsonValue]:
+        return {}
+
+    def _load_teachers(self, cycle: Cycle) -> list[tuple[Llama, float]]:
+        return [
+            (load_member(self._population, name, self.device), weight) for name, weight in self._plan.teachers.items()
+        ]
+
+
+def _plan_path(directory: Path, name: str) -> Path:
+    return directory / "training" / "students" / name / "plan.json"

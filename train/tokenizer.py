@@ -1,0 +1,112 @@
+"""The tokenizer of a new population: trained on its train split, or a given one, as the files that Hugging Face and vLLM read."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from population.errors import ChorusError
+from population.files import write_text
+from population.tokens import TextTokenizer
+
+BOS, EOS = "<|bos|>", "<|eos|>"
+# For a base model: turns as plain paragraphs, of which it has seen many; no marks that it has never seen.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['content'] is string -%}{%- set text = message['content'] -%}
+{%- else -%}{%- set text = message['content'] | map(attribute='text') | join('') -%}
+{%- endif -%}
+{{ message['role'] + ': ' + text + '\n\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'assistant:' }}{%- endif -%}
+"""
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path, *, context_length: int) -> TextTokenizer:
+    """Train a byte-level BPE and write its files to `directory`.
+
+    Every prompt gets `<|bos|>` in front, as every document had in training.
+
+    Raises:
+        ChorusError: the text is too small for a vocabulary of that size.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if (found := tokenizer.get_vocab_size()) != vocab_size:
+        raise ChorusError(
+            f"the train split yields only {found} tokens, not --vocab-size {vocab_size}: it is too small for that many. "
+            f"Lower --vocab-size to {found} or less, or give more text."
+        )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    write_text(directory / "tokenizer.json", tokenizer.to_str(pretty=True))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "model_max_length": context_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_text(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    write_text(directory / "chat_template.jinja", CHAT_TEMPLATE)
+    return TextTokenizer.load(directory)
+
+
+def given_tokenizer(path: Path, directory: Path) -> TextTokenizer:
+    """Copy a tokenizer to `directory`, converting it to a fast one where it is not.
+
+    Args:
+        path: a directory as Hugging Face saves it, or a `tokenizer.json`.
+        directory: where its files go.
+
+    Raises:
+        ChorusError: there is no tokenizer at `path`.
+    """
+    if not path.exists():
+        raise ChorusError(f"--tokenizer {path} does not exist. Give a directory with a tokenizer, or a tokenizer.json.")
+    directory.mkdir(parents=True, exist_ok=True)
+    home = path if path.is_dir() else path.parent
+    if path.is_file() and path.name != "tokenizer.json":
+        raise ChorusError(f"--tokenizer {path} is not a tokenizer.json. Give that file or its directory.")
+    if (home / "tokenizer.json").is_file():
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+            if (home / name).is_file():
+                shutil.copyfile(home / name, directory / name)
+    else:
+        _convert(home, directory)
+    if not (directory / "chat_template.jinja").exists() and "chat_template" not in _config(directory):
+        write_text(directory / "chat_template.jinja", CHAT_TEMPLATE)
+    try:
+        return TextTokenizer.load(directory)
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises plain Exceptions
+        raise ChorusError(f"--tokenizer {path} cannot be read ({error}). Give a fast Hugging Face tokenizer.") from None
+
+
+def _config(directory: Path) -> dict[str, object]:
+    path = directory / "tokenizer_config.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _convert(home: Path, directory: Path) -> None:
+    from transformers import AutoTokenizer  # heavy, and needed for this conversion alone
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(home, local_files_only=True, use_fast=True)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise ChorusError(f"--tokenizer {home} holds no tokenizer that can be converted ({reason}).") from None
+    if not tokenizer.is_fast:
+        raise ChorusError(f"--tokenizer {home} has no fast version. Give a tokenizer with a tokenizer.json.")
+    tokenizer.save_pretrained(directory)

@@ -1,0 +1,243 @@
+"""One trajectory: cycles of steps, each ending in a snapshot, then a perturbation and on.
+
+It tells what happens through `emit` and stops between two steps when `should_stop` says so, with a checkpoint. Several
+processes may train one trajectory together (`train.group`): all of them take every step, the first one writes. It knows nothing of
+terminals or other trajectories.
+"""
+
+# B rows, T positions, N = B T tokens, D width
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+
+from population.errors import ChorusError
+from train.checkpoint import Position, load_checkpoint, remove_checkpoints, save_checkpoint
+from train.data import Epoch, TrainTokens
+from train.group import Averaged, Group
+from train.log import Log, Record
+from train.loss import Distillation, Teacher, next_token_loss
+from train.member import add_member
+from train.model import Llama
+from train.optimiser import Optimiser, clip_gradients
+from train.perturb import generator_for, perturb
+from train.run import Run, finished_members, member_name
+from train.schedule import Cycle
+from train.settings import Settings
+from train.snapshot import load_member
+
+_INITIALISATION, _PERTURBATION = 0, 1
+_MAX_GRADIENT_NORM = 1.0
+# Activations of so many tokens at once: what stays near a CPU's cache, and what fits into any GPU at these sizes.
+_MICRO_TOKENS = {"cpu": 4_096, "cuda": 32_768}
+
+
+class Trajectory:
+    """The state of one trajectory and its way through the schedule."""
+
+    def __init__(
+        self,
+        run: Run,
+        idx: int,
+        device: torch.device,
+        *,
+        checkpoint_seconds: float = 60.0,
+        group: Group = Group(),  # noqa: B008 - frozen
+    ) -> None:
+        self.run, self.idx, self.device, self.group = run, idx, device, group
+        self.directory = self._home()
+        if group.leads:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for leftover in self.directory.glob(".checkpoint-*"):
+                leftover.unlink()
+        group.wait()
+        self.model = Llama(run.shape).to(device)
+        self.optimiser = make_optimiser(self.model, run.settings)
+        self._averaged = Averaged(self.model, group, device)
+        self._teachers: list[tuple[Llama, float]] = []
+        """Frozen models and their weights; none while there is no distillation."""
+        self._data = TrainTokens(run.directory / "training")
+        self._checkpoint_seconds = checkpoint_seconds
+
+    def train(self, emit: Callable[[Record], None], should_stop: Callable[[], bool]) -> bool:
+        """Train from where the last checkpoint stands; True when all members are there, False when told to stop."""
+        cycles = self.run.schedule.cycles()
+        if self._name(cycles[-1]) in finished_members(self.run.directory):
+            self.group.wait()
+            if self.group.leads:
+                remove_checkpoints(self.directory)
+            return True
+        position = load_checkpoint(self.directory, self.model, self.optimiser)
+        if position is None:
+            self._initialise(0)
+            position = Position(cycle=0, step=0, log_bytes=0)
+        self.group.wait()  # all have read before anything is written
+        with self._log(position, emit) as log:
+            first_step = position.step
+            for cycle in cycles[position.cycle :]:
+                if not self._train_cycle(cycle, first_step, log, should_stop):
+                    return False
+                self._finish_cycle(cycle, log)
+                first_step = 0
+        if self.group.leads:
+            remove_checkpoints(self.directory)
+        return True
+
+    def _log(self, position: Position, emit: Callable[[Record], None]) -> Log:
+        if self.group.leads:
+            return Log(self.directory / "log.jsonl", length=position.log_bytes, also=emit)
+        return Log(None, length=0, also=lambda record: None)
+
+    def _train_cycle(self, cycle: Cycle, first_step: int, log: Log, should_stop: Callable[[], bool]) -> bool:
+        """The steps of one cycle from `first_step` on; False when told to stop, with a checkpoint written."""
+        self._teachers = self._load_teachers(cycle)
+        epoch_idx, epoch = -1, None
+        saved_at = started = time.monotonic()
+        for step in range(first_step, cycle.steps):
+            if epoch is None or step // cycle.steps_per_epoch != epoch_idx:
+                epoch_idx = step // cycle.steps_per_epoch
+                number = cycle.first_epoch + epoch_idx
+                seed, trajectory = self._seeds()
+                epoch = Epoch(self._data, seed=seed, trajectory=trajectory, epoch=number)
+            batch = epoch.batch(
+                step % cycle.steps_per_epoch, rows=cycle.batch_rows, length=self.run.settings.context_length
+            )
+            losses = self._step(cycle, step, torch.from_numpy(batch[0]), torch.from_numpy(batch[1]))
+            seconds, started = time.monotonic() - started, time.monotonic()
+            log.write(
+                {
+                    "event": "step",
+                    "trajectory": self.idx,
+                    "cycle": cycle.idx,
+                    "step": cycle.first_step + step,
+                    "epoch": cycle.first_epoch + (step + 1) / cycle.steps_per_epoch,
+                    **losses,
+                    "tokens": cycle.batch_rows * self.run.settings.context_length,
+                    "seconds": round(seconds, 4),
+                }
+            )
+            stop = self.group.any(should_stop())
+            if step + 1 < cycle.steps and (stop or time.monotonic() - saved_at >= self._checkpoint_seconds):
+                self._checkpoint(cycle.idx, step + 1, log)
+                saved_at = time.monotonic()
+                if stop:
+                    return False
+        return True
+
+    def _step(self, cycle: Cycle, step: int, tokens_BT: Tensor, targets_BT: Tensor) -> Record:
+        """One update of the weights; what it was like."""
+        self.model.train()
+        rate, decay = self.run.schedule.rates(cycle, step)
+        loss = cross_entropy = 0.0
+        mine = self.group.rows(len(tokens_BT))
+        rows = max(1, _MICRO_TOKENS[self.device.type] // tokens_BT.shape[1])
+        parts = list(zip(torch.split(tokens_BT[mine], rows), torch.split(targets_BT[mine], rows), strict=True))
+        for idx, (tokens, targets) in enumerate(parts):
+            share = len(tokens) / len(tokens_BT)
+            with self._averaged.keeping(idx + 1 < len(parts)):
+                part, part_cross_entropy = self._loss(tokens.to(self.device), targets.to(self.device))
+                (part * (share * self.group.size)).backward()  # type: ignore[no-untyped-call] # the average is a sum of shares
+            loss += share * float(part.detach())
+            cross_entropy += share * float(part_cross_entropy)
+        loss, cross_entropy = self.group.sums(loss, cross_entropy)
+        norm = clip_gradients(self.model, _MAX_GRADIENT_NORM)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise ChorusError(
+                f"trajectory {self.idx} diverged at step {cycle.first_step + step} (cycle {cycle.idx}): loss {loss}, "
+                f"gradient norm {norm}, at a learning rate of {rate:.3g}. Train into a new --out with a lower --lr "
+                f"(try {self.run.settings.lr / 3:.2g}), or a lower --perturbation if it followed a boundary. "
+                "Members finished so far stay usable."
+            )
+        self.optimiser.step(learning_rate=rate, weight_decay=decay)
+        return {
+            "loss": round(loss, 6),
+            "cross_entropy": round(cross_entropy, 6),
+            "learning_rate": rate,
+            "weight_decay": decay,
+            "gradient_norm": round(norm, 4),
+        }
+
+    def _loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
+        settings = self.run.settings
+        with autocast(self.device):
+            distillation = None
+            if self._teachers:
+                with torch.no_grad():
+                    said = tuple(
+                        Teacher(hidden_ND=model(tokens_BT).flatten(0, 1), head_VD=model.lm_head.weight, weight=weight)
+                        for model, weight in self._teachers
+                    )
+                alpha, temperature = settings.distil_alpha, settings.distil_temperature
+                distillation = Distillation(teachers=said, alpha=alpha, temperature=temperature)
+            hidden_ND = self._averaged(tokens_BT).flatten(0, 1)
+            return next_token_loss(hidden_ND, self.model.lm_head.weight, targets_BT.flatten(), distillation)
+
+    def _finish_cycle(self, cycle: Cycle, log: Log) -> None:
+        """Snapshot, evaluate, register; then perturb what goes on."""
+        if self.group.leads:
+            self._save_member(cycle, log)
+        if cycle.idx + 1 < self.run.settings.cycles:
+            if cycle.sigma_after is not None:
+                perturb(self.model, cycle.sigma_after, generator_for(*self._seeds(), _PERTURBATION, cycle.idx))
+            if self.run.settings.restart:
+                self._initialise(cycle.idx + 1)
+            self.group.align(self.model)
+            self._checkpoint(cycle.idx + 1, 0, log)
+        self.group.wait()  # the next cycle reads what was saved
+
+    def _seeds(self) -> tuple[int, int]:
+        """What initialisation, order and noise are functions of, besides epoch and cycle."""
+        return self.run.settings.seed, self.idx
+
+    def _home(self) -> Path:
+        """Where its checkpoints and log lie."""
+        return self.run.directory / "training" / f"t{self.idx}"
+
+    def _name(self, cycle: Cycle) -> str:
+        """Of the member that the cycle ends in."""
+        return member_name(self.idx, cycle.idx)
+
+    def _origin(self, cycle: Cycle) -> dict[str, JsonValue]:
+        """What the manifest says about where that member comes from."""
+        teacher = member_name(self.idx, cycle.idx - 1) if cycle.distils else None
+        return {"trajectory": self.idx, "cycle": cycle.idx, "teacher": teacher}
+
+    def _load_teachers(self, cycle: Cycle) -> list[tuple[Llama, float]]:
+        """Who speaks during the cycle: the trajectory's previous member, as it was saved."""
+        if not cycle.distils:
+            return []
+        return [(load_member(self.run, member_name(self.idx, cycle.idx - 1), self.device), 1.0)]
+
+    def _save_member(self, cycle: Cycle, log: Log) -> None:
+        name = self._name(cycle)
+        epochs = float(cycle.first_epoch + cycle.epochs)
+        selection_loss = add_member(self.model, self.run, name, self.device, epochs=epochs, **self._origin(cycle))
+        log.write({"event": "member", "trajectory": self.idx, "name": name, "selection_loss": selection_loss})
+
+    def _initialise(self, cycle: int) -> None:
+        """A fresh start, as at the begin of the run or, with `restart`, of a later cycle."""
+        later = (cycle,) if cycle else ()
+        self.model.initialise(generator_for(*self._seeds(), _INITIALISATION, *later))
+        self.optimiser.reset()
+
+    def _checkpoint(self, cycle: int, step: int, log: Log) -> None:
+        if self.group.leads:
+            position = Position(cycle=cycle, step=step, log_bytes=log.length())
+            save_checkpoint(self.directory, position, self.model, self.optimiser)
+
+
+def make_optimiser(model: Llama, settings: Settings) -> Optimiser:
+    """The rules that the settings ask for."""
+    return Optimiser(model, settings.optimiser, embedding_rate=settings.embedding_rate, cautious=settings.cautious)
+
+
+def autocast(device: torch.device) -> AbstractContextManager[object]:
+    """bfloat16 for matrix products where the hardware has it; float32 elsewhere, since emulated bfloat16 is far slower."""
+    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast(device.type, torch.bfloat16) if native else nullcontext()

@@ -1,0 +1,285 @@
+"""`chorus prior`: fit the members and weights of every budget, and see what they are worth."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from population.errors import ChorusError
+
+if TYPE_CHECKING:
+    from population.manifest import Pool
+    from prior.budgets import Amount
+    from prior.likelihoods import Progress
+
+_DIRECTORY = click.argument("directory", type=click.Path(path_type=Path))
+_MAX_BYTES = click.option(
+    "--max-bytes",
+    default=2_000_000,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Most text to take from a corpus.",
+)
+_SPLIT_ON = click.option(
+    "--split-on", help="A line of a text file where this expression matches begins a new document."
+)
+
+
+@click.group()
+def prior() -> None:
+    """Fit the weights and members for every budget."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+
+
+@prior.command()
+@_DIRECTORY
+@click.option(
+    "--corpus",
+    "corpora",
+    multiple=True,
+    metavar="[NAME=]TEXT",
+    help="Text to fit on (file, folder, dataset name or `stdlib`); the population's own splits by default. Several, each with a "
+    "name, make several priors: tiers NAME-economy and so on.",
+)
+@_MAX_BYTES
+@_SPLIT_ON
+@click.option(
+    "--budgets",
+    help="Tiers and what each may cost: members `economy=1,standard=2`, or `small=1.5x`, `small=200MB`, `small=12ms`; `max`, all "
+    "useful members, joins by itself.",
+)
+@click.option(
+    "--max-latency-ms", type=click.FloatRange(min=0, min_open=True), help="Most that any tier may take per token."
+)
+@click.option(
+    "--max-flops",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Most forward passes of the largest member per token.",
+)
+@click.option("--max-memory", help="Most weights that any tier may need, as 2GB or 800MiB.")
+@click.option(
+    "--latency",
+    type=click.Path(path_type=Path),
+    help="Measured ms per token; prior/latency.json, as `chorus prior measure` writes it, by default.",
+)
+@click.option(
+    "--pools",
+    help="Pools to fit with a temperature: `linear`, `log` or `linear,log`; the best by held-out text is served. Without it: "
+    "linear, at temperature 1. Takes several passes over the text.",
+)
+@click.option(
+    "--shrink", is_flag=True, help="Draw weights towards uniform, as far as cross-validation says; for little text."
+)
+def fit(
+    directory: Path,
+    corpora: tuple[str, ...],
+    max_bytes: int,
+    split_on: str | None,
+    budgets: str | None,
+    max_latency_ms: float | None,
+    max_flops: float | None,
+    max_memory: str | None,
+    latency: Path | None,
+    pools: str | None,
+    shrink: bool,
+) -> None:
+    """Choose members and fit weights for every tier of the population in DIRECTORY, on held-out text.
+
+    Writes the tiers and their losses into population.json, and prior/report.md, prior/frontier.png and prior/fit.json.
+    """
+    from prior.budgets import Budgets
+    from prior.run import OWN, fit_population
+
+    wished = Budgets.parse(budgets, _cap(max_latency_ms, max_flops, max_memory))
+    with _progress() as progress:
+        population, fits = fit_population(
+            directory,
+            corpora=_named(corpora) if corpora else OWN,
+            max_bytes=max_bytes,
+            split_on=split_on,
+            budgets=wished,
+            latency=latency,
+            shrink=shrink,
+            pools=_parse_pools(pools),
+            progress=progress,
+        )
+
+    from rich.console import Console
+
+    from prior.report import REPORT, member_table, tier_table
+
+    console = Console()
+    for named in fits:
+        if named.name is not None:
+            console.print(f"[bold]{named.name}[/], fitted on {named.text.source}", highlight=False, soft_wrap=True)
+        console.print(tier_table(population, named.fit), highlight=False)
+        console.print()
+        console.print(member_table(population, named.fit), highlight=False)
+        for warning in named.fit.warnings:
+            console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        console.print()
+    reports = ", ".join(str(directory / named.directory / REPORT) for named in fits)
+    console.print(
+        f"Prior version {population.prior_version} is in {directory / 'population.json'}; "
+        f"{'the report is' if len(fits) == 1 else 'reports are'} {reports}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@prior.command()
+@_DIRECTORY
+@click.option("--corpus", help="Text to look at: file, folder, dataset name or `stdlib`.")
+@click.option(
+    "--engine",
+    help="Address of a running `chorus serve` or `vllm serve` of this population: count the tiers through it, and compare with the "
+    "members here. Without --corpus on the population's own test split.",
+)
+@_MAX_BYTES
+@_SPLIT_ON
+def evaluate(directory: Path, corpus: str | None, engine: str | None, max_bytes: int, split_on: str | None) -> None:
+    """Show what the tiers of the population in DIRECTORY are worth on other text, and what fitting again would gain there.
+
+    With --engine: show that a running engine gives what the manifest promises.
+    """
+    from rich.console import Console
+
+    from prior.evaluate import check_engine, evaluate_population, served_table, shift_table
+
+    console = Console()
+    if engine is not None:
+        with _progress() as progress:
+            population, split, served = check_engine(
+                directory, engine, corpus=corpus, max_bytes=max_bytes, split_on=split_on, progress=progress
+            )
+        console.print(
+            f"{split.num_scored:,} tokens in {split.split.num_documents} documents, through {engine}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        console.print(served_table(population, served), highlight=False)
+        if wrong := [s.tier for s in served if not s.agrees]:
+            raise ChorusError(
+                f"the engine at {engine} does not give what the members here give, at {', '.join(wrong)}. It may serve another "
+                "prior or other members, or compute in a coarser dtype: restart it, or serve with `-- --dtype float32` to see."
+            )
+        return
+    if corpus is None:
+        raise ChorusError("evaluate needs --corpus TEXT, or --engine URL for the population's own test split.")
+    with _progress() as progress:
+        population, split, shifts = evaluate_population(
+            directory, corpus=corpus, max_bytes=max_bytes, split_on=split_on, progress=progress
+        )
+    console.print(
+        f"{split.num_scored:,} tokens in {split.split.num_documents} documents of {corpus}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(shift_table(population, shifts), highlight=False)
+    console.print(
+        "\nWith new weights, members: how the loss would change if the same members were weighed anew, or as many members "
+        "chosen anew, on one half of this text; counted on the other half, both ways. Below zero is a gain.",
+        highlight=False,
+    )
+
+
+@prior.command()
+@_DIRECTORY
+@click.option("--engine", required=True, help="Address of a running `chorus serve` or `vllm serve` of this population.")
+def measure(directory: Path, engine: str) -> None:
+    """Measure what a token takes at every tier of the population in DIRECTORY, on a running engine that does nothing else.
+
+    Writes prior/latency.json, which `chorus prior fit --max-latency-ms` reads.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from population import manifest
+    from prior.engine import connect
+    from prior.latency import LATENCY_JSON, save_table
+    from prior.latency import measure as measure_latency
+
+    population = manifest.load(directory)
+    table = measure_latency(connect(engine, population), population)
+    save_table(table, directory)
+    shown = Table("tier", box=None, pad_edge=False)
+    for heading in ("members", "cost", "ms per token"):
+        shown.add_column(heading, justify="right")
+    for tier, point in zip(population.tiers, table.points, strict=True):
+        shown.add_row(tier.name, str(tier.budget), f"{point.relative_cost:.2f}x", f"{point.ms_per_token:.2f}")
+    console = Console()
+    console.print(shown, highlight=False)
+    console.print(f"\nWritten to {directory / LATENCY_JSON}.", highlight=False, soft_wrap=True)
+
+
+def _cap(max_latency_ms: float | None, max_flops: float | None, max_memory: str | None) -> "Amount | None":
+    from prior.budgets import Amount
+
+    caps = []
+    if max_latency_ms is not None:
+        caps.append(Amount(number=max_latency_ms, unit="ms"))
+    if max_flops is not None:
+        caps.append(Amount(number=max_flops, unit="x"))
+    if max_memory is not None:
+        caps.append(Amount.parse(max_memory, "--max-memory"))
+        if caps[-1].unit != "bytes":
+            raise ChorusError(f"--max-memory {max_memory!r} is not an amount of memory. Write it like 2GB or 800MiB.")
+    if len(caps) > 1:
+        raise ChorusError("give one of --max-latency-ms, --max-flops and --max-memory.")
+    return caps[0] if caps else None
+
+
+def _named(corpora: tuple[str, ...]) -> dict[str | None, str | None]:
+    """Priors by name. A lone corpus may go without one."""
+    from prior.budgets import TIER_NAME
+
+    found: dict[str | None, str | None] = {}
+    for corpus in corpora:
+        name, separator, text = corpus.partition("=")
+        is_named = bool(separator and text and TIER_NAME.fullmatch(name)) and not Path(corpus).exists()
+        if not is_named and len(corpora) > 1:
+            raise ChorusError(
+                f"--corpus {corpus!r} has no name, and there are {len(corpora)}. Write each like `--corpus news=PATH`."
+            )
+        if is_named and name in found:
+            raise ChorusError(f"two corpora are named {name!r}: give each prior its own name.")
+        if is_named and len(name) > 40:
+            raise ChorusError(f"the name {name!r} is too long for tiers to begin with: at most 40 characters.")
+        found[name if is_named else None] = text if is_named else corpus
+    return found
+
+
+def _parse_pools(text: str | None) -> "tuple[Pool, ...]":
+    known: dict[str, Pool] = {"linear": "linear", "log": "log"}
+    wished = [] if text is None else [part.strip() for part in text.split(",")]
+    if unknown := [part for part in wished if part not in known]:
+        raise ChorusError(f"--pools {text!r}: there is no pool {unknown[0]!r}; there are linear and log.")
+    return tuple(known[part] for part in dict.fromkeys(wished))
+
+
+@contextlib.contextmanager
+def _progress() -> "Iterator[Progress]":
+    """One bar per member and split that is scored; nothing is shown for what is already on disk."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("scoring {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokens"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, transient=True) as bars:
+        tasks: dict[tuple[str, str], int] = {}
+
+        def advance(member: str, split: str, scored: int, total: int) -> None:
+            if (member, split) not in tasks:
+                for done in tasks.values():
+                    bars.update(done, visible=False)  # type: ignore[arg-type]
+                tasks[member, split] = bars.add_task(f"{member} on {split}", total=total)
+            bars.advance(tasks[member, split], scored)  # type: ignore[arg-type]
+
+        yield advance

@@ -1,0 +1,72 @@
+"""Whole next-token distributions of a population's members, streamed window by window: what `prior.pools` is fitted on."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from population.manifest import Population, Tier
+from prior.likelihoods import batches, load_model
+from prior.pools import Block, Pooled, pooled_losses
+from prior.quadratic import FloatArray
+from prior.splits import ScoredSplit
+
+_BLOCK_BYTES = 1 << 27  # of float32 log-probabilities, all members together; at least one window of each
+
+
+class MemberDistributions:
+    """The members' distributions over splits; a `prior.pools.Source`. Members stay loaded once they were asked for."""
+
+    def __init__(self, population: Population, directory: Path, splits: Sequence[ScoredSplit]) -> None:
+        self._population = population
+        self._directory = directory
+        self._splits = splits
+        self._models: dict[int, PreTrainedModel] = {}
+
+    def num_tokens(self, part: int) -> int:
+        """Scored tokens of a split."""
+        return self._splits[part].num_scored
+
+    def blocks(self, part: int, members: tuple[int, ...]) -> Iterator[Block]:
+        """The split's windows in batches; all members see the same batch before the next is made."""
+        split = self._splits[part]
+        each = _BLOCK_BYTES // len(members)
+        streams = [batches(self._model(member), split, logits_bytes=each) for member in members]
+        for of_members in zip(*streams, strict=True):
+            targets_BT, _, places = of_members[0]
+            is_scored_BT = torch.zeros_like(targets_BT, dtype=torch.bool)
+            for row_T, (_, count) in zip(is_scored_BT, places, strict=True):
+                row_T[:count] = True
+            log_p = [torch.log_softmax(logits_BTV[is_scored_BT].float(), dim=-1) for _, logits_BTV, _ in of_members]
+            yield Block(
+                positions_B=np.concatenate([np.arange(first, first + count) for first, count in places]),
+                targets_B=targets_BT[is_scored_BT],
+                log_p_KBV=torch.stack(log_p),
+            )
+
+    def _model(self, member: int) -> PreTrainedModel:
+        if member not in self._models:
+            self._models[member] = load_model(self._directory / self._population.members[member].path, self._population)
+        return self._models[member]
+
+
+def follows_from_likelihoods(tier: Tier) -> bool:
+    """Whether a tier's loss needs the true tokens' probabilities only."""
+    return tier.temperature == 1 and (tier.pool == "linear" or len(tier.members) == 1)
+
+
+def tier_losses(population: Population, directory: Path, split: ScoredSplit, tiers: Sequence[Tier]) -> list[FloatArray]:
+    """-log p of every scored token (N) under tiers of any pool and temperature, computed with the members themselves."""
+    idx_of = {member.name: idx for idx, member in enumerate(population.members)}
+    mixtures = [
+        Pooled(
+            members=tuple(idx_of[name] for name in tier.members),
+            weights=tier.weights,
+            pool=tier.pool,
+            temperature=tier.temperature,
+        )
+        for tier in tiers
+    ]
+    return pooled_losses(MemberDistributions(population, directory, [split]), 0, mixtures) if tiers else []

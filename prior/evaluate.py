@@ -1,0 +1,164 @@
+"""`chorus prior evaluate`: the tiers of a population on text of the user's choice, computed here or through a running engine."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from population import manifest
+from population.errors import ChorusError
+from population.manifest import Population
+from population.tokens import TextTokenizer
+from prior.distributions import follows_from_likelihoods, tier_losses
+from prior.engine import connect, engine_losses
+from prior.likelihoods import Progress, likelihoods
+from prior.report import interval_text, signed_text
+from prior.shift import Offer, TierShift, evaluate_shift
+from prior.splits import HELD_OUT, ScoredSplit, own_splits, whole_corpus
+from prior.weights import mixture_losses
+
+AGREEMENT = 1e-3  # nats between an engine's mean loss and ours that rounding explains
+
+
+def evaluate_population(
+    directory: Path, *, corpus: str, max_bytes: int, split_on: str | None, progress: Progress | None = None
+) -> tuple[Population, ScoredSplit, list[TierShift]]:
+    """Every tier on a corpus. Likelihoods are kept for the next time; the manifest is left as it is.
+
+    Raises:
+        ChorusError: the population or the corpus cannot be used, or a tier pools logits: its loss does not follow from likelihoods.
+    """
+    population = _load(directory)
+    if other := [tier.name for tier in population.tiers if not follows_from_likelihoods(tier)]:
+        raise ChorusError(
+            f"tiers {', '.join(other)} do not pool probabilities at temperature 1, so what new weights would gain does not follow "
+            f"from the likelihoods of the true tokens. Fit linear tiers (`chorus prior fit {directory}`), or count these with "
+            "--engine."
+        )
+    manifest.verify(population, directory)
+    split = whole_corpus(
+        corpus,
+        TextTokenizer.load(directory),
+        context_length=population.context_length,
+        vocab_size=population.vocab_size,
+        max_bytes=max_bytes,
+        split_on=split_on,
+    )
+    probabilities_MN = likelihoods(population, directory, [split], progress=progress)
+    idx_of = {member.name: idx for idx, member in enumerate(population.members)}
+    offers = [
+        Offer(name=tier.name, members=tuple(idx_of[name] for name in tier.members), weights=tier.weights)
+        for tier in population.tiers
+    ]
+    return population, split, evaluate_shift(probabilities_MN, split.offsets, offers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A tier as a running engine gives it, beside the same tier computed here with the members' checkpoints."""
+
+    tier: str
+    engine_nats: float
+    nats: float
+    largest_difference: float
+    """Of any token's loss, nats."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the mean losses are the same, but for rounding."""
+        return abs(self.engine_nats - self.nats) <= AGREEMENT
+
+
+def check_engine(
+    directory: Path,
+    url: str,
+    *,
+    corpus: str | None,
+    max_bytes: int,
+    split_on: str | None,
+    progress: Progress | None = None,
+) -> tuple[Population, ScoredSplit, list[Served]]:
+    """Every tier counted through a running engine, on a corpus or on the population's own test split.
+
+    Raises:
+        ChorusError: the population, the text or the engine cannot be used.
+    """
+    population = _load(directory)
+    engine = connect(url, population)
+    manifest.verify(population, directory)
+    shape = {"context_length": population.context_length, "vocab_size": population.vocab_size}
+    if corpus is None:
+        splits = own_splits(directory, **shape)
+        split = splits["test"]
+        parts = [splits[name] for name in HELD_OUT]  # as a fit keeps them, so that nothing is computed twice
+    else:
+        tokenizer = TextTokenizer.load(directory)
+        split = whole_corpus(corpus, tokenizer, max_bytes=max_bytes, split_on=split_on, **shape)
+        parts = [split]
+    probabilities_MN = likelihoods(population, directory, parts, progress=progress)[:, -split.num_scored :]
+    idx_of = {member.name: idx for idx, member in enumerate(population.members)}
+    others = [tier for tier in population.tiers if not follows_from_likelihoods(tier)]
+    exact = dict(zip((t.name for t in others), tier_losses(population, directory, split, others), strict=True))
+    found = []
+    for tier in population.tiers:
+        if tier.name not in exact:
+            rows = [idx_of[name] for name in tier.members]
+            exact[tier.name] = mixture_losses(probabilities_MN[rows], np.asarray(tier.weights))
+
+        def advance(scored: int, name: str = tier.name) -> None:
+            if progress is not None:
+                progress(f"tier {name}", "the engine", scored, split.num_scored)
+
+        served_N = engine_losses(engine, tier.name, split, progress=advance)
+        found.append(
+            Served(
+                tier=tier.name,
+                engine_nats=float(served_N.mean()),
+                nats=float(exact[tier.name].mean()),
+                largest_difference=float(np.abs(served_N - exact[tier.name]).max()),
+            )
+        )
+    return population, split, found
+
+
+def served_table(population: Population, served: list[Served]) -> Table:
+    """Tier, loss through the engine and here, their difference, and what the manifest says. Fits 80 columns."""
+    table = Table("tier", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("engine, nats", "members here", "difference", "largest, a token", "manifest"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for tier, found in zip(population.tiers, served, strict=True):
+        table.add_row(
+            f"[bold]{tier.name}[/]",
+            f"{found.engine_nats:.5f}",
+            f"{found.nats:.5f}",
+            f"{found.engine_nats - found.nats:+.1e}",
+            f"{found.largest_difference:.1e}",
+            "-" if tier.test_loss is None else f"{tier.test_loss.nats:.5f}",
+        )
+    return table
+
+
+def _load(directory: Path) -> Population:
+    population = manifest.load(directory)
+    if not population.tiers:
+        raise ChorusError(f"{directory} has no tiers yet. Fit them first: `chorus prior fit {directory}`.")
+    return population
+
+
+def shift_table(population: Population, shifts: list[TierShift]) -> Table:
+    """Tier, loss here and at home, against the best single member here, and what would change. Fits 80 columns."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("tier", no_wrap=True)
+    for heading in ("loss here, nats", "at\nhome", "to best\nsingle", "with new\nweights", "with new\nmembers"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for tier, shift in zip(population.tiers, shifts, strict=True):
+        table.add_row(
+            f"[bold]{tier.name}[/]",
+            interval_text(shift.loss).replace(" [", "\n[", 1),
+            "-" if tier.test_loss is None else f"{tier.test_loss.nats:.3f}",
+            f"{shift.to_best_single.nats:+.4f}",
+            signed_text(shift.new_weights).replace(" [", "\n[", 1),
+            signed_text(shift.new_members).replace(" [", "\n[", 1),
+        )
+    return table

@@ -1,0 +1,132 @@
+"""The whole of `chorus prior fit`, from a population directory to the same directory with tiers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from population import manifest
+from population.errors import ChorusError
+from population.manifest import Name, Pool, Population
+from population.tokens import TextTokenizer
+from prior.budgets import Budgets, Spending, resolve
+from prior.distributions import MemberDistributions
+from prior.fit import HeldOut, PriorFit, check_budgets, fit_prior
+from prior.latency import LATENCY_JSON, load_table
+from prior.likelihoods import Progress, likelihoods
+from prior.plots import save_frontier, save_members
+from prior.report import save_report
+from prior.results import FittedText, NamedFit, fitted_population, save_json
+from prior.splits import HELD_OUT, ScoredSplit, corpus_splits, own_splits
+
+NO_BUDGETS = Budgets(tiers={})
+OWN: Mapping[Name | None, str | None] = {None: None}
+"""The population's own splits, as the one prior, without a name."""
+
+
+def fit_population(
+    directory: Path,
+    *,
+    corpora: Mapping[Name | None, str | None] = OWN,
+    max_bytes: int = 2_000_000,
+    split_on: str | None = None,
+    budgets: Budgets = NO_BUDGETS,
+    latency: Path | None = None,
+    shrink: bool = False,
+    pools: Sequence[Pool] = (),
+    progress: Progress | None = None,
+) -> tuple[Population, list[NamedFit]]:
+    """Fit the priors of a population and write manifest, reports, plots and JSON. The manifest is written last.
+
+    Args:
+        directory: the population's.
+        corpora: name of each prior, and its text; one prior may go without a name, and without a text: see `OWN`.
+        max_bytes: most text to take from a corpus.
+        split_on: see `population.corpus.read_documents`.
+        budgets: what tiers may cost.
+        latency: a table for budgets in milliseconds; prior/latency.json of the population where there is one.
+        shrink: draw weights towards uniform; see `fit_prior`.
+        pools: pools to try besides the linear one at temperature 1; see `fit_prior`.
+        progress: see `prior.likelihoods`.
+
+    Raises:
+        ChorusError: the population or the text cannot be used; nothing has been computed or written then.
+    """
+    population = manifest.load(directory)
+    spending = _spending(budgets, population, directory, latency)
+    check_budgets(spending.counts, len(population.members))
+    manifest.verify(population, directory)
+    texts = {name: _splits(population, directory, text, max_bytes, split_on) for name, text in corpora.items()}
+    fits = []
+    for name, splits in texts.items():
+        held_out = measure(population, directory, splits, progress)
+        source = MemberDistributions(population, directory, [splits[part] for part in HELD_OUT]) if pools else None
+        found = fit_prior(
+            held_out,
+            budgets=spending.counts,
+            limited=spending.limited,
+            limits=spending.limits,
+            shrink=shrink,
+            source=source,
+            pools=pools,
+        )
+        text = FittedText(
+            source=corpora[name] or "the population's own held-out splits",
+            num_tokens={part: split.num_scored for part, split in splits.items()},
+            num_documents={part: split.split.num_documents for part, split in splits.items()},
+        )
+        fits.append(NamedFit(name=name, held_out=held_out, fit=_under(name, found), text=text))
+
+    fitted = fitted_population(population, fits)
+    for named in fits:
+        out = directory / named.directory
+        save_json(directory, fitted, named)
+        save_frontier(out, fitted, named.fit)
+        save_members(out, fitted, named.fit)
+        save_report(out, fitted, named.fit, named.text)
+    manifest.save(fitted, directory)
+    return fitted, fits
+
+
+def measure(
+    population: Population, directory: Path, splits: dict[str, ScoredSplit], progress: Progress | None = None
+) -> HeldOut:
+    """Likelihoods of all members on the three splits."""
+    parts = [splits[name] for name in HELD_OUT]
+    return HeldOut(
+        probabilities_MN=likelihoods(population, directory, parts, progress=progress),
+        num_fitness=parts[0].num_scored,
+        num_selection=parts[1].num_scored,
+        fitted_offsets=np.concatenate([parts[0].offsets, parts[0].num_scored + parts[1].offsets[1:]]),
+        test_offsets=parts[2].offsets,
+    )
+
+
+def _under(name: str | None, fit: PriorFit) -> PriorFit:
+    """The fit with the prior's name before those of its tiers."""
+    if name is None:
+        return fit
+    tiers = tuple(replace(tier, name=f"{name}-{tier.name}") for tier in fit.tiers)
+    return replace(fit, tiers=tiers, warnings=tuple(f"{name}: {warning}" for warning in fit.warnings))
+
+
+def _spending(budgets: Budgets, population: Population, directory: Path, latency: Path | None) -> Spending:
+    table = None
+    if budgets.unit == "ms" and (latency is not None or (directory / LATENCY_JSON).is_file()):
+        table = load_table(latency or directory / LATENCY_JSON)
+    elif latency is not None and budgets.unit != "ms":
+        raise ChorusError(
+            "a latency table was given, but no limit in ms: add --max-latency-ms, or budgets like small=10ms."
+        )
+    return resolve(budgets, population, directory, table)
+
+
+def _splits(
+    population: Population, directory: Path, corpus: str | None, max_bytes: int, split_on: str | None
+) -> dict[str, ScoredSplit]:
+    shape = {"context_length": population.context_length, "vocab_size": population.vocab_size}
+    if corpus is None:
+        return own_splits(directory, **shape)
+    tokenizer = TextTokenizer.load(directory)
+    return corpus_splits(corpus, tokenizer, max_bytes=max_bytes, split_on=split_on, **shape)

@@ -1,0 +1,211 @@
+"""The engine against plain vLLM serving one member: tokens/s for each tier and for mixed batches, alternating, in one run.
+
+    python bench/engine.py POPULATION [--concurrency 1 4 16] [--repeats 5] [--json OUT]
+
+Each engine lives in a process of its own, without an API server, and waits on its input while the other is measured. A row's
+`bound` is the fraction of plain vLLM's speed that its member-rows alone would allow: plain / members. Below the table stand the
+ratios that the engine is held to.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from population import manifest
+
+PROMPT_TOKENS, NEW_TOKENS = 16, 192
+
+
+def main() -> None:
+    """Measure, print the table, write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("population", type=Path)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    population = manifest.load(arguments.population)
+    first = population.member(population.tiers[0].members[0])
+    mixes = {tier.name: [tier.name] for tier in population.tiers}
+    mixes["15 cheapest : 1 dearest"] = [population.tiers[0].name] * 15 + [population.tiers[-1].name]
+    budgets = {tier.name: tier.budget for tier in population.tiers}
+    plain = Engine(arguments.population / first.path, tokenizer=arguments.population)
+    mixed = Engine(arguments.population, tokenizer=arguments.population)
+    rows = []
+    try:
+        for concurrency in arguments.concurrency:
+            for name, mix in mixes.items():
+                if len(mix) > concurrency:
+                    continue
+                tiers = [mix[idx % len(mix)] for idx in range(concurrency)]
+                ratios, speeds, shares = [], [], []
+                for repeat in range(arguments.repeats + 1):
+                    base, _ = plain.run(concurrency * [None])
+                    speed, mixing_share = mixed.run(tiers)
+                    if repeat:  # the first of each is a warm-up
+                        ratios.append(speed / base)
+                        speeds.append((base, speed))
+                        shares.append(mixing_share)
+                rows.append(
+                    {
+                        "concurrency": concurrency,
+                        "mix": name,
+                        "member_rows": sum(budgets[tier] for tier in tiers) / concurrency,
+                        "plain_tokens_per_s": statistics.median(base for base, _ in speeds),
+                        "tokens_per_s": statistics.median(speed for _, speed in speeds),
+                        "ratio": statistics.median(ratios),
+                        "ratio_min": min(ratios),
+                        "ratio_max": max(ratios),
+                        "mixing_share": statistics.median(shares),
+                    }
+                )
+        kv_capacity = mixed.kv_tokens / plain.kv_tokens
+    finally:
+        plain.stop()
+        mixed.stop()
+    report(rows)
+    bars = held_to(rows, budgets, kv_capacity)
+    for what, value, bar in bars:
+        print(f"{what:<70} {value:6.3f}  (bar {bar})")
+    if arguments.json:
+        figures = {
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+            "rows": rows,
+            "bars": [{"what": what, "measured": value, "bar": bar} for what, value, bar in bars],
+        }
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def held_to(rows: list[dict[str, Any]], budgets: dict[str, int], kv_capacity: float) -> list[tuple[str, float, str]]:
+    """The ratios that the design asks for, from the rows: what, measured, bar."""
+    speeds = {(row["concurrency"], row["mix"]): row["tokens_per_s"] for row in rows}
+    cheapest, dearest = next(iter(budgets)), list(budgets)[-1]
+    bars = []
+    for row in rows:
+        concurrency, mix = row["concurrency"], row["mix"]
+        if mix == cheapest:
+            bars.append((f"one member / plain vLLM, {concurrency} requests", row["ratio"], ">= 0.97"))
+        elif mix in budgets:
+            step = speeds[concurrency, cheapest] / row["tokens_per_s"] / budgets[mix]
+            bars.append(
+                (f"step of {budgets[mix]} members / so many steps of one, {concurrency} requests", step, "<= 1.05")
+            )
+        else:
+            alone = concurrency / speeds[concurrency, cheapest] + (budgets[dearest] - 1) / speeds[1, cheapest]
+            bars.append(
+                (
+                    f"mixed batch / its member-rows alone, {concurrency} requests",
+                    concurrency / row["tokens_per_s"] / alone,
+                    "<= 1.10",
+                )
+            )
+        if mix == dearest:
+            bars.append(
+                (f"share of a step spent mixing, {mix}, {concurrency} requests", row["mixing_share"], "<= 0.05")
+            )
+    return [*bars, ("KV capacity in tokens for one member / plain vLLM, same bytes", kv_capacity, ">= 0.95")]
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Print the table."""
+    table = Table("concurrency", "requests", box=None)
+    for heading in ("plain vLLM, tokens/s", "population, tokens/s", "ratio", "bound"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row["concurrency"]),
+            row["mix"],
+            f"{row['plain_tokens_per_s']:.0f}",
+            f"{row['tokens_per_s']:.0f}",
+            f"{row['ratio']:.3f} [{row['ratio_min']:.3f}, {row['ratio_max']:.3f}]",
+            f"{1 / row['member_rows']:.3f}",
+        )
+    Console().print(table)
+
+
+class Engine:
+    """A vLLM engine in a process of its own, asked over its standard input and output."""
+
+    def __init__(self, model: Path, *, tokenizer: Path) -> None:
+        command = [sys.executable, __file__, "--engine", str(model), str(tokenizer)]
+        environment = {
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "HF_HUB_OFFLINE": "1",
+        }
+        environment |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environment
+        )
+        self.kv_tokens = self._answer()[0]
+        """Tokens of one member that its KV cache holds."""
+
+    def run(self, tiers: list[Any]) -> tuple[float, float]:
+        """Tokens per second of one batch of requests, one for each entry of `tiers`, and the share of time spent mixing."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(tiers) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def stop(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+
+    def _answer(self) -> tuple[float, float]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("answer "):
+                first, second = line.removeprefix("answer ").split()
+                return float(first), float(second)
+        raise SystemExit(f"the engine ended with status {self._process.wait()}; run its command by hand to see why")
+
+
+def serve_engine(model: str, tokenizer: str) -> None:
+    """The other end of `Engine`."""
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        model, tokenizer=tokenizer, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=256 << 20,
+        distributed_executor_backend="uni", max_num_seqs=64, enable_prefix_caching=False, disable_log_stats=False,
+    )  # fmt: skip
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    cache = engine.llm_engine.vllm_config.cache_config
+    counts = getattr(scheduler, "counts", None)
+    print(f"answer {cache.num_gpu_blocks * cache.block_size} 0", flush=True)
+    for line in sys.stdin:
+        tiers = json.loads(line)
+        arguments = [{"extra_args": {"chorus_tier": tier}} if tier else {} for tier in tiers]
+        parameters = [
+            SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, **more) for more in arguments
+        ]
+        prompts = [{"prompt_token_ids": [2 + idx, *range(3, 2 + PROMPT_TOKENS)]} for idx in range(len(tiers))]
+        engine.generate(
+            prompts, parameters, use_tqdm=False
+        )  # the other engine's threads spin on for a while: let them sleep
+        mixed_before = counts.mixing_s if counts else 0.0
+        start = time.perf_counter()
+        engine.generate(prompts, parameters, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        mixing_s = counts.mixing_s - mixed_before if counts else 0.0
+        print(f"answer {len(tiers) * NEW_TOKENS / seconds} {mixing_s / seconds}", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--engine"]:
+        serve_engine(*sys.argv[2:])
+    else:
+        main()

@@ -1,0 +1,100 @@
+"""A member's attention layers: their KV cache is the member's own, and they see only the rows that the member runs."""
+
+from types import SimpleNamespace
+from typing import Any
+
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import CommonAttentionMetadata, subclass_attention_backend
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from population.errors import ChorusError
+from serve.engine.kv import MemberAttentionSpec
+from serve.engine.rows import MemberRows, Step
+
+
+class CurrentStep(SimpleNamespace):
+    """The step that is being run, shared by the worker (which sets it), the model and the attention of its members.
+
+    None outside a step: vLLM's warm-up and profiling runs, in which every member runs every row.
+    """
+
+    step: Step | None = None
+
+
+def claim_layers(model: Any, member: int, current: CurrentStep) -> list[str]:
+    """Make the attention layers of `model` those of `member`; return their names.
+
+    Raises:
+        ChorusError: a layer's KV cache is not plain full attention (sliding windows, latent attention, state spaces).
+    """
+    names = []
+    backends: dict[type, type] = {}
+    for layer in model.modules():
+        if not isinstance(layer, Attention):
+            continue
+        backend = layer.attn_backend
+        if backend not in backends:
+            builder = _narrowing_builder(backend.get_builder_cls(), member, current)
+            backends[backend] = subclass_attention_backend(f"Member{member}", backend, builder)
+        layer.attn_backend = backends[backend]
+        _own_kv_cache(layer, member)
+        names.append(layer.layer_name)
+    if not names:
+        raise ChorusError(
+            f"member {member} has no attention layer that vLLM caches: only decoder-only transformers can be mixed."
+        )
+    return names
+
+
+def _own_kv_cache(layer: Any, member: int) -> None:
+    plain_spec = layer.get_kv_cache_spec
+
+    def get_kv_cache_spec(vllm_config: Any) -> MemberAttentionSpec:
+        spec = plain_spec(vllm_config)
+        if type(spec) is not FullAttentionSpec:
+            raise ChorusError(
+                f"member {member}, layer {layer.layer_name}: its KV cache is a {type(spec).__name__}, and only full attention can "
+                "be mixed so far. Where a sliding window is no shorter than the context, remove it from the member's config.json."
+            )
+        return MemberAttentionSpec.of(spec, member)
+
+    layer.get_kv_cache_spec = get_kv_cache_spec
+
+
+def _narrowing_builder(builder: type, member: int, current: CurrentStep) -> type:
+    """A subclass of a backend's metadata builder that builds for the member's rows only."""
+
+    class Narrowed(builder):
+        def build(
+            self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+        ) -> Any:
+            rows = None if current.step is None else current.step.rows[member]
+            if rows is not None:
+                common_attn_metadata = narrow(common_attn_metadata, rows)
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+
+    Narrowed.__name__ = f"Member{member}{builder.__name__}"
+    return Narrowed
+
+
+def narrow(metadata: CommonAttentionMetadata, rows: MemberRows) -> CommonAttentionMetadata:
+    """The metadata of a batch that holds only `rows`."""
+
+    def of_requests(values: Any) -> Any:
+        return None if values is None else values[rows.requests.to(values.device)]
+
+    return metadata.replace(
+        query_start_loc=rows.query_start_loc,
+        query_start_loc_cpu=rows.query_start_loc_cpu,
+        num_reqs=rows.num_requests,
+        num_actual_tokens=rows.num_tokens,
+        max_query_len=rows.max_query_len,
+        seq_lens=metadata.seq_lens[rows.requests],
+        block_table_tensor=metadata.block_table_tensor[rows.requests],
+        slot_mapping=metadata.slot_mapping[rows.tokens],
+        positions=None if metadata.positions is None else metadata.positions[rows.tokens],
+        is_prefilling=of_requests(metadata.is_prefilling),
+        seq_lens_cpu_upper_bound=of_requests(metadata.seq_lens_cpu_upper_bound),
+        _num_computed_tokens_cache=None,
+        _token_to_req_indices_cache=None,
+    )

@@ -1,0 +1,48 @@
+"""What a population needs of vLLM's configuration; what it cannot work with is refused with a sentence that says why."""
+
+import os
+from typing import Any
+
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from population.errors import ChorusError
+from serve.engine.loader import LOAD_FORMAT
+from serve.engine.requests import check_every_request
+
+
+class PopulationConfig(VerifyAndUpdateConfig):
+    """vLLM calls this, in the process that makes the configuration, for every model of our architecture."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Refuse what cannot work, then choose our scheduler, worker and loader."""
+        _refuse(vllm_config)
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the runner that `worker` knows; the new one has other hooks
+        scheduler, parallel, load = vllm_config.scheduler_config, vllm_config.parallel_config, vllm_config.load_config
+        scheduler.scheduler_cls = "serve.engine.scheduler.PopulationScheduler"
+        scheduler.disable_hybrid_kv_cache_manager = False
+        scheduler.async_scheduling = False
+        parallel.worker_cls = "serve.engine.worker.PopulationWorker"
+        # vLLM keys compiled artifacts by a model's shape, which members share: one would load another's. And CUDA graphs are
+        # captured for a number of rows, on which the members of a mixed batch do not agree.
+        vllm_config.model_config.enforce_eager = True
+        if load.load_format in ("auto", "hf", "safetensors"):
+            load.load_format = LOAD_FORMAT
+        check_every_request(vllm_config.model_config.model)
+
+
+def _refuse(vllm_config: Any) -> None:
+    parallel = vllm_config.parallel_config
+    refusals = {
+        "LoRA adapters (--enable-lora) belong to one model, a population has many": vllm_config.lora_config is not None,
+        "pipeline parallelism (--pipeline-parallel-size) is not supported: members are whole on each rank; "
+        "use --tensor-parallel-size": parallel.pipeline_parallel_size > 1,
+        "decode context parallelism (--decode-context-parallel-size) is not supported": parallel.decode_context_parallel_size > 1,
+        "dual-batch overlap (--enable-dbo) is not supported: members split the batch already": parallel.enable_dbo,
+        "KV transfer (--kv-transfer-config) is not supported: connectors do not know that requests hold some members' KV only":
+            vllm_config.kv_transfer_config is not None,
+        "speculative decoding (--speculative-config) is not supported yet": vllm_config.speculative_config is not None,
+    }  # fmt: skip
+    for why, applies in refusals.items():
+        if applies:
+            raise ChorusError(f"a population cannot be served like this: {why}.")

@@ -1,0 +1,162 @@
+"""The pools: from the logits of several members to the log-probabilities of their mixture, in float32 log space.
+
+Each row carries its own mixture as a *header* beside its hidden states: vLLM selects rows before it asks for logits (the last token
+of each request, all prompt tokens for echoed log-probabilities, speculative rows), and so every row brings its weights along.
+
+M members, R rows, V vocabulary
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from serve.engine.mixture import Mixture
+
+_EXTRA_COLUMNS = 2  # pool, temperature
+
+
+def header_width(num_members: int) -> int:
+    """Number of float32 values in a row's header: a weight for each member, the pool, the temperature."""
+    return num_members + _EXTRA_COLUMNS
+
+
+def make_headers(mixtures: Sequence[Mixture], num_members: int) -> Tensor:
+    """Headers (R, M + 2) in float32 for rows answered by `mixtures`: weights, 1 for the log pool, the temperature."""
+    header_RH = torch.zeros(len(mixtures), header_width(num_members))
+    for row, mixture in enumerate(mixtures):
+        header_RH[row, list(mixture.members)] = torch.tensor(mixture.weights)
+        header_RH[row, num_members] = mixture.pool == "log"
+        header_RH[row, num_members + 1] = mixture.temperature
+    return header_RH
+
+
+def uniform_headers(num_rows: int, num_members: int) -> Tensor:
+    """Headers of rows that every member answers with the same weight, linearly pooled."""
+    header_RH = torch.full((num_rows, header_width(num_members)), 1 / num_members)
+    header_RH[:, num_members] = 0
+    header_RH[:, num_members + 1] = 1
+    return header_RH
+
+
+def mix(header_RH: Tensor, logits_of: Callable[[int, Tensor | None], Tensor]) -> Tensor:
+    """Log-probabilities (R, V), float32 and normalised, of each row's mixture.
+
+    linear pool: log sum_m w_m p_m;  log pool: log softmax(sum_m w_m log p_m);  then log softmax(. / temperature).
+
+    Args:
+        header_RH: headers on the CPU, as `make_headers` makes them. Members of weight zero are never asked.
+        logits_of: `logits_of(m, rows)` gives member m's logits for the rows of that index, or for all rows when `rows` is None.
+            Any floating dtype; -inf is allowed.
+    """
+    return _pool(_plan(header_RH.numpy().tobytes(), *header_RH.shape), logits_of)
+
+
+def mix_alike(mixture: Mixture, num_rows: int, logits_of: Callable[[int, Tensor | None], Tensor]) -> Tensor:
+    """What `mix` gives for `num_rows` rows that are all answered by `mixture`, and so need no headers."""
+    return _pool(_plan_alike(mixture, num_rows), logits_of)
+
+
+def _pool(plan: "_Plan", logits_of: Callable[[int, Tensor | None], Tensor]) -> Tensor:
+    pooled_RV: Tensor | None = None
+    for share in plan.shares:
+        log_p_rV = torch.log_softmax(logits_of(share.member, share.rows), dim=-1, dtype=torch.float32)
+        if share.is_everything:
+            pooled_RV = log_p_rV  # one member answers the whole batch: there is nothing to pool
+        else:
+            if pooled_RV is None:
+                pooled_RV = _empty_pools(plan.is_log_R, log_p_rV)
+            _add(pooled_RV, share, log_p_rV)
+    assert pooled_RV is not None, "a batch needs rows, and each row a member"
+    if plan.unnormalised is not None:
+        rows = plan.unnormalised.to(pooled_RV.device)
+        temperature_r1 = plan.temperature_r1.to(pooled_RV.device)
+        pooled_RV[rows] = torch.log_softmax(pooled_RV[rows] / temperature_r1, dim=-1)
+    return pooled_RV
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Share:
+    """One member's part in a batch. Tensors are on the CPU."""
+
+    member: int
+    rows: Tensor | None
+    """The rows it answers; None for all."""
+    weight_r1: Tensor
+    is_log_r1: Tensor | None
+    """Which of them are log-pooled; None if none is."""
+    is_everything: bool
+    """Whether it answers all rows, alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What a batch's headers say. While the same requests run, every step has the same headers."""
+
+    shares: tuple[_Share, ...]
+    is_log_R: Tensor
+    unnormalised: Tensor | None
+    """Rows to normalise at the end: log pools of several members, temperatures other than one."""
+    temperature_r1: Tensor
+
+
+@lru_cache(maxsize=8)
+def _plan(headers: bytes, num_rows: int, width: int) -> _Plan:
+    header_RH = torch.frombuffer(bytearray(headers), dtype=torch.float32).view(num_rows, width)
+    num_members = width - _EXTRA_COLUMNS
+    weights_RM, is_log_R, temperature_R = (
+        header_RH[:, :num_members],
+        header_RH[:, num_members] > 0,
+        header_RH[:, num_members + 1],
+    )
+    is_active_RM = weights_RM > 0
+    shares = []
+    for member in is_active_RM.any(0).nonzero().flatten().tolist():
+        rows = None if is_active_RM[:, member].all() else is_active_RM[:, member].nonzero().flatten()
+        chosen = slice(None) if rows is None else rows
+        weight_r1, is_log_r1 = weights_RM[chosen, member, None], is_log_R[chosen, None]
+        shares.append(
+            _Share(
+                member=member,
+                rows=rows,
+                weight_r1=weight_r1,
+                is_log_r1=is_log_r1 if is_log_r1.any() else None,
+                is_everything=rows is None and bool((weight_r1 == 1).all()),
+            )
+        )
+    needs_norm_R = (is_log_R & (is_active_RM.sum(1) > 1)) | (temperature_R != 1)
+    return _Plan(
+        shares=tuple(shares),
+        is_log_R=is_log_R,
+        unnormalised=needs_norm_R.nonzero().flatten() if needs_norm_R.any() else None,
+        temperature_r1=temperature_R[needs_norm_R, None],
+    )
+
+
+@lru_cache(maxsize=8)
+def _plan_alike(mixture: Mixture, num_rows: int) -> _Plan:
+    header_RH = make_headers([mixture] * num_rows, max(mixture.members) + 1)
+    return _plan(header_RH.numpy().tobytes(), *header_RH.shape)
+
+
+def _empty_pools(is_log_R: Tensor, like_rV: Tensor) -> Tensor:
+    """What a pool holds before its first member: the logarithm of no probability, or no log-probability at all."""
+    empty_R1 = torch.where(is_log_R, 0.0, -torch.inf).to(like_rV.device).unsqueeze(1)
+    return empty_R1.repeat(1, like_rV.shape[1])
+
+
+def _add(pooled_RV: Tensor, share: _Share, log_p_rV: Tensor) -> None:
+    """Add one member's share, in place, to the rows that it answers."""
+    device = pooled_RV.device
+    rows = None if share.rows is None else share.rows.to(device)
+    before_rV = pooled_RV if rows is None else pooled_RV[rows]
+    weight_r1 = share.weight_r1.to(device)
+    after_rV = torch.logaddexp(before_rV, log_p_rV + weight_r1.log())
+    if share.is_log_r1 is not None:
+        after_rV = torch.where(share.is_log_r1.to(device), before_rV + weight_r1 * log_p_rV, after_rV)
+    if rows is None:
+        pooled_RV.copy_(after_rV)
+    else:
+        pooled_RV[rows] = after_rV

@@ -1,0 +1,128 @@
+"""PopulationForCausalLM: all members in one vLLM model, whose logits are the log-probabilities of each row's mixture.
+
+Sampling, penalties, grammar masks, `logprobs` and echoed prompt log-probabilities are vLLM's own and act on the mixture.
+
+M members, T token rows, R rows that need logits, V vocabulary, H columns: hidden columns of the members that run, header columns
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_registered_model
+from vllm.transformers_utils.config import get_config
+
+from population import manifest
+from serve.engine.attention import CurrentStep, claim_layers
+from serve.engine.mixing import header_width, mix, mix_alike, uniform_headers
+from serve.engine.mixture import Mixture
+from serve.engine.stopwatch import MIXING, Stopwatch
+
+
+class PopulationForCausalLM(nn.Module):
+    """The members, each built by vLLM from its own config, run on the rows of `current.step`."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__()
+        directory = Path(vllm_config.model_config.model)
+        population = manifest.load(directory)
+        configs = [get_config(str(directory / member.path), trust_remote_code=False) for member in population.members]
+        # vLLM reads a layer's index from its name and stumbles over a second number: `member_0`, not `members.0`.
+        self.members: Any = nn.ModuleList(
+            init_vllm_registered_model(vllm_config, hf_config=config, prefix=f"member_{idx}")
+            for idx, config in enumerate(configs)
+        )
+        self._members: tuple[Any, ...] = tuple(self.members)  # walked in every step; a ModuleList takes its time
+        self.num_members = len(configs)
+        self.current = CurrentStep()
+        self.stopwatch = Stopwatch(self.num_members, vllm_config.device_config.device)
+        self.layers_by_member = [claim_layers(member, idx, self.current) for idx, member in enumerate(self.members)]
+        self._widths = [config.get_text_config().hidden_size for config in configs]
+        # What the last `forward` returned, for `compute_logits`: where each member's columns are, and the mixture of all its rows.
+        self._columns: dict[int, slice] = {}
+        self._common: Mixture | None = None
+        self._dtype = vllm_config.model_config.dtype
+        # A float32 header travels as raw bits among hidden columns of a smaller dtype: bf16 would round the weights.
+        self._header_columns = header_width(self.num_members) * 4 // self._dtype.itemsize
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """The first member's embeddings: vLLM asks every generative model for this method, and calls it for none of ours."""
+        embeddings: Tensor = self.members[0].embed_input_ids(input_ids)
+        return embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden rows (T, H) of the members that run any row, side by side in their order.
+
+        Where requests have different mixtures, a header stands before them in each row; then the columns of a member are undefined
+        in rows that it does not run: nothing reads them. Where all have the same mixture, one member's rows are its own output.
+        """
+        step = self.current.step
+        self._common = None if step is None else step.common
+        if self._common is not None:
+            self._columns = self._lay_out(self._common.members, start=0)
+            hidden = [self._run(idx, input_ids, positions) for idx in self._common.members]
+            return hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1)
+
+        num_tokens = len(input_ids)
+        header_TH = uniform_headers(num_tokens, self.num_members) if step is None else step.header_TH
+        running = range(self.num_members) if step is None else step.running
+        self._columns = self._lay_out(running, start=self._header_columns)
+        width = self._header_columns + sum(self._widths[idx] for idx in running)
+        hidden_TH = torch.empty(num_tokens, width, dtype=self._dtype, device=input_ids.device)
+        hidden_TH[: len(header_TH), : self._header_columns] = header_TH.to(input_ids.device).view(self._dtype)
+        hidden_TH[len(header_TH) :, : self._header_columns] = 0
+        for idx in running:
+            rows = None if step is None else step.rows[idx]
+            if rows is None:
+                hidden_TH[:, self._columns[idx]] = self._run(idx, input_ids, positions)
+            else:
+                hidden_rH = self._run(idx, input_ids[rows.tokens], positions[..., rows.tokens])
+                hidden_TH[rows.tokens, self._columns[idx]] = hidden_rH
+        return hidden_TH
+
+    def _run(self, idx: int, input_ids: Tensor, positions: Tensor) -> Tensor:
+        start = self.stopwatch.mark()
+        hidden: Tensor = self._members[idx](input_ids, positions)
+        self.stopwatch.add(idx, start)
+        return hidden
+
+    def _lay_out(self, running: Sequence[int], *, start: int) -> dict[int, slice]:
+        columns = {}
+        for idx in running:
+            columns[idx] = slice(start, start + self._widths[idx])
+            start += self._widths[idx]
+        return columns
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Log-probabilities (R, V) of each row's mixture, float32; rows are any selection of what `forward` last returned."""
+        start = self.stopwatch.mark()
+
+        def logits_of(idx: int, rows: Tensor | None) -> Tensor:
+            asked = self.stopwatch.mark()
+            columns = hidden_states[:, self._columns[idx]]
+            columns = columns if rows is None else columns[rows.to(columns.device)]
+            logits: Tensor = self._members[idx].compute_logits(columns)
+            self.stopwatch.add(idx, asked)
+            self.stopwatch.add(MIXING, asked, sign=-1)
+            return logits
+
+        if self._common is not None:
+            mixed_RV = mix_alike(self._common, len(hidden_states), logits_of)
+        else:
+            header_RH = hidden_states[:, : self._header_columns].contiguous().view(torch.float32).cpu()
+            mixed_RV = mix(header_RH, logits_of)
+        self.stopwatch.add(MIXING, start)
+        return mixed_RV
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load weights named `members.{idx}.{name}`, each by its member's own rules."""
+        loaded: set[str] = AutoWeightsLoader(self).load_weights(weights)
+        return loaded

@@ -1,0 +1,50 @@
+"""Refuse, at the door, what a request cannot ask of a population: vLLM's API server answers with a 400."""
+
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from population.errors import ChorusError
+from serve.engine.deadline import BUDGET_ARGUMENT, FLOOR_ARGUMENT
+from serve.engine.mixture import TIER_ARGUMENT, Prior
+
+_ARGUMENTS = (TIER_ARGUMENT, BUDGET_ARGUMENT, FLOOR_ARGUMENT)
+
+
+def check(arguments: dict[str, Any], prior: Prior) -> None:
+    """Check a request's `vllm_xargs`.
+
+    Raises:
+        ChorusError: a tier does not exist, the time budget is not a positive number, or a key that is ours is misspelt.
+    """
+    if unknown := sorted(key for key in arguments if key.startswith("chorus_") and key not in _ARGUMENTS):
+        raise ChorusError(f"vllm_xargs: unknown {', '.join(unknown)}; there are {', '.join(_ARGUMENTS)}")
+    for key in (TIER_ARGUMENT, FLOOR_ARGUMENT):
+        if key in arguments:
+            try:
+                prior.mixture(arguments[key])
+            except ChorusError as error:
+                raise ChorusError(f"vllm_xargs.{key}: {error}") from None
+    budget_ms = arguments.get(BUDGET_ARGUMENT, 1)
+    if isinstance(budget_ms, bool) or not isinstance(budget_ms, int | float) or not 0 < budget_ms < float("inf"):
+        raise ChorusError(f"vllm_xargs.{BUDGET_ARGUMENT}: {budget_ms!r} is not a positive number of milliseconds")
+
+
+def check_every_request(model: str) -> None:
+    """Make vLLM's own check of a request's parameters include ours. Called once per process that takes requests."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    prior = Prior(Path(model))
+    plain = getattr(InputProcessor._validate_params, "plain", InputProcessor._validate_params)
+
+    @wraps(plain)
+    def validate(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            check(getattr(params, "extra_args", None) or {}, prior)
+        except ChorusError as error:
+            raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+        return plain(self, params, *args, **kwargs)
+
+    validate.plain = plain  # type: ignore[attr-defined]
+    InputProcessor._validate_params = validate

@@ -1,0 +1,183 @@
+"""vLLM's scheduler, knowing each request's members: the one source of truth, which the workers get with its output.
+
+It resolves tiers when requests arrive, and at each token boundary drops members from requests that would miss their time budget.
+"""
+
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from population import manifest
+from population.errors import ChorusError
+from serve.engine.deadline import BUDGET_ARGUMENT, FLOOR_ARGUMENT, Deadline, Drop, StepCost, StepLoad, without_member
+from serve.engine.kv import MemberAttentionSpec, MemberCoordinator
+from serve.engine.metrics import DROP_REASONS, StepCounts, attach
+from serve.engine.mixture import TIER_ARGUMENT, Mixture, Prior
+
+logger = init_logger(__name__)
+
+_OBSERVE_EVERY = 4  # steps: what they cost changes slowly, and looking costs some ten microseconds
+
+
+class PopulationScheduler(Scheduler):
+    """Sends each request's mixture to the workers when it is first scheduled, and again when it changes."""
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
+        directory = Path(vllm_config.model_config.model)
+        self._member_names = [member.name for member in manifest.load(directory).members]
+        groups = kv_cache_config.kv_cache_groups
+        specs = [group.kv_cache_spec for group in groups if isinstance(group.kv_cache_spec, MemberAttentionSpec)]
+        if not [spec.member for spec in specs] == list(range(len(groups))) == list(range(len(self._member_names))):
+            raise RuntimeError(
+                f"vLLM made {len(groups)} KV-cache groups for {len(self._member_names)} members. Each member must have its "
+                "own, in their order, or requests would read KV that was never written: a bug of chorus with this version of vLLM."
+            )
+        self._prior = Prior(directory)
+        self._mixtures: dict[str, Mixture] = {}
+        self._deadlines: dict[str, Deadline] = {}
+        self._changed: set[str] = set()
+        self._kv = MemberCoordinator.adopt(self.kv_cache_manager.coordinator)
+        self._step_cost = StepCost()
+        self._step_started = 0.0
+        self._num_steps = 0
+        self.counts = StepCounts(len(self._member_names))
+
+    def add_request(self, request: Any) -> None:
+        """Note what answers the request and by when, then queue it."""
+        if request.request_id not in self._mixtures:
+            arguments = (request.sampling_params and request.sampling_params.extra_args) or {}
+            mixture = self._resolve(request.request_id, arguments.get(TIER_ARGUMENT))
+            self._mixtures[request.request_id] = mixture
+            self._kv.member_sets[request.request_id] = mixture.members
+            if (budget_ms := arguments.get(BUDGET_ARGUMENT)) is not None:
+                floor = arguments.get(FLOOR_ARGUMENT, self._prior.tiers[0])
+                self._deadlines[request.request_id] = Deadline(
+                    finish_at=request.arrival_time + budget_ms / 1000,
+                    floor=frozenset(self._resolve(request.request_id, floor).members),
+                )
+        super().add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's plan for the next step, with the mixtures that the workers do not know yet."""
+        if self._deadlines:
+            self._keep_deadlines()
+        output = super().schedule(*args, **kwargs)
+        self._changed.update(request.req_id for request in output.scheduled_new_reqs)
+        output.mixtures = {request_id: self._mixtures[request_id] for request_id in self._changed}
+        self._changed.clear()
+        self._step_started = time.monotonic()
+        return output
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """Learn what the step cost, then let vLLM take over its tokens."""
+        self._num_steps += 1
+        if scheduler_output.num_scheduled_tokens and self._num_steps % _OBSERVE_EVERY == 0:
+            seconds = time.monotonic() - self._step_started
+            self._step_cost.observe(self._load(scheduler_output.num_scheduled_tokens), seconds)
+        if self.log_stats and scheduler_output.num_scheduled_tokens:
+            self.counts.count_step(
+                self._rows_by_set(scheduler_output.num_scheduled_tokens), model_runner_output.seconds
+            )
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's statistics, with our totals in them."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None and self.counts.is_due(is_idle=not self.running):
+            active_sets = len({self._mixtures[request.request_id].members for request in self.running})
+            attach(self.counts.totals(active_sets=active_sets, prior_version=self._prior.version), stats)
+        return stats
+
+    def _rows_by_set(self, num_scheduled_tokens: dict[str, int]) -> dict[tuple[int, ...], int]:
+        rows: dict[tuple[int, ...], int] = {}
+        for request_id, num_tokens in num_scheduled_tokens.items():
+            if (mixture := self._mixtures.get(request_id)) is not None:
+                rows[mixture.members] = rows.get(mixture.members, 0) + num_tokens
+        return rows
+
+    def _keep_deadlines(self) -> None:
+        """Drop members, smallest weight first, until each running request is predicted to finish in time or is at its floor."""
+        now = time.time()
+        for request in self.running:
+            deadline = self._deadlines.get(request.request_id)
+            if deadline is None:
+                continue
+            remaining = request.max_tokens - request.num_output_tokens
+            while not deadline.is_kept(now, remaining, self._predicted_step_s()):
+                if not self._drop_one(request, deadline, late=now > deadline.finish_at):
+                    break
+
+    def _drop_one(self, request: Any, deadline: Deadline, *, late: bool) -> bool:
+        mixture = self._mixtures[request.request_id]
+        fitted = [self._prior.mixture(tier) for tier in self._prior.tiers]
+        found = without_member(mixture, deadline.floor, fitted)
+        if found is None:
+            return False
+        member, smaller = found
+        self._mixtures[request.request_id] = smaller
+        # From now on the member's manager is not asked for this request: no later request can find KV of the tokens
+        # that the member does not see. What it cached before was written, and stays.
+        self._kv.member_sets[request.request_id] = smaller.members
+        self._kv.single_type_managers[member].free(request.request_id)
+        self._changed.add(request.request_id)
+        reason = "late" if late else "forecast"
+        self.counts.count_drop(reason)
+        deadline.drops.append(Drop(member=member, at_token=request.num_output_tokens, reason=DROP_REASONS[reason]))
+        return True
+
+    def _predicted_step_s(self) -> float | None:
+        """Seconds of a step in which every running request computes one token."""
+        return self._step_cost.predict(self._load({request.request_id: 1 for request in self.running}))
+
+    def _load(self, num_scheduled_tokens: dict[str, int]) -> StepLoad:
+        return StepLoad.of(
+            (self._mixtures[request_id], num_tokens, self.requests[request_id].num_computed_tokens)
+            for request_id, num_tokens in num_scheduled_tokens.items()
+            if request_id in self.requests
+        )
+
+    def _get_local_prefix_cache_hit(self, request: Any) -> Any:
+        self._kv.searching = self._kv.member_sets[request.request_id]
+        return super()._get_local_prefix_cache_hit(request)
+
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """vLLM returns what these two hold with the response; nothing else may use them, since KV transfer is refused at start."""
+        report = self._report(request)
+        kv_transfer_params, ec_transfer_params = super()._free_request(request, *args, **kwargs)
+        return report or kv_transfer_params, ec_transfer_params
+
+    def _free_blocks(self, request: Any) -> None:
+        super()._free_blocks(request)
+        del self._mixtures[request.request_id]
+        del self._kv.member_sets[request.request_id]
+        self._deadlines.pop(request.request_id, None)
+        self._changed.discard(request.request_id)
+
+    def _report(self, request: Any) -> dict[str, Any] | None:
+        """For a request with a time budget: how many members each token had, and when and why members were dropped."""
+        deadline = self._deadlines.get(request.request_id)
+        if deadline is None:
+            return None
+        num_members = len(self._mixtures[request.request_id].members) + len(deadline.drops)
+        boundaries = [0, *(drop.at_token for drop in deadline.drops), request.num_output_tokens]
+        counts = [(num_members - idx, stop - start) for idx, (start, stop) in enumerate(pairwise(boundaries))]
+        return {
+            "members_per_token": [[members, tokens] for members, tokens in counts if tokens],
+            "drops": [
+                {"member": self._member_names[drop.member], "at_token": drop.at_token, "reason": drop.reason}
+                for drop in deadline.drops
+            ],
+        }
+
+    def _resolve(self, request_id: str, tier: object) -> Mixture:
+        try:
+            return self._prior.mixture(tier)
+        except ChorusError as error:
+            # The front end has refused unknown tiers already; an exception here would stop the engine for everyone.
+            logger.error("request %s: %s; the dearest tier is taken", request_id, error)
+            return self._prior.mixture(None)

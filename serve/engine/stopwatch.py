@@ -1,0 +1,42 @@
+"""Where a step's time goes: seconds in each member and in mixing, on the clock of the device that does the work."""
+
+import time
+from typing import Any
+
+import torch
+
+MIXING = -1
+"""The account of mixing; those of the members are their indices."""
+
+
+class Stopwatch:
+    """Adds up seconds by account. On a GPU it marks the stream and reads the marks later, so that nothing waits for it."""
+
+    def __init__(self, num_members: int, device: torch.device) -> None:
+        self._seconds = [0.0] * (num_members + 1)
+        self._device = device
+        self._spans: list[tuple[int, Any, Any, int]] = []
+
+    def mark(self) -> Any:
+        """A moment, to be given to `add`."""
+        if self._device.type == "cpu":
+            return time.perf_counter()
+        event = torch.Event(device=self._device, enable_timing=True)
+        event.record()
+        return event
+
+    def add(self, account: int, since: Any, *, sign: int = 1) -> None:
+        """Add the time since a moment to an account, or take it away from there."""
+        now = self.mark()
+        if self._device.type == "cpu":
+            self._seconds[account] += sign * (now - since)
+        else:
+            self._spans.append((account, since, now, sign))
+
+    def take(self) -> list[float]:
+        """Seconds since the last call, for each member and then for mixing; call it when the device has finished the step."""
+        for account, start, stop, sign in self._spans:
+            self._seconds[account] += sign * start.elapsed_time(stop) / 1000
+        self._spans.clear()
+        taken, self._seconds = self._seconds, [0.0] * len(self._seconds)
+        return taken

@@ -1,0 +1,122 @@
+"""vLLM's worker and model runner, told which members each row of a step runs.
+
+The runner asks, in this order: `_update_states` (who is in the batch), `_prepare_inputs` (the batch in order: here the step is laid
+out), `_get_slot_mappings` and the attention's metadata builders (narrowed to each member's rows), `_model_forward` (here it ends).
+In between it sees the KV-cache groups of the members that run, and spends nothing on the others.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from vllm.platforms import current_platform
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from serve.engine.mixture import Mixture
+from serve.engine.rows import Step, plan_step
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as _Worker
+
+
+class PopulationWorker(_Worker):
+    """The platform's worker, whose model runner is made to know members."""
+
+    def init_device(self) -> None:
+        """Build vLLM's runner, then give it our methods: vLLM offers no hook to choose the runner's class."""
+        super().init_device()
+        runner = self.model_runner
+        runner.__class__ = type(f"Population{type(runner).__name__}", (PopulationRunner, type(runner)), {})
+        runner.mixtures = {}
+        runner._planned_for = ([], b"")
+
+
+class PopulationRunner(GPUModelRunner):
+    """Goes before the platform's own runner, which derives from the same class."""
+
+    mixtures: dict[str, Mixture]
+    """What answers each request that the workers know, by request id."""
+    _step: Step
+    _planned_for: tuple[list[Mixture], bytes]
+    """The batch that `_step` was laid out for: while the same requests decode, every step is laid out the same."""
+    _all_groups: "_Groups"
+    _running_groups: "_Groups"
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        for request_id in scheduler_output.finished_req_ids:
+            self.mixtures.pop(request_id, None)
+        self.mixtures.update(scheduler_output.mixtures)
+        return super()._update_states(scheduler_output)
+
+    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: NDArray[np.int32]) -> Any:
+        mixtures = [self.mixtures[request_id] for request_id in self.input_batch.req_ids]
+        batch = (mixtures, num_scheduled_tokens.tobytes())
+        if batch != self._planned_for:
+            self._step = plan_step(mixtures, num_scheduled_tokens, self.model.num_members, self.device)
+            self._planned_for = batch
+            self._all_groups = _Groups.shown_by(self)
+            self._running_groups = self._all_groups.only(self._step.running)
+        self.model.current.step = self._step
+        self._running_groups.show(self)
+        return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+
+    def _get_slot_mappings(self, *args: Any, **kwargs: Any) -> Any:
+        by_group, by_layer = super()._get_slot_mappings(*args, **kwargs)
+        step = self.model.current.step
+        if step is not None:
+            for member in step.running:
+                if (rows := step.rows[member]) is not None:
+                    layers = self.model.layers_by_member[member]
+                    by_layer.update(dict.fromkeys(layers, by_layer[layers[0]][rows.tokens]))
+        return by_group, by_layer
+
+    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.model.current.step is not None:
+            self._all_groups.show(self)
+        try:
+            return super()._model_forward(*args, **kwargs)
+        finally:
+            self.model.current.step = None
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().sample_tokens(*args, **kwargs)
+        if output is not None:
+            output.seconds = self.model.stopwatch.take()  # for the scheduler, which counts
+        return output
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Groups:
+    """What a runner holds about KV-cache groups, one for each member: three lists that it walks side by side."""
+
+    config: Any
+    attention: list[Any]
+    tables: list[Any]
+
+    @classmethod
+    def shown_by(cls, runner: Any) -> Self:
+        """The lists that `runner` walks now."""
+        return cls(
+            config=runner.kv_cache_config,
+            attention=runner.attn_groups,
+            tables=runner.input_batch.block_table.block_tables,
+        )
+
+    def only(self, members: Sequence[int]) -> Self:
+        """The groups of some members."""
+        return replace(
+            self,
+            config=replace(self.config, kv_cache_groups=[self.config.kv_cache_groups[idx] for idx in members]),
+            attention=[self.attention[idx] for idx in members],
+            tables=[self.tables[idx] for idx in members],
+        )
+
+    def show(self, runner: Any) -> None:
+        """Make `runner` walk these lists."""
+        runner.kv_cache_config = self.config
+        runner.attn_groups = self.attention
+        runner.input_batch.block_table.block_tables = self.tables

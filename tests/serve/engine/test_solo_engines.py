@@ -1,0 +1,70 @@
+"""Tests that start an engine of their own. They stand last: stopping it ends vLLM's process groups, for the shared engine too."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from population import assemble
+from tests.serve.engine.asking import TIERS, assert_isolated, check_against_reference, greedy, prompts
+from tests.serve.engine.conftest import running_engine
+from tests.worlds import save_checkpoint
+
+# vLLM and the libraries under it warn about themselves while they start; that is theirs to mend.
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+def test_chunked_prefill_and_preemption_stay_exact(tiny_population: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from serve.engine.scheduler import PopulationScheduler
+
+    preempted: list[str] = []
+    preempt = PopulationScheduler._preempt_request
+
+    def counted(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        preempted.append(request.request_id)
+        preempt(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(PopulationScheduler, "_preempt_request", counted)
+    # 33 usable blocks; eight requests that grow from 1 to 3 blocks per member want up to 54.
+    with running_engine(
+        tiny_population, max_num_batched_tokens=24, max_num_seqs=8, num_gpu_blocks_override=34
+    ) as cramped:
+        texts = prompts(8, characters=50)
+        tiers = [TIERS[idx % 3] for idx in range(len(texts))]
+        outputs = cramped.generate(texts, [greedy(tier, max_tokens=60) for tier in tiers], use_tqdm=False)
+        for tier, output in zip(tiers, outputs, strict=True):
+            check_against_reference(tiny_population, tier, output)
+    assert preempted, "the pool was not small enough to preempt anyone"
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
+def test_other_architectures_are_mixed_exactly(architecture: str, tmp_path: Path) -> None:
+    for idx in range(2):
+        save_checkpoint(tmp_path / f"tune-{idx}", architecture, seed=idx)
+    directory = tmp_path / architecture
+    assemble.gather([tmp_path / "tune-0", tmp_path / "tune-1"], directory)
+    with running_engine(directory) as other:
+        tiers = ("economy", "max", "economy", "max")
+        outputs = other.generate(prompts(4), [greedy(tier) for tier in tiers], use_tqdm=False)
+        for tier, output in zip(tiers, outputs, strict=True):
+            check_against_reference(directory, tier, output)
+
+
+def test_two_ranks_give_what_one_gives(tiny_population: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # vLLM wants a NUMA node for each rank, or to be told where they run.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with running_engine(tiny_population, **options) as sharded:
+        tiers = [TIERS[idx % 3] for idx in range(4)]
+        outputs = sharded.generate(prompts(4), [greedy(tier) for tier in tiers], use_tqdm=False)
+        for tier, output in zip(tiers, outputs, strict=True):
+            check_against_reference(tiny_population, tier, output)
+
+
+def test_the_isolation_test_fails_without_isolation(tiny_population: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.core import block_pool
+
+    of_group = block_pool.make_block_hash_with_group_id
+    monkeypatch.setattr(block_pool, "make_block_hash_with_group_id", lambda block_hash, group: of_group(block_hash, 0))
+    with running_engine(tiny_population) as leaky, pytest.raises(AssertionError):
+        assert_isolated(leaky, tiny_population, "economy", "max")

@@ -1,0 +1,60 @@
+"""The engine's own metrics, read where Prometheus reads them: at the live engine's `/metrics`."""
+
+from pathlib import Path
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from population import manifest
+from tests.live import wait_for
+
+BODY = {"prompt": [5, 6, 7, 8, 9, 10, 11, 12, 13, 14], "max_tokens": 9, "ignore_eos": True, "temperature": 0}
+STEPS = ("chorus_engine_steps_total", "")
+ROWS = 10 + 9 - 1  # the last token is never computed
+
+
+def samples(engine_url: str) -> dict[tuple[str, str], float]:
+    """Values by (metric, its member or reason) of the engine's `chorus_engine_*` metrics."""
+    families = text_string_to_metric_families(httpx.get(f"{engine_url}/metrics").text)
+    return {
+        (sample.name, sample.labels.get("member", sample.labels.get("reason", ""))): sample.value
+        for family in families
+        if family.name.startswith("chorus_engine_")
+        for sample in family.samples
+    }
+
+
+def ask(engine_url: str, tier: str, **arguments: object) -> None:
+    model = httpx.get(f"{engine_url}/v1/models").json()["data"][0]["id"]
+    fields = {"model": model, "vllm_xargs": {"chorus_tier": tier, **arguments}}
+    assert httpx.post(f"{engine_url}/v1/completions", json=BODY | fields, timeout=60).status_code == 200
+
+
+def test_rows_and_seconds_are_counted_for_the_members_that_ran(engine_url: str, tiny_population: Path) -> None:
+    population = manifest.load(tiny_population)
+    ask(engine_url, "max")
+    wait_for("the first totals", lambda: samples(engine_url), timeout_s=20)
+    for tier in population.tiers:
+        before = samples(engine_url)
+        ask(engine_url, tier.name)
+        wait_for("the totals", lambda done=before[STEPS] + 9: samples(engine_url)[STEPS] >= done, timeout_s=20)
+        after = samples(engine_url)
+        for member in population.members:
+            rows = ("chorus_engine_member_rows_total", member.name)
+            seconds = ("chorus_engine_member_seconds_total", member.name)
+            assert after[rows] - before[rows] == (ROWS if member.name in tier.members else 0)
+            assert (after[seconds] > before[seconds]) == (member.name in tier.members)
+    assert after["chorus_engine_mixing_seconds_total", ""] > 0
+    assert after["chorus_engine_active_sets", ""] == 0
+    assert after["chorus_engine_prior_version", ""] == population.prior_version
+
+
+def test_dropped_members_are_counted_by_reason(engine_url: str) -> None:
+    ask(engine_url, "max")
+
+    def drops() -> float:
+        return sum(value for (name, _), value in samples(engine_url).items() if name == "chorus_engine_drops_total")
+
+    before = drops()
+    ask(engine_url, "max", chorus_time_budget_ms=1)
+    wait_for("three members to have left", lambda: drops() == before + 3, timeout_s=20)

@@ -1,0 +1,92 @@
+"""Deadlines under load: Poisson arrivals at 0.5, 1 and 2 times the capacity of `max`, each with twice the unloaded time.
+
+The gateway's own choice of tiers beside every fixed tier, in one run. Usage:
+
+    python bench/deadlines.py DIR [--seconds 20] [--tokens 64] [-- ENGINE_ARGUMENT...]
+    python bench/deadlines.py DIR --url http://127.0.0.1:8000
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import signal
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from population import manifest
+from serve.gateway.cards import model_cards
+from serve.gateway.figures import summarise
+from serve.gateway.loadtest import Plan, run
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gateway import chorus_serve
+
+FACTORS = (0.5, 1.0, 2.0)
+BARS = {0.5: 0.99, 1.0: 0.95, 2.0: 0.90}
+
+
+def measure(url: str, directory: Path, options: argparse.Namespace) -> dict[str, Any]:
+    population = manifest.load(directory)
+    tiers = [tier.name for tier in population.tiers]
+    largest = max(population.tiers, key=lambda tier: tier.budget)
+    cards = {card["population"]["tier"]: card["population"] for card in model_cards(population, largest).values()}
+    plan = Plan(url=url, max_tokens=options.tokens, streams=False, tiers=((largest.name, 1.0),), seed=options.seed)
+
+    asyncio.run(run(replace(plan, num_streams=4, duration_s=3)))  # warms up
+    alone = asyncio.run(run(replace(plan, num_streams=1, duration_s=8)))
+    unloaded_s = statistics.median(each.total_s for each in alone)
+    crowd = asyncio.run(run(replace(plan, num_streams=16, duration_s=options.seconds)))
+    busy_s = max(each.at_s + each.total_s for each in crowd)
+    capacity = len(crowd) / busy_s
+    found: dict[str, Any] = {"unloaded_s": unloaded_s, "capacity_per_s": capacity, "runs": []}
+    print(f"{largest.name}: {unloaded_s:.2f} s alone, {capacity:.2f} requests/s at 16 streams", flush=True)
+    for factor in FACTORS:
+        loaded = replace(
+            plan, rate_per_s=factor * capacity, duration_s=options.seconds, budgets_ms=(2000 * unloaded_s,), seed=7
+        )
+        policies = {"chorus": replace(loaded, tiers=((None, 1.0),))}
+        policies |= {name: replace(loaded, tiers=((name, 1.0),), tells_budget=False) for name in reversed(tiers)}
+        for policy, each in policies.items():
+            figures = summarise(asyncio.run(run(each)), cards, options.seconds)
+            found["runs"].append({"factor": factor, "policy": policy, **figures})
+            shown = {key: figures.get(key) for key in ("sent", "refused_429", "attainment", "mean_members")}
+            loss, goodput = figures.get("expected_loss_nats"), figures["requests_in_time_per_s"]
+            print(f"{factor} {policy:10} {shown} loss {loss} in time/s {goodput:.2f}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--url", help="a gateway that runs already")
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options, engine_arguments = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    with contextlib.ExitStack() as stack:
+        url = options.url or stack.enter_context(chorus_serve(str(options.directory), engine_arguments))[0]
+        found = measure(url, options.directory, options)
+    print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    print(
+        f"{'load':>5} {'policy':10}{'in time':>9}{'bar':>6}{'refused':>9}{'members':>9}{'loss':>8}{'good/s':>8}{'p99, s':>8}"
+    )
+    for each in found["runs"]:
+        bar = f"{BARS[each['factor']]:.0%}" if each["policy"] == "chorus" else ""
+        print(
+            f"{each['factor']:>5} {each['policy']:10}{each['attainment'] or 0:>9.1%}{bar:>6}{each['refused_429']:>9}"
+            f"{each['mean_members'] or 0:>9.2f}{each.get('expected_loss_nats') or 0:>8.3f}"
+            f"{each['requests_in_time_per_s']:>8.2f}{each['total_ms'].get('p99', 0) / 1000:>8.2f}"
+        )
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The gateway against the engine behind it: tokens per second at 16 streams, and time to the first token of a lone request.
+
+Both are asked in turn, round by round, in one run: what else the machine does falls on both. Usage:
+
+    python bench/gateway.py DIR [--tier economy] [--rounds 7] [--streams 16] [--tokens 128] [-- ENGINE_ARGUMENT...]
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+
+import aiohttp
+
+PROMPT = "def read_settings(path):\n"
+
+
+@contextlib.contextmanager
+def chorus_serve(directory: str, engine_arguments: list[str]) -> Iterator[tuple[str, str]]:
+    """Addresses of a gateway and of its engine."""
+    command = [sys.executable, "-m", "population.cli", "serve", directory, "--port", "0", "--", *engine_arguments]
+    with tempfile.TemporaryFile("w+") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
+        try:
+            while not (found := re.search(r"ready in .*?(http://\S+)/v1.*engine (http://\S+)", _read(output))):
+                assert process.poll() is None, _read(output)
+                time.sleep(0.5)
+            yield found[1], found[2]
+        finally:
+            process.send_signal(signal.SIGINT)
+
+
+def _read(output) -> str:
+    output.seek(0)
+    return output.read()
+
+
+async def stream(session: aiohttp.ClientSession, url: str, fields: dict) -> tuple[float, int]:
+    """One streamed completion: seconds to its first event, and the number of events."""
+    began_at, first_s, events = time.perf_counter(), 0.0, 0
+    async with session.post(f"{url}/v1/completions", json=fields) as response:
+        response.raise_for_status()
+        async for data in response.content.iter_any():
+            first_s = first_s or time.perf_counter() - began_at
+            events += data.count(b"\n\n")
+    return first_s, events
+
+
+async def measure(gateway: str, engine: str, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    body = {"prompt": PROMPT, "stream": True, "temperature": 0, "ignore_eos": True}
+    asks = {
+        "engine": (engine, {**body, "vllm_xargs": {"chorus_tier": options.tier}}),
+        "gateway": (gateway, {**body, "budget": options.tier}),
+    }
+    found: dict[str, dict[str, list[float]]] = {name: {"tokens_per_s": [], "first_ms": []} for name in asks}
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3)) as session:
+        for round_idx in range(options.rounds + 1):
+            for name in sorted(asks, reverse=round_idx % 2 == 1):
+                url, fields = asks[name]
+                began_at = time.perf_counter()
+                streams = [
+                    stream(session, url, fields | {"max_tokens": options.tokens}) for _ in range(options.streams)
+                ]
+                await asyncio.gather(*streams)
+                tokens_per_s = options.streams * options.tokens / (time.perf_counter() - began_at)
+                if round_idx:  # the first round warms up
+                    found[name]["tokens_per_s"].append(tokens_per_s)
+            for _ in range(30 if round_idx else 3):
+                for name, (url, fields) in asks.items():
+                    first_s, _ = await stream(session, url, fields | {"max_tokens": 2})
+                    if round_idx:
+                        found[name]["first_ms"].append(1000 * first_s)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory")
+    parser.add_argument("--tier", default="economy", help="the cheapest tier costs the engine least, and shows us most")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=128)
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options, engine_arguments = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped, too
+    with chorus_serve(options.directory, engine_arguments) as (gateway, engine):
+        found = asyncio.run(measure(gateway, engine, options))
+    medians = {name: {key: statistics.median(values) for key, values in of.items()} for name, of in found.items()}
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, tier {options.tier}")
+    print(f"{'':10}{'tokens/s':>12}{'first token, ms':>18}{'p99':>8}")
+    for name, of in medians.items():
+        p99_ms = statistics.quantiles(found[name]["first_ms"], n=100)[-1]
+        print(f"{name:10}{of['tokens_per_s']:12.0f}{of['first_ms']:18.2f}{p99_ms:8.2f}")
+    ratio = medians["gateway"]["tokens_per_s"] / medians["engine"]["tokens_per_s"]
+    paired = [g - e for g, e in zip(found["gateway"]["first_ms"], found["engine"]["first_ms"], strict=True)]
+    result = {"throughput_ratio": round(ratio, 3), "added_first_token_ms": round(statistics.median(paired), 2)}
+    print(json.dumps({**result, "bars": {"throughput_ratio": 0.97, "added_first_token_ms": 2.0}}))
+
+
+if __name__ == "__main__":
+    main()

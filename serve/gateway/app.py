@@ -1,0 +1,38 @@
+"""The gateway as an app: made for a `Gateway`, whose life is the app's lifespan."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from population.assemble import chorus_version
+from serve.gateway import errors, playground, routes
+from serve.gateway.gateway import Gateway
+from serve.gateway.records import RecordMiddleware
+
+
+def create_app(gateway: Gateway) -> FastAPI:
+    """The app in front of `gateway`'s engine."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with gateway.running():
+            yield
+
+    app = FastAPI(
+        title=f"chorus: {gateway.population_name}",
+        version=chorus_version(),
+        description="An OpenAI API whose answers are mixtures of a population's members, with a budget per request.",
+        lifespan=lifespan,
+    )
+    app.state.gateway = gateway
+    app.add_middleware(
+        RecordMiddleware,
+        begin=gateway.metrics.begin,
+        observe=gateway.metrics.observe,
+        is_draining=lambda: gateway.is_draining,
+    )
+    errors.add_handlers(app)
+    app.include_router(routes.router)
+    app.include_router(playground.router)
+    return app

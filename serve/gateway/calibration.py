@@ -1,0 +1,88 @@
+"""A few short requests to an engine that has just begun to answer, so that the first deadline is not met by luck.
+
+The smallest and the largest tier, alone and side by side, after a short and a longer prompt: enough to tell apart what a step, a
+member, a row and a prompt cost.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Sequence
+
+import aiohttp
+
+from population.manifest import Population, Tier
+from serve.gateway import upstream
+from serve.gateway.admission import Grant
+from serve.gateway.calls import Call, read_call
+from serve.gateway.engines import Engine
+from serve.gateway.exchange import Exchange
+from serve.gateway.flights import Flight
+from serve.gateway.latency import Work
+from serve.gateway.splice import Additions, EventSplicer
+
+logger = logging.getLogger(__name__)
+
+_TOKENS = 12
+_SIDE_BY_SIDE = (1, 1, 2, 4)
+_STALL_S = 60.0
+
+
+async def calibrate(session: aiohttp.ClientSession, engine: Engine, population: Population) -> None:
+    """Teach the engine's model how long it takes. What fails is logged and left to the traffic."""
+    small = min(population.tiers, key=lambda tier: tier.budget)
+    large = max(population.tiers, key=lambda tier: tier.budget)
+    lengths = (4, max(4, min(512, population.context_length - _TOKENS - 1)))
+    began_at = time.perf_counter()
+    try:
+        for count in _SIDE_BY_SIDE:
+            for length in lengths:
+                for tier in dict.fromkeys((small, large)):
+                    await asyncio.gather(*(_ask(session, engine, population, tier, length) for _ in range(count)))
+    except (*upstream.BROKEN, RuntimeError) as error:
+        logger.warning("engine %s could not be calibrated, its traffic will teach: %s", engine.url, error)
+    else:
+        logger.info("engine %s calibrated in %.1f s", engine.url, time.perf_counter() - began_at)
+
+
+async def _ask(
+    session: aiohttp.ClientSession, engine: Engine, population: Population, tier: Tier, prompt_tokens: int
+) -> None:
+    call = _call(population, tier, prompt_tokens)
+    flight = Flight(
+        tier=tier,
+        floor=tier,
+        num_sequences=1,
+        work=Work(members=len(tier.members), prompt_tokens=prompt_tokens, max_tokens=_TOKENS),
+        finish_by=None,
+    )
+    engine.flights.begin(flight)
+    exchange = Exchange(
+        Grant(engine=engine, flight=flight, waited_s=0, is_promised=False), deadline=None, stall_s=_STALL_S
+    )
+    splicer = EventSplicer(Additions(population=b"{}", model=None), keep_usage=True)
+    try:
+        async with exchange:
+            answer = await upstream.send(
+                session, engine, "/v1/completions", call.body(tier), {"Content-Type": "application/json"}
+            )
+            try:
+                if answer.status != 200:
+                    raise RuntimeError(f"status {answer.status}: {(await answer.read())[:200]!r}")
+                async for data in answer.content.iter_any():
+                    if events := splicer.feed(data):
+                        exchange.heard(events.count(b"\n\n"))
+            finally:
+                answer.close()
+        exchange.teach(splicer.usage, streamed=True, was_dropped=False, characters=0)
+    finally:
+        engine.flights.end(flight)
+
+
+def _call(population: Population, tier: Tier, prompt_tokens: int) -> Call:
+    # Ids that differ from request to request: what the prefix cache holds would look like a fast prefill.
+    start = time.monotonic_ns() % population.vocab_size
+    prompt: Sequence[int] = [(start + 7 * idx) % population.vocab_size for idx in range(prompt_tokens)]
+    fields = {"prompt": prompt, "max_tokens": _TOKENS, "ignore_eos": True, "stream": True, "temperature": 0}
+    return read_call(json.dumps({**fields, "budget": tier.name}).encode(), "completion", population, tier)

@@ -1,0 +1,269 @@
+"""From the bytes a client sent to a call that an engine can be given: our fields read, checked and taken out."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictBool, StrictInt, StrictStr, ValidationError
+
+from population.manifest import Population, Tier
+from serve.gateway.errors import ApiError, bad_request
+from serve.gateway.sizes import read_size
+from serve.gateway.terms import OnDeadline, Size, Terms
+from serve.gateway.tiers import Choice, at_least, choose
+
+Kind = Literal["completion", "chat", "tokens"]
+"""What is asked of the engine: to complete, to chat, or to cut text into tokens (or join them), which no member does."""
+RESERVED_PREFIX = "chorus_"
+"""Extra arguments of the engine that only the gateway sets: they say which members answer, and by when."""
+TIER_ARGUMENT = "chorus_tier"
+BUDGET_ARGUMENT = "chorus_time_budget_ms"
+FLOOR_ARGUMENT = "chorus_floor"
+MAX_BUDGET_MS = 24 * 3600 * 1000
+_OURS = ("budget", "latency_budget_ms", "on_deadline", "min_budget")
+
+
+class CallFields(BaseModel):
+    """The fields of a request that the gateway reads. All others go to the engine as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: StrictStr | None = Field(None, description="The population's name, or `NAME:TIER`.")
+    budget: StrictStr | StrictInt | None = Field(
+        None, description="A tier's name, or the largest number of members that may run for each token."
+    )
+    latency_budget_ms: float | None = Field(
+        None,
+        gt=0,
+        le=MAX_BUDGET_MS,
+        strict=True,
+        description="Milliseconds from the request's arrival in which the answer should be complete. The largest tier that "
+        "is predicted to keep it answers, at most the one asked for.",
+    )
+    on_deadline: OnDeadline | None = Field(
+        None,
+        description="If the budget cannot be kept all the same: `degrade` finishes late with fewer members, `truncate` "
+        "returns what there is with finish_reason `length`, `fail` answers 504.",
+    )
+    min_budget: StrictStr | StrictInt | None = Field(
+        None,
+        description="The tier (or number of members) below which neither a deadline nor a full house takes this request.",
+    )
+    stream: StrictBool | None = None
+    stream_options: dict[str, JsonValue] | None = None
+    vllm_xargs: dict[str, JsonValue] | None = Field(
+        None, description=f"Extra arguments for the engine. Keys that begin with `{RESERVED_PREFIX}` are refused."
+    )
+
+
+class CompletionFields(CallFields):
+    """A body of `POST /v1/completions`."""
+
+    prompt: str | list[str] | list[int] | list[list[int]] | None = Field(None, description="Must not be empty.")
+
+
+class ChatFields(CallFields):
+    """A body of `POST /v1/chat/completions`."""
+
+    messages: list[dict[str, JsonValue]] = Field(default=[], description="At least one message.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A request, checked, and what to send to an engine for it."""
+
+    choice: Choice
+    floor: Tier
+    """The smallest tier that may serve it."""
+    terms: Terms = field(default_factory=Terms)
+    size: Size = field(default_factory=Size)
+    fields: bytes
+    """The engine's fields as a JSON object, without the extra arguments."""
+    extra: dict[str, JsonValue]
+    """The client's extra arguments."""
+    is_served_by_a_tier: bool = True
+    streams: bool = False
+    """Whether the client gets a stream."""
+    streams_from_engine: bool = False
+    """Whether the engine is asked for one: also where a whole answer may have to be cut short."""
+    wants_usage: bool = True
+    """False if the client streams without asking for usage: the event that carries it is then ours alone."""
+    affinity: bytes = b""
+    """The beginning of the prompt: requests that share it are best served by the same engine."""
+
+    def body(self, tier: Tier | None = None, *, budget_s: float | None = None, floor: Tier | None = None) -> bytes:
+        """The engine's request: answered by `tier`, in `budget_s` from its arrival there, with no fewer members than `floor`."""
+        if not self.is_served_by_a_tier:
+            return self.fields
+        extra = {**self.extra, TIER_ARGUMENT: (tier or self.choice.tier).name}
+        if budget_s is not None:
+            extra[BUDGET_ARGUMENT] = max(1, round(1000 * budget_s))
+            extra[FLOOR_ARGUMENT] = (floor or self.floor).name
+        return b'{"vllm_xargs":' + _to_json(extra) + b"," + self.fields[1:]
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    """The JSON object in a request's body.
+
+    Raises:
+        ApiError: 422 if the body is not JSON (NaN and Infinity are not), 400 if it is not an object.
+    """
+    try:
+        parsed = json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(422, f"the body is not JSON: {error}.", code="malformed_json") from None
+    if not isinstance(parsed, dict):
+        raise bad_request(
+            f"the body is a JSON {_json_type(parsed)}; an object with the request's fields is expected.",
+            code="body_not_an_object",
+        )
+    return parsed
+
+
+def read_call(body: bytes, kind: Kind, population: Population, default: Tier, tenant_floor: str | None = None) -> Call:
+    """Check a request's body and make it the engine's. `tenant_floor` is the smallest tier that its key may be taken down to.
+
+    Raises:
+        ApiError: what the client must change, as 400, 404 or 422.
+    """
+    fields = parse(body)
+    if kind != "tokens":
+        _check_input(fields, kind)
+    ours = _validate(fields)
+    choice = choose(population, default, model=ours.model, budget=ours.budget)
+    _check_extra_arguments(ours.vllm_xargs)
+
+    for key in (*_OURS, "vllm_xargs"):
+        fields.pop(key, None)
+    fields["model"] = population.name
+    if kind == "tokens":
+        return Call(choice=choice, floor=choice.tier, fields=_to_json(fields), extra={}, is_served_by_a_tier=False)
+    terms = _read_terms(ours)
+    streams = bool(ours.stream)
+    if streams_from_engine := streams or (terms.stops_at_deadline and terms.on_deadline == "truncate"):
+        fields["stream"] = True
+        fields["stream_options"] = {**(ours.stream_options or {}), "include_usage": True}
+    wants_usage = not streams or bool((ours.stream_options or {}).get("include_usage"))
+    return Call(
+        choice=choice,
+        floor=_choose_floor(population, choice, ours, tenant_floor),
+        terms=terms,
+        size=read_size(fields, kind, population.context_length),
+        fields=_to_json(fields),
+        extra=ours.vllm_xargs or {},
+        streams=streams,
+        streams_from_engine=streams_from_engine,
+        wants_usage=wants_usage,
+        affinity=_beginning(fields, kind),
+    )
+
+
+def _read_terms(ours: CallFields) -> Terms:
+    if ours.latency_budget_ms is None:
+        if ours.on_deadline is not None:
+            raise bad_request(
+                f"on_deadline is {ours.on_deadline!r} but there is no deadline; give latency_budget_ms with it.",
+                code="invalid_value",
+                param="on_deadline",
+            )
+        return Terms()
+    return Terms(budget_s=ours.latency_budget_ms / 1000, on_deadline=ours.on_deadline or "degrade")
+
+
+def _choose_floor(population: Population, choice: Choice, ours: CallFields, tenant_floor: str | None) -> Tier:
+    """A tier that was asked for by name is a promise, unless the request also names a time budget or a smallest tier."""
+    named = choice.asked != "default"
+    if ours.min_budget is not None:
+        floor = at_least(population, ours.min_budget)
+        if floor.budget > choice.tier.budget:
+            raise bad_request(
+                f"min_budget {ours.min_budget!r} means tier {floor.name!r}, which is larger than the tier to serve this "
+                f"request, {choice.tier.name!r}.",
+                code="contradictory_budget",
+                param="min_budget",
+            )
+    elif named and ours.latency_budget_ms is None:
+        return choice.tier
+    else:
+        floor = min(population.tiers, key=lambda tier: tier.budget)
+    limit = next((tier for tier in population.tiers if tier.name == tenant_floor), floor)
+    floor = max(floor, limit, key=lambda tier: tier.budget)
+    return min(floor, choice.tier, key=lambda tier: tier.budget)
+
+
+def _validate(fields: dict[str, Any]) -> CallFields:
+    try:
+        return CallFields.model_validate({key: fields[key] for key in CallFields.model_fields if key in fields})
+    except ValidationError as error:
+        first = error.errors()[0]
+        param = str(first["loc"][0])
+        expected = {
+            "model": "a string",
+            "budget": "a tier's name or a whole number of members, at least 1",
+            "latency_budget_ms": f"a number of milliseconds above 0 and at most {MAX_BUDGET_MS}",
+            "on_deadline": "degrade, truncate or fail",
+            "min_budget": "a tier's name or a whole number of members, at least 1",
+            "stream": "true or false",
+            "stream_options": "an object",
+            "vllm_xargs": "an object",
+        }[param]
+        raise bad_request(
+            f"{param} is {_shorten(fields[param])}; {expected} is expected.", code="invalid_value", param=param
+        ) from None
+
+
+def _check_input(fields: dict[str, Any], kind: Kind) -> None:
+    if kind == "chat":
+        if not fields.get("messages"):
+            raise bad_request("messages is empty: at least one message is expected.", code="empty", param="messages")
+        return
+    if fields.get("prompt_embeds") is not None:
+        return  # another form of the prompt, which the engine accepts or refuses by itself
+    prompt = fields.get("prompt")
+    parts = prompt if isinstance(prompt, list) and prompt else [prompt]
+    are_token_ids = isinstance(parts[0], int)
+    if not are_token_ids and any(part is None or part in ("", []) for part in parts):
+        raise bad_request(
+            "prompt is empty: a text, a list of texts, or token ids are expected.", code="empty", param="prompt"
+        )
+
+
+def _check_extra_arguments(extra: dict[str, JsonValue] | None) -> None:
+    if reserved := sorted(key for key in extra or {} if key.lower().startswith(RESERVED_PREFIX)):
+        raise bad_request(
+            f"vllm_xargs holds {', '.join(reserved)}: keys that begin with {RESERVED_PREFIX!r} are the gateway's. "
+            "Choose the members that answer with budget, and the time with latency_budget_ms.",
+            code="reserved_argument",
+            param="vllm_xargs",
+        )
+
+
+def _beginning(fields: dict[str, Any], kind: Kind) -> bytes:
+    """The first kilobyte or so of what the members will read."""
+    found = fields.get("messages" if kind == "chat" else "prompt")
+    if isinstance(found, list):
+        found = found[:256] if found and isinstance(found[0], int) else found[:1]
+    return str(found)[:1024].encode(errors="replace")
+
+
+def _to_json(fields: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(fields, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        raise bad_request("a string holds an unpaired surrogate, which is no text.", code="invalid_value") from None
+    except ValueError:
+        raise ApiError(422, "the body is not JSON: a number in it is out of range.", code="malformed_json") from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _json_type(value: object) -> str:
+    names = {list: "array", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
+    return names[type(value)]
+
+
+def _shorten(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

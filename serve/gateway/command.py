@@ -1,0 +1,103 @@
+"""`chorus serve`: a population behind an OpenAI API. Nothing heavy is imported until the command runs."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Port; 0 for a free one.")
+@click.option(
+    "--engine",
+    "engine_urls",
+    metavar="URL",
+    multiple=True,
+    help="Use an engine that already runs there, started by others; several times for several. dns+http://NAME:PORT stands for "
+    "every address behind a name, `redis` for the engines that gateways announced there.",
+)
+@click.option("--default-tier", metavar="NAME", help="Tier of requests that ask for none; the largest by default.")
+@click.option(
+    "--keys",
+    "keys_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="API keys and their rights, as docs/gateway.md describes; else from CHORUS_API_KEYS, else none are needed.",
+)
+@click.option(
+    "--redis", metavar="URL", help="Share engines, learned times, quotas and the prior with other gateways there."
+)
+@click.option(
+    "--max-sequences",
+    default=64,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Sequences on one engine at once; more wait in the gateway.",
+)
+@click.option(
+    "--max-queue", default=256, show_default=True, type=click.IntRange(0), help="Requests that wait; more get 429."
+)
+@click.option(
+    "--drain-delay",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="Seconds after SIGTERM in which requests are still taken while /ready is red.",
+)
+@click.option(
+    "--drain-timeout",
+    default=30.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="Longest time, in seconds, for requests that are being answered when the server stops.",
+)
+@click.option("--verbose", is_flag=True, help="Show a line for each request, and the engine's own output.")
+@click.option(
+    "--log-format",
+    default="text",
+    show_default=True,
+    type=click.Choice(["text", "json"]),
+    help="Log for people, or as JSON with an object for each request.",
+)
+@click.argument("engine_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- ENGINE_ARGUMENT...]")
+def serve(
+    directory: Path,
+    host: str,
+    port: int,
+    engine_urls: tuple[str, ...],
+    default_tier: str | None,
+    keys_path: Path | None,
+    redis: str | None,
+    max_sequences: int,
+    max_queue: int,
+    drain_delay: float,
+    drain_timeout: float,
+    verbose: bool,
+    log_format: str,
+    engine_arguments: tuple[str, ...],
+) -> None:
+    """Serve the population in DIRECTORY over HTTP, with a budget per request.
+
+    Starts an engine (vLLM) for all members and an OpenAI API in front of it. What follows `--` goes to the engine as
+    `vllm serve` takes it: `chorus serve DIR -- --dtype float32`.
+    """
+    from serve.gateway import launch
+    from serve.gateway.admission import Limits
+
+    if engine_urls and engine_arguments:
+        raise click.UsageError("arguments after -- are for an engine of our own; with --engine there is none.")
+    launch.serve(
+        directory,
+        host=host,
+        port=port,
+        engine_urls=engine_urls,
+        default_tier_name=default_tier,
+        is_verbose=verbose,
+        engine_arguments=engine_arguments,
+        keys_path=keys_path,
+        redis=redis,
+        logs_json=log_format == "json",
+        limits=Limits(max_sequences=max_sequences, max_queue=max_queue),
+        drain=launch.Drain(delay_s=drain_delay, timeout_s=drain_timeout),
+    )

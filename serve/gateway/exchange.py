@@ -1,0 +1,120 @@
+"""How long the gateway waits for an engine's words, and what a finished answer teaches about the engine."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+
+from serve.gateway.admission import Grant
+from serve.gateway.latency import Work
+from serve.gateway.splice import Usage
+
+LEAD_S = 0.01
+"""What is cut at a deadline is cut so much before it, so that it arrives in time."""
+_NOTICEABLE_S = 0.05
+
+
+class Stop(Enum):
+    """Why the wait ended before the answer did."""
+
+    DEADLINE = "the time budget is spent"
+    LOST = "the engine went away"
+    STALLED = "the engine has sent nothing for too long"
+    STUCK = "the client takes nothing"
+
+
+class StoppedError(Exception):
+    """The wait is over."""
+
+    def __init__(self, why: Stop) -> None:
+        super().__init__(why.value)
+        self.why = why
+
+
+class Exchange:
+    """One request on one engine: the wait for it, and the notes for the model."""
+
+    def __init__(self, grant: Grant, *, deadline: float | None, stall_s: float) -> None:
+        self.grant = grant
+        self._deadline = deadline
+        self._stall_s = stall_s
+        self._patience = asyncio.Timeout(None)
+        self._is_sending = False
+        self._has_words = False
+        self._blocked_s = 0.0
+
+    @contextmanager
+    def sending(self) -> Iterator[None]:
+        """Around handing words to the client, who may be slow to take them: that says nothing about the engine."""
+        began_at, self._is_sending = time.perf_counter(), True
+        yield
+        self._is_sending = False
+        self._blocked_s += time.perf_counter() - began_at
+
+    async def __aenter__(self) -> "Exchange":
+        self._patience = asyncio.timeout(None)
+        await self._patience.__aenter__()
+        self._wait_on()
+        self.grant.engine.waiting.add(self._patience)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.grant.engine.waiting.discard(self._patience)
+        try:
+            await self._patience.__aexit__(kind, error, trace)  # type: ignore[arg-type]
+        except TimeoutError:
+            raise StoppedError(self._why()) from None
+
+    def heard(self, num_events: int) -> None:
+        """The engine sent so many events: the wait begins anew."""
+        flight = self.grant.flight
+        if flight.first_at is None:
+            self.grant.engine.flights.note_first(flight)
+        flight.num_tokens += num_events
+        self.grant.engine.heard_at = time.monotonic()
+        self._has_words = True
+        self._wait_on()
+
+    def teach(self, usage: Usage | None, *, streamed: bool, was_dropped: bool, characters: int) -> None:
+        """The answer is complete: its times go into the engine's model.
+
+        `characters` of its prompt came as text, 0 if it came as tokens.
+        """
+        now = time.perf_counter()
+        engine, flight = self.grant.engine, self.grant.flight
+        engine.heard_at = time.monotonic()
+        if usage is None or self._blocked_s > _NOTICEABLE_S:
+            return
+        if flight.num_sequences == 1:
+            engine.model.observe_prompt(characters=characters, tokens=usage.prompt_tokens)
+        tokens = max(1.0, usage.completion_tokens / flight.num_sequences)
+        work = Work(members=flight.work.members, prompt_tokens=usage.prompt_tokens, max_tokens=flight.work.max_tokens)
+        total_s = now - flight.began_at
+        expected_s = flight.expected_first_s + (tokens - 1) * flight.expected_token_s
+        if flight.finish_by is not None and was_dropped:  # it would have been late: its full cost was not seen
+            total_s = max(total_s, flight.finish_by - flight.began_at)
+        engine.model.observe_total(expected_s=expected_s, seconds=total_s)
+        load = engine.flights.mean_load(flight, now)
+        if streamed and flight.first_at is not None:
+            engine.model.observe_first(flight.before, work, flight.first_at - flight.began_at)
+            if load is not None and tokens >= 4 and not was_dropped:
+                engine.model.observe_tokens(load, (now - flight.first_at) / (tokens - 1))
+        elif load is not None and not was_dropped:
+            engine.model.observe_whole(flight.before, load, work, tokens, now - flight.began_at)
+
+    def _wait_on(self) -> None:
+        loop = asyncio.get_running_loop()
+        when = None if self._deadline is None else loop.time() + self._deadline - LEAD_S - time.perf_counter()
+        if self._has_words:
+            stalled_at = loop.time() + self._stall_s
+            when = stalled_at if when is None else min(when, stalled_at)
+        if not self._patience.expired():
+            self._patience.reschedule(when)
+
+    def _why(self) -> Stop:
+        if not self.grant.engine.is_up:
+            return Stop.LOST
+        if self._deadline is not None and time.perf_counter() >= self._deadline - LEAD_S - 0.001:
+            return Stop.DEADLINE
+        return Stop.STUCK if self._is_sending else Stop.STALLED

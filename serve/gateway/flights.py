@@ -1,0 +1,117 @@
+"""What runs on one engine now, and what it ran on average over a stretch of time. Times are those of `time.perf_counter`."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from population.manifest import Tier
+from serve.gateway.latency import Load, Work
+
+
+@dataclass(kw_only=True, eq=False)
+class Flight:
+    """One request on an engine."""
+
+    tier: Tier
+    floor: Tier
+    num_sequences: int
+    work: Work
+    finish_by: float | None
+    """When it should be complete."""
+    began_at: float = field(default_factory=time.perf_counter)
+    before: Load = field(default_factory=Load)
+    """What ran when it came."""
+    expected_first_s: float = 0.0
+    expected_token_s: float = 0.0
+    """As they were when it was admitted; 0 while nothing was known."""
+    first_at: float | None = None
+    num_tokens: int = 0
+    """Tokens seen so far, of all sequences."""
+    area: tuple[float, float] = (0.0, 0.0)
+    """Members and rows times seconds that the engine had run when it began or, once known, at its first token."""
+
+    @property
+    def expected_s(self) -> float:
+        """Expected time to its last token, should it generate all that it may."""
+        return self.expected_first_s + max(0, self.work.max_tokens - 1) * self.expected_token_s
+
+    def tokens_left(self, now: float) -> float:
+        """Tokens of each sequence still to come: counted where the answer is a stream, else guessed from the time that passed."""
+        if self.num_tokens:
+            return max(0.0, self.work.max_tokens - self.num_tokens / self.num_sequences)
+        share = (now - self.began_at) / self.expected_s if self.expected_s else 0.0
+        return self.work.max_tokens * max(0.0, 1.0 - share)
+
+
+class Flights:
+    """All requests on one engine."""
+
+    def __init__(self) -> None:
+        self.running: set[Flight] = set()
+        self.num_sequences = 0
+        self._rows = 0
+        self._members: Counter[str] = Counter()
+        self._area = (0.0, 0.0)
+        self._looked_at = time.perf_counter()
+
+    def load(self, *, adding: Tier | None = None, num_sequences: int = 1) -> Load:
+        """What runs at each step, with a request of tier `adding` beside what is there."""
+        members, rows = len(self._members), self._rows
+        if adding is not None:
+            members = len(self._members.keys() | set(adding.members))
+            rows += len(adding.members) * num_sequences
+        return Load(members=members, rows=rows)
+
+    def load_within(self, num_members: int) -> Load:
+        """What would run if every request that has a deadline had at most so many members, or its floor."""
+        members: set[str] = set()
+        rows = 0
+        for flight in self.running:
+            count = len(flight.tier.members)
+            if flight.finish_by is not None:
+                count = min(count, max(num_members, len(flight.floor.members)))
+            members.update(flight.tier.members[:count])
+            rows += count * flight.num_sequences
+        return Load(members=len(members), rows=rows)
+
+    def begin(self, flight: Flight) -> None:
+        """A request goes to the engine."""
+        self._advance()
+        flight.before = self.load()
+        flight.area = self._area
+        self.running.add(flight)
+        self.num_sequences += flight.num_sequences
+        self._rows += len(flight.tier.members) * flight.num_sequences
+        self._members.update(flight.tier.members)
+
+    def note_first(self, flight: Flight) -> None:
+        """Its first token is there."""
+        self._advance()
+        flight.first_at = time.perf_counter()
+        flight.area = self._area
+
+    def end(self, flight: Flight) -> None:
+        """It is answered, or broken off."""
+        if flight not in self.running:
+            return
+        self._advance()
+        self.running.remove(flight)
+        self.num_sequences -= flight.num_sequences
+        self._rows -= len(flight.tier.members) * flight.num_sequences
+        self._members.subtract(flight.tier.members)
+        self._members = +self._members
+
+    def mean_load(self, flight: Flight, now: float) -> Load | None:
+        """What ran on average since its first token, or since it began where no token was seen; None if that was just now."""
+        self._advance()
+        passed_s = now - (flight.first_at or flight.began_at)
+        if passed_s < 1e-4:
+            return None
+        members, rows = (after - before for after, before in zip(self._area, flight.area, strict=True))
+        return Load(members=members / passed_s, rows=rows / passed_s)
+
+    def _advance(self) -> None:
+        now = time.perf_counter()
+        passed_s = now - self._looked_at
+        self._area = (self._area[0] + len(self._members) * passed_s, self._area[1] + self._rows * passed_s)
+        self._looked_at = now

@@ -1,0 +1,156 @@
+"""What a running gateway holds, for as long as it runs: its settings, its engines, a pool of connections and the metrics."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import aiohttp
+
+from serve.gateway import upstream
+from serve.gateway.admission import Admission
+from serve.gateway.calibration import calibrate
+from serve.gateway.discovery import changes, discover
+from serve.gateway.engines import Engine
+from serve.gateway.metrics import Metrics
+from serve.gateway.offer import LiveOffer, Offer
+from serve.gateway.pool import Pool
+from serve.gateway.settings import Settings, Supervision
+from serve.gateway.sharing import seed, share
+from serve.gateway.store import MemoryStore, Store
+from serve.gateway.supervisor import EngineFailedError, Supervisor, engine_command
+
+logger = logging.getLogger(__name__)
+
+
+class Gateway:
+    """The shared state of all requests. It belongs to one event loop, between `running`'s begin and end."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        on_up: Callable[[str, float | None], None] = lambda url, start_s: None,
+        on_failure: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        self.settings = settings
+        self.population_name = settings.population.name
+        self._offer = LiveOffer(settings.population, settings.default_tier_name, settings.manifest)
+        self.pool = Pool()
+        self.admission = Admission(settings.limits, self.pool.candidates)
+        self.keys = settings.keys
+        self.store: Store = MemoryStore()
+        if settings.redis is not None:
+            from serve.gateway.redis_store import RedisStore  # only those who share need the client
+
+            self.store = RedisStore(settings.redis, self.population_name)
+        self.is_draining = False
+        """Whether it was told to stop and only finishes what it has."""
+        self.metrics = Metrics(self.pool, self.admission, lambda: self.offer.population.prior_version)
+        self.session: aiohttp.ClientSession
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._on_up = on_up
+        self._on_failure = on_failure
+
+    @property
+    def offer(self) -> Offer:
+        """The tiers on offer now."""
+        return self._offer.current()
+
+    @property
+    def engines(self) -> list[Engine]:
+        """All engines, up or not."""
+        return self.pool.engines
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Keep the engines; requests are accepted at once and answered with 503 until one is up."""
+        settings = self.settings
+        async with upstream.open_session() as self.session:
+            try:
+                if settings.sources:
+                    self._begin(self._discover())
+                else:
+                    self._add("")
+                self._begin(self.admission.keep())
+                if settings.redis is not None:
+                    self._begin(self.store.keep())
+                    self._begin(
+                        share(
+                            self.store,
+                            self.pool,
+                            lambda: self.offer.population,
+                            settings.directory,
+                            interval_s=settings.discovery_interval_s / 2,
+                        )
+                    )
+                yield
+            finally:
+                for task in self._tasks:
+                    task.cancel()
+                await asyncio.gather(*self._tasks, return_exceptions=True)
+                await self.store.close()
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _discover(self) -> None:
+        """Follow the engines that others run, as they come and go. One that went finishes what it runs."""
+        sources, watches = self.settings.sources, dict[str, asyncio.Task[None]]()
+        while True:
+            found = await discover(sources, self.store)
+            if found is not None:
+                for url in found:
+                    if url not in watches:
+                        watches[url] = self._add(url)
+                for url in set(watches) - set(found):
+                    logger.info("engine %s is gone", url)
+                    watches.pop(url).cancel()
+                    self.pool.engines = [engine for engine in self.pool.engines if engine.url != url]
+            if not changes(sources):
+                return
+            await asyncio.sleep(self.settings.discovery_interval_s)
+
+    def _add(self, url: str) -> asyncio.Task[None]:
+        engine = Engine(
+            self.session,
+            url=url,
+            is_supervised=not url,
+            probe_interval_s=self.settings.probe_interval_s,
+            probe_timeout_s=self.settings.probe_timeout_s,
+            stall_timeout_s=self.settings.stall_timeout_s,
+        )
+        engine.on_restart = self.metrics.count_restart
+        self.pool.engines = [*self.pool.engines, engine]
+        return self._begin(self._keep(engine))
+
+    async def _keep(self, engine: Engine) -> None:
+        supervision = self.settings.engine
+        if not isinstance(supervision, Supervision):
+            await engine.watch(lambda: self._came_up(engine, None))
+            return
+        supervisor = Supervisor(engine, supervision, partial(engine_command, self.population_name, supervision))
+        try:
+            await supervisor.run(lambda start_s: self._came_up(engine, start_s))
+        except EngineFailedError as error:
+            self._on_failure(str(error))
+        except (
+            Exception
+        ) as error:  # whatever it is, a gateway that no longer minds its engine must not go on in silence
+            logger.exception("the supervision of the engine failed")
+            self._on_failure(f"the supervision of the engine failed: {error}")
+
+    def _came_up(self, engine: Engine, start_s: float | None) -> None:
+        if self.settings.calibrates and not engine.model.is_seeded:
+            self._begin(self._seed(engine))
+        self.admission.look()
+        self._on_up(engine.url, start_s)
+
+    async def _seed(self, engine: Engine) -> None:
+        if not await seed(self.store, engine):
+            await calibrate(self.session, engine, self.offer.population)

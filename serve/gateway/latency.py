@@ -1,0 +1,207 @@
+"""How long an engine takes: learned from its own answers, as linear functions of the load, with the spread of what came out.
+
+Pure arithmetic. `flights` says what runs, `admission` asks what fits.
+
+The first token waits for the step that runs, then for the prefill of its prompt by each member; each further token is one step of
+the engine. A step's cost is linear in the members that run at all and in the rows that they compute (measured: docs/engine.md).
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_WINDOW = 256
+_FEW = 20
+"""With fewer answers than this their spread is not trusted, and `_UNSURE` stands in."""
+_UNSURE = 1.3
+_LOWEST, _HIGHEST = 0.6, 0.995
+_RATE = 0.2
+_SWEEPS, _RIDGE = 8, 1e-4
+
+
+class LeastSquares:
+    """Exponentially weighted least squares over weights at or above zero: no load makes an engine faster.
+
+    Minimises sum_t forgetting^(n-t) (y_t - w x_t)^2 + ridge |w - w_before|^2 by coordinate descent from the weights before,
+    which is exact for so few features. The ridge keeps what has not been seen for long where it was.
+    Recursive least squares with a projection was tried first and diverged: bench/LOG.md.
+    """
+
+    def __init__(self, scales: tuple[float, ...], *, forgetting: float) -> None:
+        self._scales_F = np.array(scales)
+        self._forgetting = forgetting
+        self.weights_F: NDArray[np.float64] = np.zeros(len(scales))
+        self._gram_FF: NDArray[np.float64] = np.zeros((len(scales), len(scales)))
+        self._moment_F: NDArray[np.float64] = np.zeros(len(scales))
+        self.count = 0
+
+    def observe(self, features: tuple[float, ...], target: float) -> None:
+        """Learn that `features` came out as `target`."""
+        features_F = np.array(features) / self._scales_F
+        self._gram_FF = self._forgetting * self._gram_FF + np.outer(features_F, features_F)
+        self._moment_F = self._forgetting * self._moment_F + target * features_F
+        self.count += 1
+        before, gram, moment = self.weights_F.tolist(), self._gram_FF.tolist(), self._moment_F.tolist()
+        weights = list(before)
+        for _ in range(_SWEEPS):
+            for i, row in enumerate(gram):
+                others = sum(row[j] * weights[j] for j in range(len(weights)) if j != i)
+                weights[i] = max(0.0, (moment[i] - others + _RIDGE * before[i]) / (row[i] + _RIDGE))
+        self.weights_F = np.array(weights)
+
+    def predict(self, features: tuple[float, ...]) -> float:
+        """What is expected for `features`."""
+        return float((np.array(features) / self._scales_F) @ self.weights_F)
+
+    def state(self) -> dict[str, Any]:
+        """What was learned, for JSON."""
+        return {
+            "weights": self.weights_F.tolist(),
+            "gram": self._gram_FF.tolist(),
+            "moment": self._moment_F.tolist(),
+            "count": self.count,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` said."""
+        self.weights_F = np.array(state["weights"], dtype=np.float64).reshape(self.weights_F.shape)
+        self._gram_FF = np.array(state["gram"], dtype=np.float64).reshape(self._gram_FF.shape)
+        self._moment_F = np.array(state["moment"], dtype=np.float64).reshape(self._moment_F.shape)
+        self.count = int(state["count"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What an engine computes at each step."""
+
+    members: float = 0.0
+    """Different members that run."""
+    rows: float = 0.0
+    """Sequences, counted once for each member that computes them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one request adds."""
+
+    members: int
+    prompt_tokens: float
+    max_tokens: int
+    """Of each sequence."""
+
+
+class LatencyModel:
+    """Time to first token and time per token of one engine."""
+
+    def __init__(self) -> None:
+        self._first_s = LeastSquares((1.0, 16.0, 16.0, 1024.0), forgetting=0.97)
+        self._token_s = LeastSquares((1.0, 4.0, 16.0), forgetting=0.98)
+        self._tokens_per_character = 0.5
+        self.num_prompts = 0
+        """Texts whose length in tokens was seen."""
+        self._ratios: deque[float] = deque(maxlen=_WINDOW)
+        self._sorted: list[float] | None = None
+        self._shift = 0.0
+        """What is added to a probability to get the quantile that keeps it, as promises turn out."""
+
+    @property
+    def is_seeded(self) -> bool:
+        """Whether enough was seen to predict anything."""
+        return self._token_s.count >= 4 and self._first_s.count >= 4
+
+    @property
+    def count(self) -> int:
+        """Answers that were learned from."""
+        return self._first_s.count + self._token_s.count
+
+    def prompt_tokens(self, *, tokens: int, characters: int) -> float:
+        """Expected length of a prompt that is partly known as tokens and partly as text."""
+        return tokens + characters * self._tokens_per_character
+
+    def first_s(self, load: Load, work: Work) -> float:
+        """Expected seconds to the first token, beside `load`."""
+        return self._first_s.predict(self._first_features(load, work))
+
+    def token_s(self, load: Load) -> float:
+        """Expected seconds per token while `load` runs, this request included."""
+        return self._token_s.predict((1.0, load.members, load.rows))
+
+    def total_s(self, before: Load, during: Load, work: Work) -> float:
+        """Expected seconds to the last token, admitted beside `before`, running as part of `during`."""
+        return self.first_s(before, work) + max(0, work.max_tokens - 1) * self.token_s(during)
+
+    def margin(self, probability: float) -> float:
+        """The factor on expected times with which promises are kept with `probability`: a quantile of how answers came out lately.
+
+        Which quantile is itself learned from the promises (adaptive conformal inference, Gibbs and Candès 2021): the engine's drops
+        rescue many that would have been late, and a plain quantile would refuse or shrink more than needed.
+        """
+        if len(self._ratios) < _FEW:
+            return _UNSURE
+        if self._sorted is None:
+            self._sorted = sorted(self._ratios)
+        level = min(_HIGHEST, max(_LOWEST, probability + self._shift))
+        return self._sorted[min(len(self._sorted) - 1, int(level * len(self._sorted)))]
+
+    def observe_promise(self, *, kept: bool, probability: float) -> None:
+        """Learn from an answer that was promised in time with `probability`."""
+        shift = self._shift + _RATE * (float(not kept) - (1.0 - probability))
+        self._shift = min(_HIGHEST - probability, max(_LOWEST - probability, shift))
+
+    def observe_first(self, load: Load, work: Work, seconds: float) -> None:
+        """Learn from a first token."""
+        self._first_s.observe(self._first_features(load, work), seconds)
+
+    def observe_tokens(self, load: Load, seconds_per_token: float) -> None:
+        """Learn from tokens generated as part of `load`, on average."""
+        self._token_s.observe((1.0, load.members, load.rows), seconds_per_token)
+
+    def observe_whole(self, before: Load, during: Load, work: Work, tokens: float, seconds: float) -> None:
+        """Learn from an answer whose first token was not seen: it was slower or faster than expected in all its parts alike."""
+        first_s, token_s = self.first_s(before, work), self.token_s(during)
+        expected_s = first_s + (tokens - 1) * token_s
+        if expected_s <= 0:
+            first_s = token_s = expected_s = seconds / tokens
+            expected_s *= tokens
+        self.observe_first(before, work, first_s * seconds / expected_s)
+        if tokens >= 4:
+            self.observe_tokens(during, token_s * seconds / expected_s)
+
+    def observe_total(self, *, expected_s: float, seconds: float) -> None:
+        """Learn how far an answer was from what was expected for its number of tokens when it was admitted."""
+        if expected_s > 0:
+            self._ratios.append(seconds / expected_s)
+            self._sorted = None
+
+    def observe_prompt(self, *, characters: int, tokens: int) -> None:
+        """Learn how many tokens a text becomes."""
+        if characters >= 8 and tokens > 0:
+            self.num_prompts += 1
+            self._tokens_per_character += 0.05 * (tokens / characters - self._tokens_per_character)
+
+    def state(self) -> dict[str, Any]:
+        """What was learned, for JSON: another gateway can begin with it."""
+        return {
+            "first": self._first_s.state(),
+            "token": self._token_s.state(),
+            "tokens_per_character": self._tokens_per_character,
+            "ratios": [round(ratio, 3) for ratio in self._ratios],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Begin with what another model learned.
+
+        Raises:
+            KeyError, TypeError, ValueError: `state` is not of this form; the model is then as before or half taken over.
+        """
+        self._first_s.restore(state["first"])
+        self._token_s.restore(state["token"])
+        self._tokens_per_character = float(state["tokens_per_character"])
+        self._ratios = deque((float(ratio) for ratio in state["ratios"]), maxlen=_WINDOW)
+        self._sorted = None
+
+    def _first_features(self, load: Load, work: Work) -> tuple[float, ...]:
+        return 1.0, load.rows, float(work.members), work.members * work.prompt_tokens

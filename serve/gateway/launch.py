@@ -1,0 +1,194 @@
+"""From a population directory to a server that runs until it is told to stop."""
+
+import contextlib
+import os
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from rich.console import Console
+
+from population import manifest
+from population.errors import ChorusError
+from population.live import LiveManifest
+from population.manifest import Population
+from serve.gateway import logs
+from serve.gateway.admission import Limits
+from serve.gateway.app import create_app
+from serve.gateway.console import print_example, print_offer, print_ready
+from serve.gateway.gateway import Gateway
+from serve.gateway.keys import Keys
+from serve.gateway.settings import Settings, Supervision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drain:
+    """How the server stops when it is told to by SIGTERM."""
+
+    delay_s: float = 0.0
+    """For so long it goes on serving, while /ready is red: whoever sends requests needs time to see that."""
+    timeout_s: float = 30.0
+    """Longest time for requests that are being answered, from then on."""
+
+
+def serve(
+    directory: Path,
+    *,
+    host: str,
+    port: int,
+    engine_urls: tuple[str, ...],
+    default_tier_name: str | None,
+    is_verbose: bool,
+    engine_arguments: tuple[str, ...],
+    keys_path: Path | None = None,
+    redis: str | None = None,
+    limits: Limits | None = None,
+    drain: "Drain | None" = None,
+    logs_json: bool = False,
+) -> None:
+    """Serve until SIGINT or SIGTERM, then finish what is being answered and stop the engine.
+
+    Raises:
+        ChorusError: the population, an option or the address cannot be used, or the engine cannot be kept running.
+    """
+    population = load(directory)
+    log = None if is_verbose or engine_urls else _new_log(population)
+    logs.configure(as_json=logs_json, is_verbose=is_verbose)
+    try:
+        settings = Settings(
+            population=population,
+            manifest=LiveManifest(directory),
+            default_tier_name=default_tier_name,
+            directory=directory,
+            engine=engine_urls or Supervision(directory=directory, arguments=engine_arguments, log=log),
+            keys=Keys(path=keys_path, text=os.environ.get("CHORUS_API_KEYS") if keys_path is None else None),
+            redis=redis,
+            limits=limits or Limits(),
+        )
+        with _listen(host, port) as listener:
+            Run(settings=settings, listener=listener, console=Console(), drain=drain or Drain()).run()
+    except ChorusError:
+        if log is not None and log.stat().st_size == 0:
+            log.unlink()  # else it says why the engine failed
+        raise
+    if log is not None:
+        log.unlink()
+
+
+def load(directory: Path) -> Population:
+    """The population, checked file by file before anything is started, under uniform tiers if none were fitted.
+
+    Raises:
+        ChorusError: it cannot be served.
+    """
+    population = manifest.load(directory)
+    manifest.verify(population, directory)
+    return population if population.tiers else population.with_uniform_tiers()
+
+
+class Run:
+    """One run of the server, from the first line on the console to the last."""
+
+    def __init__(self, *, settings: Settings, listener: socket.socket, console: Console, drain: "Drain") -> None:
+        self._settings = settings
+        self._listener = listener
+        self._console = console
+        self._failure: str | None = None
+        self._was_up = False
+        gateway = Gateway(settings, on_up=self._on_up, on_failure=self._on_failure)
+        self._server = _Server(
+            gateway,
+            drain,
+            uvicorn.Config(
+                create_app(gateway),
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="on",
+                ws="none",
+                timeout_graceful_shutdown=round(drain.timeout_s),
+            ),
+        )
+
+    def run(self) -> None:
+        """Serve until told to stop.
+
+        Raises:
+            ChorusError: the engine cannot be kept running.
+        """
+        settings = self._settings
+        print_offer(self._console, settings.population, settings.default_tier)
+        if not isinstance(settings.engine, Supervision):
+            waiting = f"waiting for the engine at {', '.join(settings.sources)}"
+        else:
+            where = f", log {settings.engine.log}" if settings.engine.log else ""
+            waiting = f"starting the engine{where}"
+        self._console.print(f"\n[dim]{waiting}[/]", highlight=False, soft_wrap=True)
+        self._server.run(sockets=[self._listener])
+        if self._failure:
+            raise ChorusError(self._failure)
+        self._console.print("stopped")
+
+    def _on_up(self, engine_url: str, start_s: float | None) -> None:
+        host, port = self._listener.getsockname()[:2]
+        shown = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, f"[{host}]" if ":" in host else host)
+        url = f"http://{shown}:{port}"
+        print_ready(self._console, url, engine_url, start_s)
+        if not self._was_up:
+            self._was_up = True
+            print_example(self._console, url, self._settings.population, self._settings.default_tier)
+
+    def _on_failure(self, message: str) -> None:
+        self._failure = message
+        self._server.should_exit = True
+
+
+class _Server(uvicorn.Server):
+    """Ends normally after a signal; uvicorn would raise the signal again, and SIGTERM would look like a crash."""
+
+    def __init__(self, gateway: Gateway, drain: Drain, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._gateway = gateway
+        self._drain = drain
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """SIGTERM drains; SIGINT, or a second signal, does not wait."""
+        if sig != signal.SIGTERM or self._gateway.is_draining or not self._drain.delay_s:
+            self._gateway.is_draining = True
+            super().handle_exit(sig, frame)
+            return
+        self._gateway.is_draining = True
+        timer = threading.Timer(self._drain.delay_s, lambda: setattr(self, "should_exit", True))
+        timer.daemon = True
+        timer.start()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        previous = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for sig, handler in previous.items():
+                signal.signal(sig, handler)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ChorusError(
+            f"cannot listen on {host} port {port}: {error.strerror}. Give another --port or --host."
+        ) from None
+
+
+def _new_log(population: Population) -> Path:
+    handle, name = tempfile.mkstemp(prefix=f"chorus-{population.name}-", suffix=".log")
+    os.close(handle)
+    return Path(name)

@@ -1,0 +1,125 @@
+"""Whether a request can begin on an engine now, and at which tier. Pure decisions; `admission` applies them.
+
+With a deadline: the largest tier at which the request is expected in time, with the set probability, and at which everybody else
+who has a deadline could still be in time if taken down to a tier of that size. The last condition shares what there is: gains
+fall with every further member, so several requests at a middling tier are worth more than one large among small ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from population.manifest import Tier
+from serve.gateway.flights import Flights
+from serve.gateway.latency import LatencyModel, Load, Work
+from serve.gateway.terms import Size
+
+
+class NotNow(Enum):
+    """Why a request cannot begin."""
+
+    FULL = "the engine runs as many sequences as it may"
+    LATE_NOW = "it would be late beside what runs, or make others late"
+    LATE = "it would be late on an idle engine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What is to be planned."""
+
+    tiers: Sequence[Tier]
+    """Those that may serve it, from the largest to its floor."""
+    size: Size
+    finish_by: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a request begins."""
+
+    tier: Tier
+    work: Work
+    first_s: float
+    token_s: float
+    """Expected; 0 while nothing is known."""
+
+    @property
+    def total_s(self) -> float:
+        """Expected time to the last token."""
+        return self.first_s + max(0, self.work.max_tokens - 1) * self.token_s
+
+
+def plan(
+    wish: Wish,
+    flights: Flights,
+    model: LatencyModel,
+    *,
+    now: float,
+    probability: float,
+    max_sequences: int,
+    pressure: float = 0.0,
+) -> Plan | NotNow:
+    """How `wish` begins now. `pressure`, from 0 to 1, takes away the largest tiers in proportion."""
+    # A request of more sequences than fit at all begins alone: the engine queues what it cannot run.
+    if flights.num_sequences and flights.num_sequences + wish.size.num_sequences > max_sequences:
+        return NotNow.FULL
+    tiers = wish.tiers[min(len(wish.tiers) - 1, round(pressure * (len(wish.tiers) - 1))) :]
+    works = [_work(tier, wish.size, model) for tier in tiers]
+    if wish.finish_by is None or not model.is_seeded:
+        return _expect(tiers[0], works[0], wish, flights, model)
+    left_s, margin = wish.finish_by - now, model.margin(probability)
+    for tier, work in zip(tiers, works, strict=True):
+        found = _expect(tier, work, wish, flights, model)
+        fits = found.total_s * margin <= left_s
+        if fits and not _makes_others_late(flights, model, tier, wish.size.num_sequences, now, margin):
+            return found
+    if model.total_s(Load(), _alone(tiers[-1], wish.size), works[-1]) > left_s:
+        return NotNow.LATE
+    return NotNow.LATE_NOW
+
+
+def at_floor(wish: Wish, flights: Flights, model: LatencyModel) -> Plan:
+    """The least that can be done for a request that will be late whatever is done."""
+    tier = wish.tiers[-1]
+    return _expect(tier, _work(tier, wish.size, model), wish, flights, model)
+
+
+def least_s(wish: Wish, model: LatencyModel) -> float:
+    """Expected seconds at its floor on an idle engine; 0 while nothing is known."""
+    if not model.is_seeded:
+        return 0.0
+    tier = wish.tiers[-1]
+    return model.total_s(Load(), _alone(tier, wish.size), _work(tier, wish.size, model))
+
+
+def _expect(tier: Tier, work: Work, wish: Wish, flights: Flights, model: LatencyModel) -> Plan:
+    during = flights.load(adding=tier, num_sequences=wish.size.num_sequences)
+    return Plan(tier=tier, work=work, first_s=model.first_s(flights.load(), work), token_s=model.token_s(during))
+
+
+def _work(tier: Tier, size: Size, model: LatencyModel) -> Work:
+    tokens = model.prompt_tokens(tokens=size.prompt_tokens, characters=size.prompt_characters)
+    return Work(members=len(tier.members), prompt_tokens=tokens, max_tokens=size.max_tokens)
+
+
+def _alone(tier: Tier, size: Size) -> Load:
+    return Load(members=len(tier.members), rows=len(tier.members) * size.num_sequences)
+
+
+def _makes_others_late(
+    flights: Flights, model: LatencyModel, tier: Tier, num_sequences: int, now: float, margin: float
+) -> bool:
+    """Whether somebody who could be in time without the new request could not with it, were all as small as `tier`."""
+    others = [flight for flight in flights.running if flight.finish_by is not None]
+    if not others:
+        return False
+    without = flights.load_within(len(tier.members))
+    added = len(tier.members)
+    with_it = Load(members=max(without.members, added), rows=without.rows + added * num_sequences)
+    before_s, after_s = model.token_s(without) * margin, model.token_s(with_it) * margin
+    for flight in others:
+        assert flight.finish_by is not None
+        left_s, tokens = flight.finish_by - now, flight.tokens_left(now)
+        if tokens * before_s <= left_s < tokens * after_s:
+            return True
+    return False

@@ -1,0 +1,358 @@
+"""Passing a call to an engine and its answer to the client, as it comes, with our additions."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import aiohttp
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from population.manifest import Tier
+from serve.gateway import quotas, upstream
+from serve.gateway.admission import Admission, Grant, deadline_exceeded
+from serve.gateway.assembly import Assembly, empty_answer, last_event
+from serve.gateway.calls import Call
+from serve.gateway.engines import Engine
+from serve.gateway.errors import ApiError, engine_error, error_status, unavailable
+from serve.gateway.exchange import Exchange, Stop, StoppedError
+from serve.gateway.offer import Offer
+from serve.gateway.pool import Pool
+from serve.gateway.records import Record
+from serve.gateway.report import Report
+from serve.gateway.splice import ERROR, Additions, EventSplicer, Usage, read_usage
+from serve.gateway.store import Store
+from serve.gateway.tenants import Tenant
+
+TIER_HEADER = b"x-chorus-tier"
+_EVENT_STREAM = "text/event-stream"
+_DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passage:
+    """What a request needs on its way to an engine and back."""
+
+    session: aiohttp.ClientSession
+    pool: Pool
+    admission: Admission
+    store: Store
+    offer: Offer
+    tenant: Tenant
+    headers: dict[str, str]
+    record: Record
+    stall_timeout_s: float
+    """Longest silence in the middle of a stream."""
+
+
+@dataclass(kw_only=True, eq=False)
+class _Attempt:
+    """One try on one engine."""
+
+    grant: Grant
+    exchange: Exchange
+    report: Report
+    assembly: Assembly | None
+    splicer: EventSplicer
+    has_answered: bool = False
+    """Whether the engine has begun to answer: from then on nothing is tried again."""
+
+    @property
+    def engine(self) -> Engine:
+        return self.grant.engine
+
+
+class _LostError(Exception):
+    """The engine went away before it began to answer."""
+
+
+class Relay(Response):
+    """The answer of an engine. A client that leaves takes the engine's request with it, by closing the connection."""
+
+    def __init__(self, passage: Passage, *, path: str, call: Call, tiers: Sequence[Tier]) -> None:
+        super().__init__()
+        self._passage = passage
+        self._path = path
+        self._call = call
+        self._tiers = tiers
+        self._record = passage.record
+        self._model = None if call.choice.model == passage.offer.population.name else call.choice.model
+        self._has_begun = False
+        self._is_complete = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answering = asyncio.create_task(self._answer(send))
+        leaving = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:  # the gateway stops, and has waited as long as it was told to
+            await _cancel(answering)
+            await self._break_off(scope, receive, send, "the gateway was stopped")
+            raise
+        finally:
+            await _cancel(leaving)
+            await _cancel(answering)
+        if not answering.cancelled():
+            answering.result()
+
+    async def _answer(self, send: Send) -> None:
+        """Serve within the tenant's rates."""
+        record, size = self._record, self._call.size
+        prompt_tokens = self._passage.pool.prompt_tokens(size)
+        taken = await quotas.charge(self._passage.store, self._passage.tenant, size, prompt_tokens)
+        try:
+            await self._serve(send)
+        except ApiError:
+            record.usage = record.usage or Usage(prompt_tokens=0, completion_tokens=0)
+            raise
+        finally:
+            if taken is not None:
+                await asyncio.shield(quotas.settle(self._passage.store, taken, record.usage))
+
+    async def _serve(self, send: Send) -> None:
+        """Try an engine, and after a loss before the first byte once more: elsewhere, or there if it is well."""
+        avoid: tuple[Engine, ...] = ()
+        for is_last in (False, True):
+            grant = await self._passage.admission.admit(
+                self._call, self._passage.tenant, self._tiers, arrived_at=self._record.began_at, avoid=avoid
+            )
+            self._note(grant)
+            try:
+                await self._try(grant, send)
+            except _LostError:
+                grant.engine.breaker.note_failure()
+                is_well = await grant.engine.check()
+                others = [each for each in self._passage.pool.engines if each is not grant.engine and each.is_up]
+                if is_last or not (is_well or others):
+                    raise upstream.lost(grant.engine) from None
+                avoid = (grant.engine,) if others else ()
+            else:
+                return
+            finally:
+                self._passage.admission.release(grant)
+
+    async def _try(self, grant: Grant, send: Send) -> None:
+        attempt = self._attempt(grant)
+        self._passage.pool.note(self._call, grant.engine)
+        grant.engine.breaker.note_try()
+        try:
+            async with attempt.exchange:
+                await self._ask(attempt, send)
+        except StoppedError as stopped:
+            await self._stop(attempt, stopped.why, send)
+        except upstream.BROKEN:
+            await self._lose(attempt, Stop.LOST, send)
+
+    def _attempt(self, grant: Grant) -> _Attempt:
+        call, record = self._call, self._record
+        report = Report(offer=self._passage.offer, tier=grant.tier, asked=call.choice.asked, terms=call.terms)
+        additions = Additions(population=report.begin(), model=self._model)
+        has_budget = call.terms.budget_s is not None
+        splicer = EventSplicer(
+            additions,
+            keep_usage=call.wants_usage,
+            at_end=(lambda: report.end(record.elapsed_s())) if has_budget else None,
+        )
+        deadline = grant.flight.finish_by if call.terms.stops_at_deadline else None
+        return _Attempt(
+            grant=grant,
+            exchange=Exchange(grant, deadline=deadline, stall_s=self._passage.stall_timeout_s),
+            report=report,
+            assembly=Assembly() if call.streams_from_engine and not call.streams else None,
+            splicer=splicer,
+        )
+
+    async def _ask(self, attempt: _Attempt, send: Send) -> None:
+        grant, call = attempt.grant, self._call
+        budget_s = None
+        if grant.flight.finish_by is not None:
+            budget_s = grant.engine.squeeze.told_s(grant.flight.finish_by - time.perf_counter())
+        body = call.body(grant.tier, budget_s=budget_s, floor=grant.flight.floor)
+        answer = await upstream.send(self._passage.session, grant.engine, self._path, body, self._passage.headers)
+        attempt.has_answered = True
+        try:
+            if answer.status != 200:
+                raise await self._refusal(attempt, answer)
+            if answer.content_type == _EVENT_STREAM:
+                await self._stream(attempt, answer, send)
+            else:
+                await self._whole(attempt, await answer.read(), send)
+        finally:
+            answer.close()
+
+    async def _refusal(self, attempt: _Attempt, answer: aiohttp.ClientResponse) -> Exception:
+        body = await answer.read()
+        if answer.status >= 500:
+            attempt.engine.breaker.note_failure()
+            if not await attempt.engine.check():
+                return upstream.lost(attempt.engine)
+        return engine_error(answer.status, body)
+
+    async def _whole(self, attempt: _Attempt, body: bytes, send: Send) -> None:
+        self._record.usage = read_usage(body)
+        self._finish(attempt, streamed=False)
+        body = attempt.report.take_drops(body)
+        await self._send_whole(attempt, body, send)
+
+    async def _stream(self, attempt: _Attempt, answer: aiohttp.ClientResponse, send: Send) -> None:
+        splicer, exchange = attempt.splicer, attempt.exchange
+        async for data in answer.content.iter_any():
+            if not (events := splicer.feed(data)):
+                continue
+            exchange.heard(events.count(b"\n\n"))
+            if attempt.assembly is not None:
+                if events.startswith(ERROR):
+                    raise _refused(events)
+                attempt.assembly.feed(events)
+                continue
+            with exchange.sending():
+                if not self._has_begun:
+                    await self._begin_stream(attempt, events, send)
+                await send({"type": "http.response.body", "body": events, "more_body": True})
+        self._record.usage = splicer.usage
+        if not splicer.done:
+            await self._lose(attempt, Stop.LOST, send)
+            return
+        self._finish(attempt, streamed=True)
+        if attempt.assembly is not None:
+            await self._send_whole(attempt, attempt.assembly.answer(cut=False), send)
+        else:
+            await self._end(send)
+
+    async def _begin_stream(self, attempt: _Attempt, events: bytes, send: Send) -> None:
+        """Send the head, which waited for the first event: what fails until then is answered with its own status.
+
+        vLLM finds some faults of a request (a token that is not in the vocabulary) after it has begun to stream.
+        """
+        if events.startswith(ERROR):
+            raise _refused(events)
+        self._record.first_token_s = self._record.elapsed_s()
+        await self._start(attempt, send, f"{_EVENT_STREAM}; charset=utf-8")
+
+    async def _stop(self, attempt: _Attempt, why: Stop, send: Send) -> None:
+        """The wait was ended before the answer was."""
+        match why:
+            case Stop.DEADLINE if self._call.terms.on_deadline == "truncate":
+                await self._truncate(attempt, send)
+            case Stop.DEADLINE:
+                self._note_deadline(attempt, is_met=False)
+                error = deadline_exceeded("the time budget was spent before the answer was complete.")
+                if not self._has_begun:
+                    raise error
+                self._record.is_broken = True
+                await self._end(send, error.event())
+            case Stop.STUCK:
+                self._record.is_broken = (
+                    True  # and the server, which misses the end of the answer, closes the connection
+                )
+            case _:
+                await self._lose(attempt, why, send)
+
+    async def _lose(self, attempt: _Attempt, why: Stop, send: Send) -> None:
+        """The engine's answer broke off: an error event if some of it is with the client, another try if nothing of it had come."""
+        if not attempt.has_answered:
+            raise _LostError
+        attempt.engine.breaker.note_failure()
+        if self._has_begun:
+            attempt.engine.suspect()
+            await self._end_broken(send, why.value)
+        else:
+            await attempt.engine.check()
+            raise upstream.lost(attempt.engine)
+
+    async def _truncate(self, attempt: _Attempt, send: Send) -> None:
+        """Return what there is."""
+        attempt.report.is_truncated = self._record.is_truncated = True
+        is_chat, name = self._path.endswith("chat/completions"), self._model or self._passage.offer.population.name
+        self._note_deadline(attempt, is_met=self._record.elapsed_s() <= (self._call.terms.budget_s or 0.0))
+        num = self._call.size.num_sequences
+        if not self._call.streams:
+            known = attempt.assembly
+            if known is None or known.is_empty:
+                body = empty_answer(name, is_chat=is_chat, num_choices=num)
+            else:
+                body = known.answer(cut=True)
+            await self._send_whole(attempt, body, send)
+            return
+        event = last_event(name, is_chat=is_chat, indices=list(range(num)), like=attempt.splicer.head)
+        additions = Additions(population=attempt.report.end(self._record.elapsed_s()), model=None)
+        if not self._has_begun:
+            await self._start(attempt, send, f"{_EVENT_STREAM}; charset=utf-8")
+        await self._end(send, additions.splice(event) + _DONE)
+
+    async def _send_whole(self, attempt: _Attempt, body: bytes, send: Send) -> None:
+        population = attempt.report.end(self._record.elapsed_s())
+        self._record.num_drops = len(attempt.report.drops.get("drops", ()))
+        body = Additions(population=population, model=self._model).splice(body)
+        await self._start(attempt, send, "application/json", content_length=len(body))
+        await self._end(send, body)
+
+    def _finish(self, attempt: _Attempt, *, streamed: bool) -> None:
+        """The engine's answer is complete."""
+        attempt.engine.breaker.note_success()
+        budget_s = self._call.terms.budget_s
+        if budget_s is not None:
+            self._note_deadline(attempt, is_met=self._record.elapsed_s() <= budget_s)
+        attempt.exchange.teach(
+            self._record.usage,
+            streamed=streamed,
+            was_dropped=bool(attempt.report.drops.get("drops")),
+            characters=0 if self._call.size.prompt_tokens else self._call.size.prompt_characters,
+        )
+
+    def _note_deadline(self, attempt: _Attempt, *, is_met: bool) -> None:
+        self._record.is_deadline_met = is_met
+        if attempt.grant.is_promised:
+            kept = is_met and not attempt.report.is_truncated
+            attempt.engine.squeeze.observe(late=not kept)
+            attempt.engine.model.observe_promise(kept=kept, probability=self._passage.admission.limits.probability)
+
+    def _note(self, grant: Grant) -> None:
+        self._record.engine = grant.engine.url
+        self._record.waited_s = grant.waited_s
+        self._record.budget_s = self._call.terms.budget_s
+
+    async def _start(
+        self, attempt: _Attempt, send: Send, content_type: str, *, content_length: int | None = None
+    ) -> None:
+        self._has_begun = True
+        self._record.tier_served = attempt.grant.tier.name
+        headers = [(b"content-type", content_type.encode()), (TIER_HEADER, attempt.grant.tier.name.encode())]
+        if content_length is None:
+            # no proxy is to hold events back
+            headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+        else:
+            headers.append((b"content-length", str(content_length).encode()))
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def _break_off(self, scope: Scope, receive: Receive, send: Send, why: str) -> None:
+        if not self._has_begun:
+            message = f"{why} before this request was answered; send it again."
+            await unavailable(message, retry_after_s=1).response()(scope, receive, send)
+        elif not self._is_complete:
+            await self._end_broken(send, why)
+
+    async def _end_broken(self, send: Send, why: str) -> None:
+        self._record.is_broken = True
+        error = ApiError(503, f"{why} before this stream was complete; send the request again.", code="stream_broken")
+        await self._end(send, error.event())
+
+    async def _end(self, send: Send, body: bytes = b"") -> None:
+        self._is_complete = True
+        await send({"type": "http.response.body", "body": body})
+
+
+def _refused(events: bytes) -> ApiError:
+    error = events.partition(b"\n\n")[0].removeprefix(b"data: ")
+    return engine_error(error_status(error), error)
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait({task})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,65 @@
+"""The `population` object of an answer: who gave it, and what became of its time budget."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from population.manifest import Tier
+from serve.gateway.offer import Offer
+from serve.gateway.terms import Terms
+
+_KEY = re.compile(rb'"kv_transfer_params"\s*:\s*')
+
+
+@dataclass(kw_only=True)
+class Report:
+    """One answer's report, completed while the answer is given."""
+
+    offer: Offer
+    tier: Tier
+    asked: str
+    terms: Terms
+    drops: dict[str, Any] = field(default_factory=dict)
+    """What the engine says about members that left on the way, where it says it."""
+    is_truncated: bool = False
+
+    def begin(self) -> bytes:
+        """The object as far as it is known when the answer begins."""
+        known = self.offer.population_json[self.tier.name]
+        if not (extra := self._choice()):
+            return known
+        return known[:-1] + b"," + _dumps(extra)[1:]
+
+    def end(self, elapsed_s: float) -> bytes:
+        """The object when the answer is complete, `elapsed_s` after the request arrived."""
+        extra = self._choice()
+        if self.terms.budget_s is not None:
+            is_met = elapsed_s <= self.terms.budget_s
+            extra |= {"elapsed_ms": round(1000 * elapsed_s, 1), "deadline": "met" if is_met else "missed"}
+            extra |= {"truncated": self.is_truncated, **self.drops}
+        if not extra:
+            return self.offer.population_json[self.tier.name]
+        return self.offer.population_json[self.tier.name][:-1] + b"," + _dumps(extra)[1:]
+
+    def take_drops(self, body: bytes) -> bytes:
+        """Take the engine's report of dropped members out of its answer, where vLLM carries it in a field for other purposes."""
+        matches = list(_KEY.finditer(body))
+        if not matches or not body.startswith(b"{", start := matches[-1].end()):
+            return body
+        text = body[start:].decode()
+        found, length = json.JSONDecoder().raw_decode(text)
+        self.drops = {key: found[key] for key in ("members_per_token", "drops") if key in found}
+        return body[:start] + b"null" + text[length:].encode()
+
+    def _choice(self) -> dict[str, Any]:
+        extra: dict[str, Any] = {}
+        if self.terms.budget_s is not None or (self.asked != "default" and self.asked != self.tier.name):
+            extra["tier_asked"] = self.asked
+        if self.terms.budget_s is not None:
+            extra["latency_budget_ms"] = round(1000 * self.terms.budget_s, 3)
+        return extra
+
+
+def _dumps(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()

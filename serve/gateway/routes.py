@@ -1,0 +1,110 @@
+"""The gateway's routes."""
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
+
+from population.assemble import chorus_version
+from serve.gateway import upstream
+from serve.gateway.calls import Call, ChatFields, CompletionFields
+from serve.gateway.dependencies import ChatCall, CompletionCall, TheGateway, TheOffer, ThePassage, TokenCall
+from serve.gateway.errors import ApiError, unavailable
+from serve.gateway.proxy import Passage, Relay
+from serve.gateway.tiers import tiers_between
+
+router = APIRouter()
+
+
+def _takes(fields: type[BaseModel]) -> dict[str, Any]:
+    """The OpenAPI description of a body that the routes read themselves, so that its bytes pass with little work."""
+    content = {"application/json": {"schema": fields.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _relay(path: str, call: Call, passage: Passage) -> Response:
+    return Relay(
+        passage, path=path, call=call, tiers=tiers_between(passage.offer.population, call.floor, call.choice.tier)
+    )
+
+
+async def _forward(path: str, call: Call, passage: Passage) -> Response:
+    engine = passage.pool.candidates()[0]
+    body = await upstream.fetch(passage.session, engine, path, call.body(), passage.headers)
+    return Response(body, media_type="application/json")
+
+
+@router.post("/v1/completions", openapi_extra=_takes(CompletionFields), tags=["OpenAI"])
+async def complete(call: CompletionCall, passage: ThePassage) -> Response:
+    """Complete a prompt with the mixture of the request's tier."""
+    return _relay("/v1/completions", call, passage)
+
+
+@router.post("/v1/chat/completions", openapi_extra=_takes(ChatFields), tags=["OpenAI"])
+async def chat(call: ChatCall, passage: ThePassage) -> Response:
+    """Answer a conversation with the mixture of the request's tier."""
+    return _relay("/v1/chat/completions", call, passage)
+
+
+@router.post("/tokenize", tags=["tokens"])
+async def tokenize(call: TokenCall, passage: ThePassage) -> Response:
+    """Cut a text or a conversation into the tokens that all members share."""
+    return await _forward("/tokenize", call, passage)
+
+
+@router.post("/detokenize", tags=["tokens"])
+async def detokenize(call: TokenCall, passage: ThePassage) -> Response:
+    """Join tokens into text."""
+    return await _forward("/detokenize", call, passage)
+
+
+@router.get("/v1/models", tags=["OpenAI"])
+async def list_models(offer: TheOffer) -> dict[str, Any]:
+    """The population under its own name, and each of its tiers."""
+    return {"object": "list", "data": list(offer.cards.values())}
+
+
+@router.get("/v1/models/{model}", tags=["OpenAI"])
+async def show_model(model: str, offer: TheOffer) -> dict[str, Any]:
+    """One of them."""
+    cards = offer.cards
+    if model not in cards:
+        raise ApiError(
+            404,
+            f"there is no model {model!r}; there are {', '.join(cards)}.",
+            code="model_not_found",
+            param="model",
+        )
+    return cards[model]
+
+
+@router.get("/health", tags=["operation"])
+async def health() -> dict[str, str]:
+    """Whether this process lives."""
+    return {"status": "ok"}
+
+
+@router.get("/ready", tags=["operation"])
+async def ready(gateway: TheGateway) -> dict[str, str]:
+    """Whether requests should come here: 503 while no engine answers, and from when the gateway was told to stop."""
+    if gateway.is_draining:
+        raise unavailable("this gateway is about to stop; another should be asked.", retry_after_s=1)
+    gateway.pool.candidates()
+    return {"status": "ready"}
+
+
+@router.get("/metrics", tags=["operation"])
+async def metrics(gateway: TheGateway) -> Response:
+    """The gateway's metrics, for Prometheus."""
+    return Response(gateway.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/version", tags=["operation"])
+async def version(gateway: TheGateway) -> dict[str, str | int]:
+    """What runs here."""
+    return {
+        "version": chorus_version(),
+        "population": gateway.population_name,
+        "prior_version": gateway.offer.population.prior_version,
+    }

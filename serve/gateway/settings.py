@@ -1,0 +1,109 @@
+"""What a gateway is told when it starts."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from population.errors import ChorusError
+from population.live import LiveManifest
+from population.manifest import Population, Tier
+from serve.gateway.admission import Limits
+from serve.gateway.discovery import DNS, SHARED
+from serve.gateway.keys import Keys
+from serve.gateway.tiers import default_tier
+
+_OURS = ("--model", "--host", "--port", "--uds", "--served-model-name", "--api-key")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervision:
+    """How the gateway runs an engine of its own."""
+
+    directory: Path
+    """The population directory, which the engine loads."""
+    arguments: tuple[str, ...] = ()
+    """Further arguments for the engine, as `vllm serve` takes them."""
+    log: Path | None = None
+    """Where the engine's output goes; None passes it through to ours."""
+    start_timeout_s: float = 1800.0
+    """Longest time from launch until the engine must answer."""
+    stop_timeout_s: float = 10.0
+    """Longest time from being asked to stop until the engine is killed."""
+    max_quick_failures: int = 5
+    """Failures in a row, each soon after a start, after which the gateway gives up."""
+    steady_after_s: float = 60.0
+    """An engine that served this long before it died has not failed quickly."""
+
+    def __post_init__(self) -> None:
+        for argument in self.arguments:
+            if argument.split("=")[0].replace("_", "-") in _OURS:
+                raise ChorusError(
+                    f"engine argument {argument!r} is set by the gateway itself. "
+                    "To run an engine of your own, start it with `vllm serve` and give its address with --engine."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A gateway for one population."""
+
+    population: Population
+    """With at least one tier."""
+    default_tier_name: str | None = None
+    """Tier of requests that ask for none; the largest if None."""
+    manifest: LiveManifest | None = None
+    """Where a prior fitted again appears; None keeps the tiers as they are."""
+    directory: Path | None = None
+    """The population's directory, where a prior that another gateway published is written; None ignores those."""
+    engine: Supervision | str | tuple[str, ...]
+    """An engine to run and watch over, or where others run theirs: addresses, `dns+http://NAME:PORT` for every address behind a
+    name, or `redis` for those that gateways announced there."""
+    keys: Keys = field(default_factory=Keys)
+    """Who may ask for what."""
+    redis: str | None = None
+    """Address of the Redis that replicas share; None keeps everything in memory."""
+    discovery_interval_s: float = 5.0
+    """Time between two looks for engines that came or went, and for what replicas share."""
+    limits: Limits = field(default_factory=Limits)
+    """How much is taken on at once."""
+    calibrates: bool = True
+    """Whether a few short requests of our own tell how long an engine takes, when it begins to answer."""
+    stall_timeout_s: float = 60.0
+    """Longest silence in the middle of a stream, and longest time in which an engine with work computes nothing; then it counts
+    as gone."""
+    max_body_bytes: int = 16 * 2**20
+    """Longest request body; longer ones are refused with 413."""
+    probe_interval_s: float = 1.0
+    """Time between two looks at the engine's health."""
+    probe_timeout_s: float = 15.0
+    """An engine that does not answer a look for this long counts as down. A busy one takes its time."""
+
+    def __post_init__(self) -> None:
+        if not self.population.tiers:
+            raise ChorusError(
+                f"population {self.population.name!r} has no tiers. Fit them with `chorus prior fit DIR`."
+            )
+        if self.default_tier_name is not None:
+            self.population.tier(self.default_tier_name)
+        for source in self.sources:
+            if source == SHARED and self.redis is None:
+                raise ChorusError("engine 'redis' needs the address of a Redis, with --redis.")
+            if source != SHARED and not source.removeprefix(DNS).startswith(("http://", "https://")):
+                raise ChorusError(
+                    f"engine {source!r} is not an address such as http://127.0.0.1:8001 or dns+http://engines:8000."
+                )
+        if self.redis is not None and not self.redis.startswith(("redis://", "rediss://", "unix://")):
+            raise ChorusError(f"redis {self.redis!r} is not an address such as redis://127.0.0.1:6379/0.")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where others run engines; empty if there is one of our own."""
+        if isinstance(self.engine, Supervision):
+            return ()
+        return (self.engine,) if isinstance(self.engine, str) else self.engine
+
+    @property
+    def default_tier(self) -> Tier:
+        """Tier of requests that ask for none."""
+        if self.default_tier_name is None:
+            return default_tier(self.population)
+        return self.population.tier(self.default_tier_name)

@@ -1,0 +1,69 @@
+"""What a gateway says and hears in the shared store while it runs: its engine, what it learned, and the live prior."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from population import manifest
+from population.errors import ChorusError
+from population.manifest import Population
+from serve.gateway.engines import Engine
+from serve.gateway.pool import Pool
+from serve.gateway.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+async def share(
+    store: Store, pool: Pool, current: Callable[[], Population], directory: Path | None, *, interval_s: float
+) -> None:
+    """Share until cancelled."""
+    said: dict[str, int] = {}
+    while True:
+        for engine in pool.engines:
+            if engine.is_up and engine.is_supervised:
+                await store.announce(engine.url)
+            if engine.is_up and engine.model.is_seeded and said.get(engine.url) != engine.model.count:
+                said = {each.url: said.get(each.url, 0) for each in pool.engines}
+                said[engine.url] = engine.model.count
+                await store.save_model(engine.url, engine.model.state())
+        await _agree_on_prior(store, current(), directory)
+        await asyncio.sleep(interval_s)
+
+
+async def seed(store: Store, engine: Engine) -> bool:
+    """Begin with what other gateways learned about an engine; whether they had learned anything."""
+    state = await store.load_model(engine.url)
+    if state is None:
+        return False
+    try:
+        engine.model.restore(state)
+    except (KeyError, TypeError, ValueError) as error:
+        logger.warning("what others learned about engine %s cannot be used: %s", engine.url, error)
+        return False
+    return engine.model.is_seeded
+
+
+async def _agree_on_prior(store: Store, ours: Population, directory: Path | None) -> None:
+    """The newest prior wins. It is written where the engine and the offer look for it, and nothing else needs to be told."""
+    live = await store.live_prior()
+    if live is None or live[0] < ours.prior_version:
+        await store.publish_prior(ours.prior_version, ours.model_dump_json())
+        return
+    if live[0] == ours.prior_version or directory is None:
+        return
+    try:
+        theirs = Population.model_validate_json(live[1])
+        if _members(theirs) != _members(ours):
+            logger.error("prior version %d was published for other members and is left aside", live[0])
+            return
+        manifest.save(theirs, directory)
+    except (ValidationError, ChorusError, OSError) as error:
+        logger.error("prior version %d was published and cannot be taken over: %s", live[0], error)
+
+
+def _members(population: Population) -> object:
+    return population.name, population.tokenizer_sha256, [(each.name, each.sha256) for each in population.members]

@@ -1,0 +1,114 @@
+"""Adding to an engine's answer without parsing it: bytes are spliced in at the front, the rest passes through.
+
+Inside a JSON string every quote is escaped, so `"model":"` can only be a key and its value, never generated text. The engine
+writes `model` before `choices`; the first match is therefore the answer's own.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+DONE = b"data: [DONE]"
+ERROR = b'data: {"error"'
+"""How an engine begins the event that says it refused or failed."""
+_OBJECT = b"data: {"
+_MODEL = re.compile(rb'"model"\s*:\s*"(?:[^"\\]|\\.)*"')
+_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
+_PROMPT_TOKENS = re.compile(rb'"usage"\s*:\s*\{.*?"prompt_tokens"\s*:\s*(\d+)', re.DOTALL)
+_COMPLETION_TOKENS = re.compile(rb'"usage"\s*:\s*\{.*?"completion_tokens"\s*:\s*(\d+)', re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Tokens of one request, as the engine counted them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def read_usage(body: bytes) -> Usage | None:
+    """The engine's `usage` in a JSON object; None if there is none."""
+    start = max(body.rfind(b'"usage":'), 0)
+    prompt, completion = _PROMPT_TOKENS.search(body, start), _COMPLETION_TOKENS.search(body, start)
+    if not prompt:
+        return None
+    return Usage(prompt_tokens=int(prompt[1]), completion_tokens=int(completion[1]) if completion else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Additions:
+    """What the gateway adds to an answer."""
+
+    population: bytes
+    """The `population` object, as JSON."""
+    model: str | None
+    """The model name to write in place of the engine's; None to leave it."""
+
+    def splice(self, body: bytes, *, first: bool = True) -> bytes:
+        """A JSON object (or an event that holds one) with the additions; `population` only if it is the first."""
+        if self.model is not None:
+            name = b'"model":' + json.dumps(self.model).encode()
+            body = _MODEL.sub(lambda match: name, body, count=1)
+        if first:
+            brace = body.index(b"{") + 1
+            comma = b"" if body[brace:].lstrip().startswith(b"}") else b","
+            body = body[:brace] + b'"population":' + self.population + comma + body[brace:]
+        return body
+
+
+class EventSplicer:
+    """Server-sent events in, in pieces cut anywhere; whole events out, the first with the additions.
+
+    Only whole events leave, so that an error event can follow at any time and be read. `at_end`, if given, makes the `population`
+    object anew for events in which a choice ends.
+    """
+
+    def __init__(self, additions: Additions, *, keep_usage: bool, at_end: Callable[[], bytes] | None = None) -> None:
+        self._additions = additions
+        self._keep_usage = keep_usage
+        self._at_end = at_end
+        self._rest = b""
+        self._saw_first = False
+        self._first = b""
+        self.usage: Usage | None = None
+        self.done = False
+        """Whether the engine ended the stream itself."""
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """What the events of this stream have in common: its id and date; nothing before the first event."""
+        known = json.loads(self._first[6:]) if self._first else {}
+        return {key: known[key] for key in ("id", "created") if key in known}
+
+    def feed(self, data: bytes) -> bytes:
+        """The events that `data` completes; often exactly one, sometimes none."""
+        if self._rest:
+            data = self._rest + data
+        end = data.rfind(b"\n\n") + 2
+        if end == 1:
+            self._rest = data
+            return b""
+        self._rest = data[end:]
+        events = data[:end] if self._rest else data
+        if DONE in events:
+            self.done = events.startswith(DONE) or b"\n" + DONE in events
+        is_last = self._at_end is not None and _FINISHED.search(events)
+        if self._saw_first and self._additions.model is None and not is_last and not _NO_CHOICES.search(events):
+            return events  # the common case: nothing to add, nothing to take out
+        return b"".join([self._splice(event + b"\n\n") for event in events[:-2].split(b"\n\n")])
+
+    def _splice(self, event: bytes) -> bytes:
+        if not event.startswith(_OBJECT) or event.startswith(ERROR):
+            return event  # [DONE], a comment that keeps the connection alive, or an error: all as they are
+        if _NO_CHOICES.search(event) and (usage := read_usage(event)):
+            self.usage = usage
+            if not self._keep_usage:
+                return b""
+        first, self._saw_first = not self._saw_first, True
+        self._first = self._first or event
+        if self._at_end is not None and _FINISHED.search(event):
+            return replace(self._additions, population=self._at_end()).splice(event)
+        return self._additions.splice(event, first=first)

@@ -1,0 +1,238 @@
+"""What replicas share in a real Redis, and what becomes of it when Redis goes away and comes back."""
+
+import asyncio
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from population import manifest
+from population.live import LiveManifest
+from population.manifest import Population
+from serve.gateway.app import create_app
+from serve.gateway.gateway import Gateway
+from serve.gateway.keys import Keys
+from serve.gateway.latency import LatencyModel
+from serve.gateway.redis_store import RedisStore
+from serve.gateway.settings import Settings
+from serve.gateway.store import Bucket, MemoryStore
+from tests.live import Served, free_port, serving, wait_for
+from tests.serve.gateway.scripted import WHOLE, ScriptedEngine
+from tests.serve.gateway.test_deadlines import known
+from tests.serve.gateway.test_keys import ALICE, entry, text
+
+
+class RedisServer:
+    """A redis-server of our own, which a test may kill, freeze and start again."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._port = free_port()
+        self.url = f"redis://127.0.0.1:{self._port}/0"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start, empty."""
+        program = shutil.which("redis-server")
+        assert program, "redis-server is missing: `make test` installs it, or apt-get install redis-server"
+        options = ["--port", str(self._port), "--bind", "127.0.0.1", "--save", "", "--dir", str(self._directory)]
+        self.process = subprocess.Popen([program, *options], stdout=subprocess.DEVNULL)
+
+        def answers() -> bool:
+            return subprocess.run(
+                ["redis-cli", "-p", str(self._port), "ping"], capture_output=True, check=False
+            ).stdout.startswith(b"PONG")
+
+        wait_for("redis", answers, timeout_s=20)
+
+    def kill(self) -> None:
+        """End it without a word."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path)
+    server.start()
+    yield server
+    server.kill()
+
+
+def in_redis(redis: RedisServer, story: Any, name: str = "tiny") -> Any:
+    async def tell() -> Any:
+        store = RedisStore(redis.url, name)
+        try:
+            return await story(store)
+        finally:
+            await store.close()
+
+    return asyncio.run(tell())
+
+
+BUCKET = Bucket(name="b", rate_per_s=0.01, burst=10)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.tuples(st.floats(0.5, 12), st.booleans()), max_size=12), st.integers())
+def test_buckets_in_redis_and_in_memory_say_the_same(
+    redis: RedisServer, steps: list[tuple[float, bool]], salt: int
+) -> None:
+    bucket = Bucket(name=f"b{salt}-{time.monotonic_ns()}", rate_per_s=0.01, burst=10)
+
+    async def story(store: RedisStore) -> None:
+        memory = MemoryStore()
+        for amount, forced in steps:
+            if forced:
+                await store.settle(bucket, amount - 6)
+                await memory.settle(bucket, amount - 6)
+            else:
+                assert await store.take(bucket, amount) == pytest.approx(await memory.take(bucket, amount), abs=5)
+        assert store.is_up
+
+    in_redis(redis, story)
+
+
+def test_gateways_that_take_at_once_never_take_more_than_there_is(redis: RedisServer) -> None:
+    async def story(store: RedisStore) -> int:
+        others = [RedisStore(redis.url, "tiny") for _ in range(4)]
+        waits = await asyncio.gather(*(each.take(BUCKET, 1.0) for each in others for _ in range(25)))
+        for each in others:
+            await each.close()
+        return waits.count(0.0)
+
+    assert in_redis(redis, story) == 10
+
+
+def test_without_redis_a_quota_is_the_gateways_share_and_with_it_again_the_whole(redis: RedisServer) -> None:
+    async def story(store: RedisStore) -> None:
+        others = [RedisStore(redis.url, "tiny") for _ in range(2)]
+        keeping = [asyncio.create_task(each.keep()) for each in [*others, store]]
+        await asyncio.sleep(0.5)
+        for task in keeping:
+            task.cancel()
+        await asyncio.gather(*keeping, return_exceptions=True)
+        keeper = asyncio.create_task(store.keep())
+        await asyncio.sleep(0.5)
+        redis.kill()
+        bucket = Bucket(name="c", rate_per_s=0.01, burst=9)
+        waits = [await store.take(bucket, 1.0) for _ in range(9)]
+        assert waits.count(0.0) == 3
+        assert not store.is_up
+        redis.start()
+        deadline = time.monotonic() + 20
+        while not store.is_up and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+        assert [await store.take(bucket, 1.0) for _ in range(9)].count(0.0) == 9
+        keeper.cancel()
+        for each in others:
+            await each.close()
+
+    in_redis(redis, story)
+
+
+def test_a_frozen_redis_holds_nothing_up_for_long(redis: RedisServer) -> None:
+    async def story(store: RedisStore) -> None:
+        await store.take(BUCKET, 1.0)
+        assert redis.process is not None
+        redis.process.send_signal(signal.SIGSTOP)
+        began_at = time.monotonic()
+        for _ in range(20):
+            await store.take(BUCKET, 0.1)
+        assert time.monotonic() - began_at < 10
+        redis.process.send_signal(signal.SIGCONT)
+
+    in_redis(redis, story)
+
+
+def test_what_one_gateway_learned_another_begins_with(redis: RedisServer) -> None:
+    async def story(store: RedisStore) -> None:
+        model = known()
+        await store.save_model("http://e", model.state())
+        found = await store.load_model("http://e")
+        assert found is not None
+        other = LatencyModel()
+        other.restore(found)
+        assert other.is_seeded
+        assert await store.load_model("http://f") is None
+        await store.announce("http://e")
+        assert await store.engines() == ["http://e"]
+
+    in_redis(redis, story)
+
+
+@contextmanager
+def gateway(tiny: Population, redis: RedisServer, **options: Any) -> Iterator[tuple[Served, Gateway]]:
+    options = {"probe_interval_s": 0.1, "discovery_interval_s": 0.2, "calibrates": False, **options}
+    made = Gateway(Settings(population=tiny, redis=redis.url, **options))
+    with serving(create_app(made)) as server:
+        yield server, made
+
+
+def ask(server: Served, **fields: Any) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {ALICE}"}
+    return httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", **fields}, headers=headers, timeout=20)
+
+
+def answering() -> ScriptedEngine:
+    engine = ScriptedEngine([WHOLE])
+    engine.content_type = "application/json"
+    return engine
+
+
+def test_two_gateways_keep_one_quota_and_survive_the_loss_of_redis(tiny: Population, redis: RedisServer) -> None:
+    keys = text(entry("alice", ALICE, tokens_per_min=40))
+    with serving(answering()) as engine:
+        options = {"engine": engine.url, "keys": Keys(text=keys)}
+        with gateway(tiny, redis, **options) as (one, first), gateway(tiny, redis, **options) as (two, second):
+            wait_for("both", lambda: first.pool.is_ready and second.pool.is_ready, timeout_s=10)
+            codes = [ask(server, max_tokens=18).status_code for server in (one, two, one, two, one, two)]
+            assert codes[:2] == [200, 200]
+            assert 429 in codes  # 7 tokens each, 19 asked: the fifth finds too few
+            redis.kill()
+            assert ask(one, max_tokens=5).status_code == 200
+            assert httpx.get(f"{one.url}/ready").status_code == 200
+            redis.start()
+            wait_for("Redis to be back", lambda: getattr(first.store, "is_up", False), timeout_s=20)
+            assert ask(two, max_tokens=5).status_code == 200
+
+
+def test_engines_announced_in_redis_are_found(tiny: Population, redis: RedisServer) -> None:
+    with serving(answering()) as engine, gateway(tiny, redis, engine="redis") as (server, _):
+        assert ask(server).status_code == 503
+        in_redis(redis, lambda store: store.announce(engine.url))
+        wait_for("the engine", lambda: ask(server).status_code == 200, timeout_s=10)
+
+
+def test_a_prior_fitted_for_one_gateway_becomes_live_in_all(
+    tiny: Population, tiny_population: Path, tmp_path: Path, redis: RedisServer
+) -> None:
+    copies = [tmp_path / "one", tmp_path / "two"]
+    for copy in copies:
+        copy.mkdir()
+        manifest.save(tiny, copy)
+    with serving(answering()) as engine:
+        options = [{"engine": engine.url, "directory": copy, "manifest": LiveManifest(copy)} for copy in copies]
+        with gateway(tiny, redis, **options[0]) as (one, first), gateway(tiny, redis, **options[1]) as (two, second):
+            wait_for("both", lambda: first.pool.is_ready and second.pool.is_ready, timeout_s=10)
+            tier = tiny.tiers[1].model_copy(update={"weights": (0.9, 0.1)})
+            fitted = tiny.model_copy(update={"prior_version": 7, "tiers": (tiny.tiers[0], tier, tiny.tiers[2])})
+            manifest.save(fitted, copies[0])
+
+            def version(server: Served) -> int:
+                return int(httpx.get(f"{server.url}/version").json()["prior_version"])
+
+            wait_for("both at version 7", lambda: version(one) == version(two) == 7, timeout_s=20)
+            assert ask(two, budget=2).json()["population"]["weights"] == [0.9, 0.1]
+            assert manifest.load(copies[1]).prior_version == 7
+            assert "chorus_gateway_prior_version 7.0" in httpx.get(f"{two.url}/metrics").text

@@ -1,11 +1,16 @@
 """Files that are either the old version or the new one, never half of each; and their digests."""
 
 import hashlib
+import io
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @contextmanager
@@ -32,6 +37,20 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically, as UTF-8."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_array(path: Path, array: "NDArray[Any]") -> None:
+    """Write `array` to `path` atomically, in NumPy's format.
+
+    Raises:
+        OSError: with the system's reason. NumPy by itself reports a full disk as "so many requested and so many written".
+    """
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def sha256(path: Path) -> str:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from population.files import replacing
 from population.tokens import TokenSplit
 
 if TYPE_CHECKING:
@@ -39,14 +38,8 @@ def sampled_log_p(model: "Llama", split: TokenSplit) -> NDArray[np.float16]:
     return np.concatenate(found)
 
 
-def save(path: Path, log_p_SV: NDArray[np.float16]) -> None:
-    """Keep them for the report, atomically."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.save(file, log_p_SV)
-
-
 def divergences(paths: list[Path]) -> NDArray[np.float64]:
-    """KL(i || j) in nats (M, M), the mean over the sampled tokens, of members that `save` has kept."""
+    """KL(i || j) in nats (M, M), the mean over the sampled tokens, of members that were kept."""
     log_p = [np.load(path).astype(np.float32) for path in paths]
     found = np.zeros((len(paths), len(paths)))
     for i, own_SV in enumerate(log_p):

@@ -2,18 +2,8 @@
 
 # N scored tokens, M members
 
-from pathlib import Path
-
 import numpy as np
 from numpy.typing import NDArray
-
-from population.files import replacing
-
-
-def save_likelihoods(path: Path, likelihoods_N: NDArray[np.float32]) -> None:
-    """Keep them for the table at the end of the run, atomically."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.save(file, likelihoods_N)
 
 
 def loss(likelihoods_N: NDArray[np.floating]) -> float:

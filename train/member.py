@@ -6,6 +6,7 @@ import torch
 from pydantic import JsonValue
 
 from population import assemble
+from population.files import write_array
 from population.tokens import TokenSplit, split_path
 from train import diversity, heldout
 from train.evaluate import likelihoods
@@ -23,9 +24,9 @@ def add_member(model: Llama, run: Run, name: str, device: torch.device, *, epoch
     selection = TokenSplit.load(split_path(run.directory, "selection"))
     saved = load_member(run, name, device)
     found = likelihoods(saved, selection, device)
-    heldout.save_likelihoods(likelihoods_path(run, name), found)
+    write_array(likelihoods_path(run, name), found)
     relative = str(path.relative_to(run.directory))
     register(run, assemble.describe_member(run.directory, relative, name, epochs=epochs, **origin))
     # Last, for the report alone: where the disk is full, the member counts all the same.
-    diversity.save(diversity_path(run, name), diversity.sampled_log_p(saved, selection))
+    write_array(diversity_path(run, name), diversity.sampled_log_p(saved, selection))
     return heldout.loss(found)

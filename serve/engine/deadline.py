@@ -7,10 +7,8 @@ here on. `scheduler` applies them. The rule is Clipper's (Crankshaw et al., NSDI
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-from numpy.typing import NDArray
-
 from serve.engine.mixture import Mixture
+from serve.least_squares import LeastSquares
 
 BUDGET_ARGUMENT = "chorus_time_budget_ms"
 """Key of a request's `vllm_xargs`: milliseconds from its arrival in which it should finish."""
@@ -18,7 +16,8 @@ FLOOR_ARGUMENT = "chorus_floor"
 """Key of a request's `vllm_xargs`: the tier below which no members are dropped; the cheapest by default."""
 
 _FORGETTING = 0.98
-_SCALES: NDArray[np.float64] = np.array([1.0, 1.0, 16.0, 16_384.0])
+_SCALES = (1.0, 1.0, 16.0, 16_384.0)
+_SURPRISE = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,36 +44,34 @@ class StepLoad:
 
 
 class StepCost:
-    """Seconds per step as a linear function of its load, by recursive least squares that slowly forgets.
+    """Seconds per step as a linear function of its load, learned from the steps that ran.
 
-    Starts from nothing: `predict` gives None until enough steps have run.
+    Starts from nothing: `predict` gives None until enough steps have run. First steps after a start are left out: they load code
+    and warm caches. And no single step counts for more than `_SURPRISE` times what was expected, so that a moment in which the
+    machine did something else does not drop members from every request of the next minute.
     """
 
-    def __init__(self, *, min_steps: int = 8) -> None:
-        self._weights_F = np.zeros(4)
-        self._covariance_FF = np.eye(4) * 1e3
-        self._num_steps = 0
+    def __init__(self, *, warm_up: int = 4, min_steps: int = 8) -> None:
+        self._model = LeastSquares(_SCALES, forgetting=_FORGETTING)
+        self._warm_up = warm_up
         self._min_steps = min_steps
 
     def observe(self, load: StepLoad, seconds: float) -> None:
         """Learn from a step that took `seconds`."""
-        features_F = self._features(load)
-        gain_F = self._covariance_FF @ features_F
-        gain_F /= _FORGETTING + features_F @ gain_F
-        self._weights_F += gain_F * (seconds - features_F @ self._weights_F)
-        covariance_FF = (self._covariance_FF - np.outer(gain_F, features_F @ self._covariance_FF)) / _FORGETTING
-        # Loads that never vary leave directions unseen; unbounded, forgetting would blow the uncertainty about them up to infinity.
-        self._covariance_FF = covariance_FF if np.trace(covariance_FF) < 1e6 else self._covariance_FF
-        self._num_steps += 1
+        if self._warm_up:
+            self._warm_up -= 1
+            return
+        if (expected_s := self.predict(load)) is not None and expected_s > 0:
+            seconds = min(seconds, _SURPRISE * expected_s)
+        self._model.observe(_features(load), seconds)
 
     def predict(self, load: StepLoad) -> float | None:
         """Seconds that a step of that load takes, never below zero; None while too few steps were seen."""
-        if self._num_steps < self._min_steps:
-            return None
-        return max(0.0, float(self._features(load) @ self._weights_F))
+        return None if self._model.count < self._min_steps else self._model.predict(_features(load))
 
-    def _features(self, load: StepLoad) -> NDArray[np.float64]:
-        return np.array([1.0, load.active_members, load.member_rows, load.member_context], dtype=np.float64) / _SCALES
+
+def _features(load: StepLoad) -> tuple[float, ...]:
+    return 1.0, load.active_members, load.member_rows, load.member_context
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,22 @@ def test_a_load_that_never_varies_keeps_a_steady_prediction() -> None:
     assert 0 <= (cost.predict(StepLoad(active_members=1, member_rows=1, member_context=100)) or 0) < 0.1
 
 
+def test_slow_first_steps_and_a_single_hiccup_say_little_about_the_next() -> None:
+    cost, load = StepCost(), StepLoad(active_members=4, member_rows=4, member_context=200)
+    for seconds in (5.0, 2.0, 1.0, *[0.01] * 40):
+        cost.observe(load, seconds)
+    assert cost.predict(load) == pytest.approx(0.01, rel=0.01)
+    cost.observe(load, 30.0)
+    assert cost.predict(load) == pytest.approx(0.01, rel=0.15)
+
+
+def test_an_engine_that_became_ten_times_slower_is_believed_soon() -> None:
+    cost, load = StepCost(), StepLoad(active_members=4, member_rows=4, member_context=200)
+    for seconds in [0.01] * 200 + [0.1] * 60:
+        cost.observe(load, seconds)
+    assert (cost.predict(load) or 0) > 0.06
+
+
 def test_the_lightest_member_leaves_first_and_the_floor_stays() -> None:
     current = mixture({0: 0.1, 2: 0.6, 3: 0.3})
     dropped, smaller = without_member(current, frozenset({0}), []) or (None, current)

@@ -1,0 +1,33 @@
+"""Learning as it goes: against a solver that sees everything at once."""
+
+import numpy as np
+import pytest
+from scipy.optimize import nnls
+
+from serve.least_squares import LeastSquares
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_weights_are_those_of_a_solver_that_sees_every_observation(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    true_F = np.array([0.0, 2.0, 0.0, 0.5]) if seed % 2 else np.array([1.0, 0.3, 2.0, 0.0])
+    features_NF = draw.uniform(0, 3, size=(400, 4))
+    targets_N = features_NF @ true_F + draw.normal(0, 0.3, size=400)
+    model = LeastSquares((1.0, 2.0, 0.5, 1.0), forgetting=0.99)
+    for features, target in zip(features_NF.tolist(), targets_N.tolist(), strict=True):
+        model.observe(tuple(features), target)
+    decay_N = 0.99 ** (np.arange(400)[::-1] / 2)
+    expected_F, _ = nnls(features_NF * decay_N[:, None], targets_N * decay_N)
+    asked = (1.0, 2.0, 0.5, 1.5)
+    assert model.predict(asked) == pytest.approx(np.array(asked) @ expected_F, rel=2e-3)
+    assert min(model.weights) >= 0
+
+
+def test_what_was_learned_goes_to_another_model() -> None:
+    first, second = LeastSquares((1.0, 4.0), forgetting=0.95), LeastSquares((1.0, 4.0), forgetting=0.95)
+    for idx in range(20):
+        first.observe((1.0, float(idx % 5)), 0.1 + 0.02 * (idx % 5))
+    second.restore(first.state())
+    for model in (first, second):
+        model.observe((1.0, 9.0), 0.3)
+    assert second.predict((1.0, 3.0)) == first.predict((1.0, 3.0)) == pytest.approx(0.16, rel=0.05)

@@ -1,6 +1,7 @@
 """The engine against plain vLLM serving one member: tokens/s for each tier and for mixed batches, alternating, in one run.
 
-    python bench/engine.py POPULATION [--concurrency 1 4 16] [--repeats 5] [--json OUT]
+    python -m bench.random_population POPULATION
+    python -m bench.engine POPULATION [--concurrency 1 4 16] [--repeats 5] [--json OUT]
 
 Each engine lives in a process of its own, without an API server, and waits on its input while the other is measured. A row's
 `bound` is the fraction of plain vLLM's speed that its member-rows alone would allow: plain / members. Below the table stand the
@@ -137,13 +138,16 @@ def report(rows: list[dict[str, Any]]) -> None:
 class Engine:
     """A vLLM engine in a process of its own, asked over its standard input and output."""
 
-    def __init__(self, model: Path, *, tokenizer: Path) -> None:
-        command = [sys.executable, __file__, "--engine", str(model), str(tokenizer)]
+    def __init__(self, model: Path, *, tokenizer: Path, **options: Any) -> None:
+        command = [sys.executable, __file__, "--engine", str(model), str(tokenizer), json.dumps(options)]
         environment = {
             **os.environ,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "ERROR",
             "HF_HUB_OFFLINE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(options.get("tensor_parallel_size", 1))))
+            if options
+            else "auto",
         }
         environment |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         pipe = subprocess.PIPE
@@ -174,14 +178,20 @@ class Engine:
         raise SystemExit(f"the engine ended with status {self._process.wait()}; run its command by hand to see why")
 
 
-def serve_engine(model: str, tokenizer: str) -> None:
+def serve_engine(model: str, tokenizer: str, options: str) -> None:
     """The other end of `Engine`."""
     from vllm import LLM, SamplingParams
 
-    engine = LLM(
-        model, tokenizer=tokenizer, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=256 << 20,
-        distributed_executor_backend="uni", max_num_seqs=64, enable_prefix_caching=False, disable_log_stats=False,
-    )  # fmt: skip
+    settings = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 256 << 20,
+        "distributed_executor_backend": "uni",
+        "max_num_seqs": 64,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+    }
+    engine = LLM(model, tokenizer=tokenizer, **(settings | json.loads(options)))
     scheduler = engine.llm_engine.engine_core.engine_core.scheduler
     cache = engine.llm_engine.vllm_config.cache_config
     counts = getattr(scheduler, "counts", None)

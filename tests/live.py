@@ -20,6 +20,7 @@ import uvicorn
 ENGINE_ARGUMENTS = (
     *("--dtype", "float32", "--enforce-eager", "--distributed-executor-backend", "uni"),
     *("--block-size", "32", "--max-num-seqs", "16", "--max-logprobs", "-1"),
+    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
 )
 
 

@@ -7,6 +7,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from population.errors import ChorusError
 from serve.engine.loader import LOAD_FORMAT
+from serve.engine.parallel import settle
 from serve.engine.requests import check_every_request
 
 
@@ -28,6 +29,7 @@ class PopulationConfig(VerifyAndUpdateConfig):
         vllm_config.model_config.enforce_eager = True
         if load.load_format in ("auto", "hf", "safetensors"):
             load.load_format = LOAD_FORMAT
+        settle(vllm_config)
         check_every_request(vllm_config.model_config.model)
 
 

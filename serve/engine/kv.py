@@ -47,6 +47,22 @@ class MemberAttentionSpec(FullAttentionSpec):
         )
 
 
+def groups_by_member(kv_cache_config: Any) -> dict[int, int]:
+    """The index of each member's KV-cache group. Where members are spread over ranks, groups stand in the order of the ranks.
+
+    Raises:
+        RuntimeError: some member has no group of its own.
+    """
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    members = [spec.member for spec in specs if isinstance(spec, MemberAttentionSpec)]
+    if sorted(members) != list(range(len(specs))):
+        raise RuntimeError(
+            f"vLLM made KV-cache groups for the members {members}, {len(specs)} in all. Each member must have one of its own, or "
+            "requests would read KV that was never written: a bug of chorus with this version of vLLM."
+        )
+    return {member: group for group, member in enumerate(members)}
+
+
 def _plain(spec: MemberAttentionSpec) -> FullAttentionSpec:
     return FullAttentionSpec(**{field.name: getattr(spec, field.name) for field in fields(FullAttentionSpec)})
 
@@ -55,23 +71,26 @@ class MemberCoordinator(KVCacheCoordinator):
     """Goes before vLLM's own coordinator and asks, for each request, only the managers of its members.
 
     vLLM's would ask the manager of every group four times per request and step: on a population of ten that cost a fifth of a
-    step of sixteen one-member requests (bench/LOG.md). Group i is member i's.
+    step of sixteen one-member requests (bench/LOG.md).
     """
 
     member_sets: dict[str, tuple[int, ...]]
     """The members of each live request; the scheduler writes it."""
     searching: tuple[int, ...]
     """Members of the request for which the prefix cache is being searched: that search names no request."""
+    group_of: dict[int, int]
+    """The group of each member."""
     _no_blocks: tuple[tuple[()], ...]
 
     @classmethod
-    def adopt(cls, coordinator: KVCacheCoordinator) -> Self:
+    def adopt(cls, coordinator: KVCacheCoordinator, group_of: dict[int, int]) -> Self:
         """Give vLLM's coordinator our methods: vLLM offers no hook to choose its class."""
         own = type(f"Member{type(coordinator).__name__}", (cls, type(coordinator)), {})
         adopted: Any = coordinator
         adopted.__class__ = own
         adopted.member_sets = {}
         adopted.searching = ()
+        adopted.group_of = group_of
         adopted._no_blocks = ((),) * len(adopted.single_type_managers)
         population_coordinator: Self = adopted
         return population_coordinator
@@ -84,19 +103,20 @@ class MemberCoordinator(KVCacheCoordinator):
         if not self.block_pool.enable_caching:
             return tuple(found), 0, 0
         length = max_cache_hit_length
-        for member in self.searching:
-            manager = self.single_type_managers[member]
-            (found[member],), length = manager.find_longest_cache_hit(
+        groups = [self.group_of[member] for member in self.searching]
+        for group in groups:
+            manager = self.single_type_managers[group]
+            (found[group],), length = manager.find_longest_cache_hit(
                 block_hashes=block_hashes,
                 max_length=length,
-                kv_cache_group_ids=[member],
+                kv_cache_group_ids=[group],
                 block_pool=self.block_pool,
                 kv_cache_spec=manager.kv_cache_spec,
-                drop_eagle_block=member in self.eagle_group_ids,
+                drop_eagle_block=group in self.eagle_group_ids,
                 alignment_tokens=self.scheduler_block_size,
             )
-        for member in self.searching:
-            del found[member][cdiv(length, self.single_type_managers[member].block_size) :]
+        for group in groups:
+            del found[group][cdiv(length, self.single_type_managers[group].block_size) :]
         return tuple(found), length, 0
 
     def get_num_blocks_to_allocate(
@@ -110,10 +130,10 @@ class MemberCoordinator(KVCacheCoordinator):
     ) -> int:
         """Blocks that the request's members need."""
         return sum(
-            self.single_type_managers[member].get_num_blocks_to_allocate(
-                request_id, num_tokens, new_computed_blocks[member], *args, **kwargs
+            self.single_type_managers[group].get_num_blocks_to_allocate(
+                request_id, num_tokens, new_computed_blocks[group], *args, **kwargs
             )
-            for member in self.member_sets[request_id]
+            for group in self._groups(request_id)
         )
 
     def allocate_new_blocks(
@@ -121,8 +141,8 @@ class MemberCoordinator(KVCacheCoordinator):
     ) -> tuple[Any, ...]:
         """Blocks for the request's members, and none in the other groups."""
         blocks: list[Any] = list(self._no_blocks)
-        for member in self.member_sets[request_id]:
-            blocks[member] = self.single_type_managers[member].allocate_new_blocks(
+        for group in self._groups(request_id):
+            blocks[group] = self.single_type_managers[group].allocate_new_blocks(
                 request_id, num_tokens, num_tokens_main_model
             )
         return tuple(blocks)
@@ -134,13 +154,20 @@ class MemberCoordinator(KVCacheCoordinator):
         boundaries = replay_boundaries(
             request.num_prompt_tokens, self.scheduler_block_size, use_eagle=bool(self.eagle_group_ids)
         )
-        for member in self.member_sets[request.request_id]:
-            self.single_type_managers[member].cache_blocks(
+        for group in self._groups(request.request_id):
+            self.single_type_managers[group].cache_blocks(
                 request,
-                self.get_num_cacheable_tokens(num_computed_tokens, member),
+                self.get_num_cacheable_tokens(num_computed_tokens, group),
                 retention_interval=self.retention_interval,
                 replay_boundaries=boundaries,
             )
+
+    def free_member(self, request_id: str, member: int) -> None:
+        """Give back the blocks of a member that leaves a running request."""
+        self.single_type_managers[self.group_of[member]].free(request_id)
+
+    def _groups(self, request_id: str) -> list[int]:
+        return [self.group_of[member] for member in self.member_sets[request_id]]
 
     def remove_skipped_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: full attention skips no block."""

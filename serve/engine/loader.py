@@ -20,7 +20,7 @@ class PopulationLoader(DefaultModelLoader):
         super().__init__(replace(load_config, load_format="safetensors"))
 
     def get_all_weights(self, model_config: Any, model: Any) -> Generator[tuple[str, Tensor], None, None]:
-        """Every member's weights, named `members.{idx}.{name}`.
+        """The weights of every member that this rank holds, named `members.{idx}.{name}`.
 
         Raises:
             ChorusError: a file is missing or is not the one that the manifest was written for.
@@ -28,7 +28,8 @@ class PopulationLoader(DefaultModelLoader):
         directory = Path(model_config.model)
         population = manifest.load(directory)
         manifest.verify(population, directory)
-        for idx, member in enumerate(population.members):
+        for idx in model.ranks.members:
+            member = population.members[idx]
             source = self.Source(
                 str(directory / member.path), revision=None, prefix=f"members.{idx}.", fall_back_to_pt=False
             )

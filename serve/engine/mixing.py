@@ -3,10 +3,10 @@
 Each row carries its own mixture as a *header* beside its hidden states: vLLM selects rows before it asks for logits (the last token
 of each request, all prompt tokens for echoed log-probabilities, speculative rows), and so every row brings its weights along.
 
-M members, R rows, V vocabulary
+M members, R rows, V vocabulary, W ranks
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -41,7 +41,21 @@ def uniform_headers(num_rows: int, num_members: int) -> Tensor:
     return header_RH
 
 
-def mix(header_RH: Tensor, logits_of: Callable[[int, Tensor | None], Tensor]) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """Where members are spread over ranks: which ones are here, and how parts of mixtures are put together."""
+
+    members: Collection[int]
+    """Those whose logits can be asked for here."""
+    gather: Callable[[Tensor], Tensor]
+    """From this rank's part (R, V) to those of all ranks (W, R, V), the same on each. Called once in every mix, on every rank."""
+    vocab_size: int
+    device: torch.device
+
+
+def mix(
+    header_RH: Tensor, logits_of: Callable[[int, Tensor | None], Tensor], exchange: Exchange | None = None
+) -> Tensor:
     """Log-probabilities (R, V), float32 and normalised, of each row's mixture.
 
     linear pool: log sum_m w_m p_m;  log pool: log softmax(sum_m w_m log p_m);  then log softmax(. / temperature).
@@ -50,25 +64,37 @@ def mix(header_RH: Tensor, logits_of: Callable[[int, Tensor | None], Tensor]) ->
         header_RH: headers on the CPU, as `make_headers` makes them. Members of weight zero are never asked.
         logits_of: `logits_of(m, rows)` gives member m's logits for the rows of that index, or for all rows when `rows` is None.
             Any floating dtype; -inf is allowed.
+        exchange: where only some members are here; None where all are.
     """
-    return _pool(_plan(header_RH.numpy().tobytes(), *header_RH.shape), logits_of)
+    return _pool(_plan(header_RH.numpy().tobytes(), *header_RH.shape), logits_of, exchange)
 
 
-def mix_alike(mixture: Mixture, num_rows: int, logits_of: Callable[[int, Tensor | None], Tensor]) -> Tensor:
+def mix_alike(
+    mixture: Mixture,
+    num_rows: int,
+    logits_of: Callable[[int, Tensor | None], Tensor],
+    exchange: Exchange | None = None,
+) -> Tensor:
     """What `mix` gives for `num_rows` rows that are all answered by `mixture`, and so need no headers."""
-    return _pool(_plan_alike(mixture, num_rows), logits_of)
+    return _pool(_plan_alike(mixture, num_rows), logits_of, exchange)
 
 
-def _pool(plan: "_Plan", logits_of: Callable[[int, Tensor | None], Tensor]) -> Tensor:
+def _pool(plan: "_Plan", logits_of: Callable[[int, Tensor | None], Tensor], exchange: Exchange | None) -> Tensor:
     pooled_RV: Tensor | None = None
     for share in plan.shares:
+        if exchange is not None and share.member not in exchange.members:
+            continue
         log_p_rV = torch.log_softmax(logits_of(share.member, share.rows), dim=-1, dtype=torch.float32)
         if share.is_everything:
             pooled_RV = log_p_rV  # one member answers the whole batch: there is nothing to pool
         else:
             if pooled_RV is None:
-                pooled_RV = _empty_pools(plan.is_log_R, log_p_rV)
+                pooled_RV = _empty_pools(plan.is_log_R, log_p_rV.shape[1], log_p_rV.device)
             _add(pooled_RV, share, log_p_rV)
+    if exchange is not None:
+        if pooled_RV is None:
+            pooled_RV = _empty_pools(plan.is_log_R, exchange.vocab_size, exchange.device)
+        pooled_RV = _put_together(plan.is_log_R, exchange.gather(pooled_RV))
     assert pooled_RV is not None, "a batch needs rows, and each row a member"
     if plan.unnormalised is not None:
         rows = plan.unnormalised.to(pooled_RV.device)
@@ -141,10 +167,18 @@ def _plan_alike(mixture: Mixture, num_rows: int) -> _Plan:
     return _plan(header_RH.numpy().tobytes(), *header_RH.shape)
 
 
-def _empty_pools(is_log_R: Tensor, like_rV: Tensor) -> Tensor:
+def _empty_pools(is_log_R: Tensor, vocab_size: int, device: torch.device) -> Tensor:
     """What a pool holds before its first member: the logarithm of no probability, or no log-probability at all."""
-    empty_R1 = torch.where(is_log_R, 0.0, -torch.inf).to(like_rV.device).unsqueeze(1)
-    return empty_R1.repeat(1, like_rV.shape[1])
+    empty_R1 = torch.where(is_log_R, 0.0, -torch.inf).to(device).unsqueeze(1)
+    return empty_R1.repeat(1, vocab_size)
+
+
+def _put_together(is_log_R: Tensor, parts_WRV: Tensor) -> Tensor:
+    """The pools, from the parts that the ranks' members gave to them."""
+    pooled_RV = torch.logsumexp(parts_WRV, dim=0)
+    if is_log_R.any():
+        pooled_RV = torch.where(is_log_R.to(pooled_RV.device).unsqueeze(1), parts_WRV.sum(0), pooled_RV)
+    return pooled_RV
 
 
 def _add(pooled_RV: Tensor, share: _Share, log_p_rV: Tensor) -> None:

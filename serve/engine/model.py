@@ -16,8 +16,9 @@ from vllm.transformers_utils.config import get_config
 
 from population import manifest
 from serve.engine.attention import CurrentStep, claim_layers
-from serve.engine.mixing import header_width, mix, mix_alike, uniform_headers
+from serve.engine.mixing import Exchange, header_width, mix, mix_alike, uniform_headers
 from serve.engine.mixture import Mixture
+from serve.engine.parallel import Ranks, SpreadRanks
 from serve.engine.stopwatch import MIXING, Stopwatch
 
 
@@ -29,16 +30,27 @@ class PopulationForCausalLM(nn.Module):
         directory = Path(vllm_config.model_config.model)
         population = manifest.load(directory)
         configs = [get_config(str(directory / member.path), trust_remote_code=False) for member in population.members]
-        # vLLM reads a layer's index from its name and stumbles over a second number: `member_0`, not `members.0`.
-        self.members: Any = nn.ModuleList(
-            init_vllm_registered_model(vllm_config, hf_config=config, prefix=f"member_{idx}")
-            for idx, config in enumerate(configs)
-        )
-        self._members: tuple[Any, ...] = tuple(self.members)  # walked in every step; a ModuleList takes its time
         self.num_members = len(configs)
         self.current = CurrentStep()
-        self.stopwatch = Stopwatch(self.num_members, vllm_config.device_config.device)
-        self.layers_by_member = [claim_layers(member, idx, self.current) for idx, member in enumerate(self.members)]
+        self.ranks = Ranks.of(vllm_config, self.num_members)
+        with self.ranks.alone():
+            # vLLM reads a layer's index from its name and stumbles over a second number: `member_0`, not `members.0`.
+            self._members: dict[int, Any] = {  # a plain dictionary is walked in every step; a module's takes its time
+                idx: init_vllm_registered_model(vllm_config, hf_config=configs[idx], prefix=f"member_{idx}")
+                for idx in self.ranks.members
+            }
+        self.members = nn.ModuleDict({str(idx): member for idx, member in self._members.items()})
+        device = vllm_config.device_config.device
+        self.stopwatch = Stopwatch(self.num_members, device)
+        self.layers_by_member = {idx: claim_layers(member, idx, self.current) for idx, member in self._members.items()}
+        self._exchange: Exchange | None = None
+        if isinstance(self.ranks, SpreadRanks):
+            self._exchange = Exchange(
+                members=self._members.keys(),
+                gather=self.ranks.gather,
+                vocab_size=population.vocab_size,
+                device=torch.device(device),
+            )
         self._widths = [config.get_text_config().hidden_size for config in configs]
         # What the last `forward` returned, for `compute_logits`: where each member's columns are, and the mixture of all its rows.
         self._columns: dict[int, slice] = {}
@@ -49,7 +61,7 @@ class PopulationForCausalLM(nn.Module):
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """The first member's embeddings: vLLM asks every generative model for this method, and calls it for none of ours."""
-        embeddings: Tensor = self.members[0].embed_input_ids(input_ids)
+        embeddings: Tensor = self._members[self.ranks.members[0]].embed_input_ids(input_ids)
         return embeddings
 
     def forward(
@@ -66,14 +78,19 @@ class PopulationForCausalLM(nn.Module):
         """
         step = self.current.step
         self._common = None if step is None else step.common
-        if self._common is not None:
-            self._columns = self._lay_out(self._common.members, start=0)
-            hidden = [self._run(idx, input_ids, positions) for idx in self._common.members]
+        if step is not None and self._common is not None:
+            running = step.running
+            self._columns = self._lay_out(running, start=0)
+            hidden = [self._run(idx, input_ids, positions) for idx in running]
+            if (
+                not hidden
+            ):  # all members of this mixture are on other ranks; vLLM wants a row for each token all the same
+                return torch.zeros(len(input_ids), 1, dtype=self._dtype, device=input_ids.device)
             return hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1)
 
         num_tokens = len(input_ids)
         header_TH = uniform_headers(num_tokens, self.num_members) if step is None else step.header_TH
-        running = range(self.num_members) if step is None else step.running
+        running = self.ranks.members if step is None else step.running
         self._columns = self._lay_out(running, start=self._header_columns)
         width = self._header_columns + sum(self._widths[idx] for idx in running)
         hidden_TH = torch.empty(num_tokens, width, dtype=self._dtype, device=input_ids.device)
@@ -90,7 +107,8 @@ class PopulationForCausalLM(nn.Module):
 
     def _run(self, idx: int, input_ids: Tensor, positions: Tensor) -> Tensor:
         start = self.stopwatch.mark()
-        hidden: Tensor = self._members[idx](input_ids, positions)
+        with self.ranks.alone():
+            hidden: Tensor = self._members[idx](input_ids, positions)
         self.stopwatch.add(idx, start)
         return hidden
 
@@ -109,16 +127,17 @@ class PopulationForCausalLM(nn.Module):
             asked = self.stopwatch.mark()
             columns = hidden_states[:, self._columns[idx]]
             columns = columns if rows is None else columns[rows.to(columns.device)]
-            logits: Tensor = self._members[idx].compute_logits(columns)
+            with self.ranks.alone():
+                logits: Tensor = self._members[idx].compute_logits(columns)
             self.stopwatch.add(idx, asked)
             self.stopwatch.add(MIXING, asked, sign=-1)
             return logits
 
         if self._common is not None:
-            mixed_RV = mix_alike(self._common, len(hidden_states), logits_of)
+            mixed_RV = mix_alike(self._common, len(hidden_states), logits_of, self._exchange)
         else:
             header_RH = hidden_states[:, : self._header_columns].contiguous().view(torch.float32).cpu()
-            mixed_RV = mix(header_RH, logits_of)
+            mixed_RV = mix(header_RH, logits_of, self._exchange)
         self.stopwatch.add(MIXING, start)
         return mixed_RV
 

@@ -41,18 +41,24 @@ class Step:
     header_TH: Tensor
     """(num_tokens, M + 2) float32, see `mixing.make_headers`."""
     running: tuple[int, ...]
-    """Members that run any row, ascending."""
+    """Members here that run any row, ascending."""
     common: Mixture | None
     """The mixture of all requests, if they have the same one; its members run the whole batch."""
 
 
 def plan_step(
-    mixtures: Sequence[Mixture], num_scheduled_tokens: NDArray[np.int32], num_members: int, device: torch.device
+    mixtures: Sequence[Mixture],
+    num_scheduled_tokens: NDArray[np.int32],
+    num_members: int,
+    device: torch.device,
+    *,
+    here: Sequence[int] | None = None,
 ) -> Step:
     """Lay out a step for requests answered by `mixtures`, in batch order.
 
     Args:
         num_scheduled_tokens: (num_requests,) tokens that this step computes for each request.
+        here: the members that this rank holds; None for all.
     """
     is_active_RM = np.zeros((len(mixtures), num_members), dtype=bool)
     for row, mixture in enumerate(mixtures):
@@ -70,7 +76,7 @@ def plan_step(
     return Step(
         rows=tuple(rows),
         header_TH=header_TH.to(device),
-        running=tuple(np.flatnonzero(is_active_RM.any(0)).tolist()),
+        running=tuple(m for m in np.flatnonzero(is_active_RM.any(0)).tolist() if here is None or m in here),
         common=mixtures[0] if all(mixture == mixtures[0] for mixture in mixtures) else None,
     )
 

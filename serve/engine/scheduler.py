@@ -14,7 +14,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from population import manifest
 from population.errors import ChorusError
 from serve.engine.deadline import BUDGET_ARGUMENT, FLOOR_ARGUMENT, Deadline, Drop, StepCost, StepLoad, without_member
-from serve.engine.kv import MemberAttentionSpec, MemberCoordinator
+from serve.engine.kv import MemberCoordinator, groups_by_member
 from serve.engine.metrics import DROP_REASONS, StepCounts, attach
 from serve.engine.mixture import TIER_ARGUMENT, Mixture, Prior
 
@@ -30,18 +30,14 @@ class PopulationScheduler(Scheduler):
         super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
         directory = Path(vllm_config.model_config.model)
         self._member_names = [member.name for member in manifest.load(directory).members]
-        groups = kv_cache_config.kv_cache_groups
-        specs = [group.kv_cache_spec for group in groups if isinstance(group.kv_cache_spec, MemberAttentionSpec)]
-        if not [spec.member for spec in specs] == list(range(len(groups))) == list(range(len(self._member_names))):
-            raise RuntimeError(
-                f"vLLM made {len(groups)} KV-cache groups for {len(self._member_names)} members. Each member must have its "
-                "own, in their order, or requests would read KV that was never written: a bug of chorus with this version of vLLM."
-            )
+        group_of = groups_by_member(kv_cache_config)
+        if len(group_of) != len(self._member_names):
+            raise RuntimeError(f"vLLM made {len(group_of)} KV-cache groups for {len(self._member_names)} members.")
         self._prior = Prior(directory)
         self._mixtures: dict[str, Mixture] = {}
         self._deadlines: dict[str, Deadline] = {}
         self._changed: set[str] = set()
-        self._kv = MemberCoordinator.adopt(self.kv_cache_manager.coordinator)
+        self._kv = MemberCoordinator.adopt(self.kv_cache_manager.coordinator, group_of)
         self._step_cost = StepCost()
         self._step_started = 0.0
         self._num_steps = 0
@@ -123,7 +119,7 @@ class PopulationScheduler(Scheduler):
         # From now on the member's manager is not asked for this request: no later request can find KV of the tokens
         # that the member does not see. What it cached before was written, and stays.
         self._kv.member_sets[request.request_id] = smaller.members
-        self._kv.single_type_managers[member].free(request.request_id)
+        self._kv.free_member(request.request_id, member)
         self._changed.add(request.request_id)
         reason = "late" if late else "forecast"
         self.counts.count_drop(reason)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from serve.engine.kv import groups_by_member
 from serve.engine.mixture import Mixture
 from serve.engine.rows import Step, plan_step
 
@@ -33,6 +34,10 @@ class PopulationWorker(_Worker):
         runner.__class__ = type(f"Population{type(runner).__name__}", (PopulationRunner, type(runner)), {})
         runner.mixtures = {}
         runner._planned_for = ([], b"")
+
+    def held_members(self) -> list[int]:
+        """The members that this rank holds, by index: for `collective_rpc`."""
+        return list(self.model_runner.model.ranks.members)
 
 
 class PopulationRunner(GPUModelRunner):
@@ -56,10 +61,12 @@ class PopulationRunner(GPUModelRunner):
         mixtures = [self.mixtures[request_id] for request_id in self.input_batch.req_ids]
         batch = (mixtures, num_scheduled_tokens.tobytes())
         if batch != self._planned_for:
-            self._step = plan_step(mixtures, num_scheduled_tokens, self.model.num_members, self.device)
+            here = self.model.ranks.members
+            self._step = plan_step(mixtures, num_scheduled_tokens, self.model.num_members, self.device, here=here)
             self._planned_for = batch
             self._all_groups = _Groups.shown_by(self)
-            self._running_groups = self._all_groups.only(self._step.running)
+            # A rank that runs nothing in this step still prepares a batch: vLLM knows no step without a group.
+            self._running_groups = self._all_groups.only(self._step.running or here[:1])
         self.model.current.step = self._step
         self._running_groups.show(self)
         return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
@@ -108,11 +115,13 @@ class _Groups:
 
     def only(self, members: Sequence[int]) -> Self:
         """The groups of some members."""
+        group_of = groups_by_member(self.config)
+        groups = [group_of[member] for member in members]
         return replace(
             self,
-            config=replace(self.config, kv_cache_groups=[self.config.kv_cache_groups[idx] for idx in members]),
-            attention=[self.attention[idx] for idx in members],
-            tables=[self.tables[idx] for idx in members],
+            config=replace(self.config, kv_cache_groups=[self.config.kv_cache_groups[idx] for idx in groups]),
+            attention=[self.attention[idx] for idx in groups],
+            tables=[self.tables[idx] for idx in groups],
         )
 
     def show(self, runner: Any) -> None:

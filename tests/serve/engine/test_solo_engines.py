@@ -50,11 +50,17 @@ def test_other_architectures_are_mixed_exactly(architecture: str, tmp_path: Path
             check_against_reference(directory, tier, output)
 
 
-def test_two_ranks_give_what_one_gives(tiny_population: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("whole_members", [False, True], ids=["sharded", "whole members on each rank"])
+def test_two_ranks_give_what_one_gives(
+    tiny_population: Path, monkeypatch: pytest.MonkeyPatch, whole_members: bool
+) -> None:
     # vLLM wants a NUMA node for each rank, or to be told where they run.
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    with running_engine(tiny_population, **options) as sharded:
+    additional = {"additional_config": {"chorus_member_parallel": whole_members}}
+    with running_engine(tiny_population, **options, **additional) as sharded:
+        held = sharded.collective_rpc("held_members")
+        assert held == ([[0, 2], [1, 3]] if whole_members else [[0, 1, 2, 3]] * 2)
         tiers = [TIERS[idx % 3] for idx in range(4)]
         outputs = sharded.generate(prompts(4), [greedy(tier) for tier in tiers], use_tqdm=False)
         for tier, output in zip(tiers, outputs, strict=True):

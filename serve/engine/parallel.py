@@ -1,0 +1,113 @@
+"""Member parallelism: whole members on each rank, and one exchange of mixed distributions per step.
+
+vLLM's tensor parallelism shards every layer of every member and reduces twice per layer. Here a rank builds its members as if it
+were alone, runs their rows, and pools what they say; then all ranks put their parts together, and sample the same tokens.
+
+R rows, V vocabulary, W ranks
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from population import manifest
+from population.errors import ChorusError
+from population.manifest import Population
+
+SWITCH = "chorus_member_parallel"
+"""Key of vLLM's `--additional-config`: true spreads whole members over the ranks of `--tensor-parallel-size`."""
+
+
+def place(population: Population, num_ranks: int) -> list[list[int]]:
+    """The members of each rank, by index: dealt in turn, in the order in which tiers take them in, dearest members first.
+
+    So the members of every tier are spread as evenly as they can be.
+    """
+    index = {member.name: idx for idx, member in enumerate(population.members)}
+    joined = dict.fromkeys(index[name] for tier in population.tiers for name in tier.members)
+    order = [*joined, *(idx for idx in index.values() if idx not in joined)]
+    placed: list[list[int]] = [[] for _ in range(num_ranks)]
+    for turn, idx in enumerate(order):
+        placed[turn % num_ranks].append(idx)
+    return [sorted(members) for members in placed]
+
+
+def settle(vllm_config: Any) -> None:
+    """Say once, for all processes, which rank holds which members: a prior fitted later must not move them."""
+    options = vllm_config.additional_config
+    if isinstance(options.get(SWITCH, False), list):  # said already
+        return
+    num_ranks = vllm_config.parallel_config.tensor_parallel_size
+    if not options.pop(SWITCH, False) or num_ranks == 1:
+        return
+    population = manifest.load(Path(vllm_config.model_config.model))
+    if num_ranks > len(population.members):
+        raise ChorusError(
+            f"{num_ranks} ranks cannot each hold a member: the population has {len(population.members)}. Lower "
+            f"--tensor-parallel-size, or leave {SWITCH} out of --additional-config to shard every member."
+        )
+    options[SWITCH] = place(population, num_ranks)
+
+
+class Ranks:
+    """This rank's members, and its way to the others. On one rank, or where vLLM shards members itself, all members are here."""
+
+    def __init__(self, members: Sequence[int]) -> None:
+        self.members = tuple(members)
+        """Those that this rank runs, ascending."""
+
+    @classmethod
+    def of(cls, vllm_config: Any, num_members: int) -> "Ranks":
+        """What the configuration says, seen from the rank that asks."""
+        placed = vllm_config.additional_config.get(SWITCH)
+        return SpreadRanks.join(placed) if placed else cls(range(num_members))
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Where a member is built or run."""
+        return nullcontext()
+
+
+class SpreadRanks(Ranks):
+    """One of several ranks that each hold whole members."""
+
+    def __init__(self, members: Sequence[int], everybody: Any, just_me: Any) -> None:
+        super().__init__(members)
+        self._everybody = everybody
+        self._just_me = just_me
+
+    @classmethod
+    def join(cls, placed: Sequence[Sequence[int]]) -> Self:
+        """Make, on every rank at once, a group of each rank by itself."""
+        from vllm.distributed import parallel_state
+
+        world, everybody = parallel_state.get_world_group(), parallel_state.get_tp_group()
+        just_me = parallel_state.init_model_parallel_group(
+            [[rank] for rank in range(world.world_size)],
+            world.local_rank,
+            torch.distributed.get_backend(everybody.device_group),
+            group_name="member",
+        )
+        return cls(placed[everybody.rank_in_group], everybody, just_me)
+
+    @contextmanager
+    def _as_if_alone(self) -> Iterator[None]:
+        from vllm.distributed import parallel_state
+
+        parallel_state._TP = self._just_me
+        try:
+            yield
+        finally:
+            parallel_state._TP = self._everybody
+
+    def alone(self) -> AbstractContextManager[None]:
+        """vLLM's layers ask for the tensor-parallel group when they are built, and again when they run: let it be of size one."""
+        return self._as_if_alone()
+
+    def gather(self, part_RV: Tensor) -> Tensor:
+        """The parts (W, R, V) of all ranks, in their order, the same on each."""
+        gathered: Tensor = self._everybody.all_gather(part_RV.unsqueeze(0).contiguous(), dim=0)
+        return gathered

@@ -1,7 +1,7 @@
 """The engine against plain vLLM serving one member: tokens/s for each tier and for mixed batches, alternating, in one run.
 
     python -m bench.random_population POPULATION
-    python -m bench.engine POPULATION [--concurrency 1 4 16] [--repeats 5] [--json OUT]
+    python -m bench.engine POPULATION [--concurrency 1 4 16] [--repeats 5] [--tokens 192] [--json OUT]
 
 Each engine lives in a process of its own, without an API server, and waits on its input while the other is measured. A row's
 `bound` is the fraction of plain vLLM's speed that its member-rows alone would allow: plain / members. Below the table stand the
@@ -24,7 +24,7 @@ from rich.table import Table
 
 from population import manifest
 
-PROMPT_TOKENS, NEW_TOKENS = 16, 192
+PROMPT_TOKENS = 16
 
 
 def main() -> None:
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("population", type=Path)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=192, help="that each request generates")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     population = manifest.load(arguments.population)
@@ -51,8 +52,8 @@ def main() -> None:
                 tiers = [mix[idx % len(mix)] for idx in range(concurrency)]
                 ratios, speeds, shares = [], [], []
                 for repeat in range(arguments.repeats + 1):
-                    base, _ = plain.run(concurrency * [None])
-                    speed, mixing_share = mixed.run(tiers)
+                    base, _ = plain.run(concurrency * [None], arguments.tokens)
+                    speed, mixing_share = mixed.run(tiers, arguments.tokens)
                     if repeat:  # the first of each is a warm-up
                         ratios.append(speed / base)
                         speeds.append((base, speed))
@@ -157,10 +158,10 @@ class Engine:
         self.kv_tokens = self._answer()[0]
         """Tokens of one member that its KV cache holds."""
 
-    def run(self, tiers: list[Any]) -> tuple[float, float]:
+    def run(self, tiers: list[Any], num_tokens: int) -> tuple[float, float]:
         """Tokens per second of one batch of requests, one for each entry of `tiers`, and the share of time spent mixing."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(tiers) + "\n")
+        self._process.stdin.write(json.dumps([tiers, num_tokens]) + "\n")
         self._process.stdin.flush()
         return self._answer()
 
@@ -197,10 +198,10 @@ def serve_engine(model: str, tokenizer: str, options: str) -> None:
     counts = getattr(scheduler, "counts", None)
     print(f"answer {cache.num_gpu_blocks * cache.block_size} 0", flush=True)
     for line in sys.stdin:
-        tiers = json.loads(line)
+        tiers, num_tokens = json.loads(line)
         arguments = [{"extra_args": {"chorus_tier": tier}} if tier else {} for tier in tiers]
         parameters = [
-            SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, **more) for more in arguments
+            SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, **more) for more in arguments
         ]
         prompts = [{"prompt_token_ids": [2 + idx, *range(3, 2 + PROMPT_TOKENS)]} for idx in range(len(tiers))]
         engine.generate(
@@ -211,7 +212,7 @@ def serve_engine(model: str, tokenizer: str, options: str) -> None:
         engine.generate(prompts, parameters, use_tqdm=False)
         seconds = time.perf_counter() - start
         mixing_s = counts.mixing_s - mixed_before if counts else 0.0
-        print(f"answer {len(tiers) * NEW_TOKENS / seconds} {mixing_s / seconds}", flush=True)
+        print(f"answer {len(tiers) * num_tokens / seconds} {mixing_s / seconds}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Two ranks: every member sharded over both, against whole members on each; tokens/s for each tier, alternating, in one run.
 
 python -m bench.random_population POPULATION
-python -m bench.parallel POPULATION [--concurrency 1 16] [--repeats 5]
+python -m bench.parallel POPULATION [--concurrency 1 16] [--repeats 5] [--tokens 64]
 """
 
 import argparse
@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("population", type=Path)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=64, help="that each request generates")
     arguments = parser.parse_args()
     two_ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     engines = [
@@ -35,7 +36,7 @@ def main() -> None:
         for concurrency in arguments.concurrency:
             for tier in manifest.load(arguments.population).tiers:
                 speeds = [
-                    tuple(engine.run([tier.name] * concurrency)[0] for engine in engines)
+                    tuple(engine.run([tier.name] * concurrency, arguments.tokens)[0] for engine in engines)
                     for _ in range(arguments.repeats + 1)
                 ][1:]
                 ratios = [whole / sharded for sharded, whole in speeds]

@@ -43,6 +43,7 @@ class PopulationForCausalLM(nn.Module):
         device = vllm_config.device_config.device
         self.stopwatch = Stopwatch(self.num_members, device)
         self.layers_by_member = {idx: claim_layers(member, idx, self.current) for idx, member in self._members.items()}
+        self._adds_up = torch.device(device).type == "cpu"
         self._exchange: Exchange | None = None
         if isinstance(self.ranks, SpreadRanks):
             self._exchange = Exchange(
@@ -134,10 +135,10 @@ class PopulationForCausalLM(nn.Module):
             return logits
 
         if self._common is not None:
-            mixed_RV = mix_alike(self._common, len(hidden_states), logits_of, self._exchange)
+            mixed_RV = mix_alike(self._common, len(hidden_states), logits_of, self._exchange, adds_up=self._adds_up)
         else:
             header_RH = hidden_states[:, : self._header_columns].contiguous().view(torch.float32).cpu()
-            mixed_RV = mix(header_RH, logits_of, self._exchange)
+            mixed_RV = mix(header_RH, logits_of, self._exchange, adds_up=self._adds_up)
         self.stopwatch.add(MIXING, start)
         return mixed_RV
 

@@ -33,24 +33,24 @@ def mixtures(draw: st.DrawFn, num_members: int) -> Mixture:
     )
 
 
-def pool(batch: list[Mixture], logits_MRV: Tensor) -> Tensor:
+def pool(batch: list[Mixture], logits_MRV: Tensor, *, adds_up: bool = True) -> Tensor:
     asked: list[int] = []
 
     def logits_of(member: int, rows: Tensor | None) -> Tensor:
         asked.append(member)
         return logits_MRV[member] if rows is None else logits_MRV[member][rows]
 
-    mixed_RV = mix(make_headers(batch, len(logits_MRV)), logits_of)
-    assert sorted(asked) == sorted({m for mixture in batch for m in mixture.members}), "asked a member that no row runs"
+    mixed_RV = mix(make_headers(batch, len(logits_MRV)), logits_of, adds_up=adds_up)
+    assert set(asked) == {m for mixture in batch for m in mixture.members}, "asked a member that no row runs"
     return mixed_RV
 
 
 @settings(max_examples=200, deadline=None)
-@given(batch=st.lists(mixtures(5), min_size=1, max_size=6), seed=st.integers(0, 2**31))
-def test_any_batch_of_mixtures_is_pooled_row_by_row(batch: list[Mixture], seed: int) -> None:
+@given(batch=st.lists(mixtures(5), min_size=1, max_size=6), seed=st.integers(0, 2**31), adds_up=st.booleans())
+def test_any_batch_of_mixtures_is_pooled_row_by_row(batch: list[Mixture], seed: int, adds_up: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits_MRV = torch.randn(5, len(batch), 37, generator=generator) * 5
-    mixed_RV = pool(batch, logits_MRV)
+    mixed_RV = pool(batch, logits_MRV, adds_up=adds_up)
     assert mixed_RV.dtype == torch.float32
     for row, mixture in enumerate(batch):
         torch.testing.assert_close(mixed_RV[row].double(), reference(mixture, logits_MRV[:, row]), atol=2e-5, rtol=1e-5)
@@ -79,6 +79,20 @@ def test_tokens_that_one_member_rules_out_keep_the_others_probability() -> None:
     logits_MRV[0, 0, 2:] = -torch.inf
     mixture = Mixture(tier="t", members=(0, 1), weights=(0.5, 0.5), pool="linear", temperature=1.0)
     torch.testing.assert_close(pool([mixture], logits_MRV).exp(), torch.tensor([[0.375, 0.375, 0.125, 0.125]]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.lists(mixtures(4), min_size=1, max_size=6), seed=st.integers(0, 2**31), scale=st.sampled_from([1, 20, 60])
+)
+def test_probabilities_that_float32_cannot_hold_are_pooled_all_the_same(
+    batch: list[Mixture], seed: int, scale: float
+) -> None:
+    logits_MRV = torch.randn(4, len(batch), 41, generator=torch.Generator().manual_seed(seed)) * scale
+    mixed_RV = pool(batch, logits_MRV)
+    for row, mixture in enumerate(batch):
+        expected_V = reference(mixture, logits_MRV[:, row])
+        torch.testing.assert_close(mixed_RV[row].double(), expected_V, atol=1e-4, rtol=1e-5)
 
 
 def test_a_mixture_of_one_is_that_member_bit_for_bit() -> None:

@@ -1,7 +1,8 @@
 """A few short requests to an engine that has just begun to answer, so that the first deadline is not met by luck.
 
 The smallest and the largest tier, alone and side by side, after a short and a longer prompt: enough to tell apart what a step, a
-member, a row and a prompt cost.
+member, a row and a prompt cost. An engine that has just started is slow at everything it does for the first time: the first round
+warms it up, and nothing is learned from that.
 """
 
 import asyncio
@@ -36,6 +37,9 @@ async def calibrate(session: aiohttp.ClientSession, engine: Engine, population: 
     lengths = (4, max(4, min(512, population.context_length - _TOKENS - 1)))
     began_at = time.perf_counter()
     try:
+        for length in lengths:
+            for tier in dict.fromkeys((small, large)):
+                await _ask(session, engine, population, tier, length, teaches=False)
         for count in _SIDE_BY_SIDE:
             for length in lengths:
                 for tier in dict.fromkeys((small, large)):
@@ -47,7 +51,13 @@ async def calibrate(session: aiohttp.ClientSession, engine: Engine, population: 
 
 
 async def _ask(
-    session: aiohttp.ClientSession, engine: Engine, population: Population, tier: Tier, prompt_tokens: int
+    session: aiohttp.ClientSession,
+    engine: Engine,
+    population: Population,
+    tier: Tier,
+    prompt_tokens: int,
+    *,
+    teaches: bool = True,
 ) -> None:
     call = _call(population, tier, prompt_tokens)
     flight = Flight(
@@ -75,7 +85,8 @@ async def _ask(
                         exchange.heard(events.count(b"\n\n"))
             finally:
                 answer.close()
-        exchange.teach(splicer.usage, streamed=True, was_dropped=False, characters=0)
+        if teaches:
+            exchange.teach(splicer.usage, streamed=True, was_dropped=False, characters=0)
     finally:
         engine.flights.end(flight)
 

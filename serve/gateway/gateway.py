@@ -88,9 +88,11 @@ class Gateway:
                     )
                 yield
             finally:
-                for task in self._tasks:
-                    task.cancel()
-                await asyncio.gather(*self._tasks, return_exceptions=True)
+                # Again and again: a library that is cancelled at the moment its own time runs out may take the one for the other.
+                while self._tasks:
+                    for task in self._tasks:
+                        task.cancel()
+                    await asyncio.wait(self._tasks, timeout=1)
                 await self.store.close()
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -146,11 +148,12 @@ class Gateway:
             self._on_failure(f"the supervision of the engine failed: {error}")
 
     def _came_up(self, engine: Engine, start_s: float | None) -> None:
-        if self.settings.calibrates and not engine.model.is_seeded:
+        if self.settings.calibrates and (engine.is_supervised or not engine.model.is_seeded):
             self._begin(self._seed(engine))
         self.admission.look()
         self._on_up(engine.url, start_s)
 
     async def _seed(self, engine: Engine) -> None:
-        if not await seed(self.store, engine):
+        """Know an engine before it is needed. One of our own is warmed up after each start, however well it is known."""
+        if engine.model.is_seeded or not await seed(self.store, engine):
             await calibrate(self.session, engine, self.offer.population)

@@ -6,20 +6,18 @@ The first token waits for the step that runs, then for the prefill of its prompt
 the engine. A step's cost is linear in the members that run at all and in the rows that they compute (measured: docs/engine.md).
 """
 
-from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-_WINDOW = 256
-_FEW = 20
-"""With fewer answers than this their spread is not trusted, and `_UNSURE` stands in."""
-_UNSURE = 1.3
+from serve.gateway.surprises import Surprises
+
 _LOWEST, _HIGHEST = 0.6, 0.995
 _RATE = 0.2
 _SWEEPS, _RIDGE = 8, 1e-4
+_UNCLIPPED, _CLIP, _LEAST_MISS, _MISS_RATE = 8, 4.0, 0.05, 0.05
 
 
 class LeastSquares:
@@ -28,6 +26,9 @@ class LeastSquares:
     Minimises sum_t forgetting^(n-t) (y_t - w x_t)^2 + ridge |w - w_before|^2 by coordinate descent from the weights before,
     which is exact for so few features. The ridge keeps what has not been seen for long where it was.
     Recursive least squares with a projection was tried first and diverged: bench/LOG.md.
+
+    What misses its prediction by more than `_CLIP` times the usual counts as if it missed by that much (Huber's clipping): a
+    hiccup of the engine says little, and an engine that has changed for good soon makes larger misses usual.
     """
 
     def __init__(self, scales: tuple[float, ...], *, forgetting: float) -> None:
@@ -37,10 +38,15 @@ class LeastSquares:
         self._gram_FF: NDArray[np.float64] = np.zeros((len(scales), len(scales)))
         self._moment_F: NDArray[np.float64] = np.zeros(len(scales))
         self.count = 0
+        self._mean = 0.0
+        """Of the targets."""
+        self._miss = _LEAST_MISS
+        """Usual size of a miss, as a part of the prediction or of the mean target, whichever is larger."""
 
     def observe(self, features: tuple[float, ...], target: float) -> None:
         """Learn that `features` came out as `target`."""
         features_F = np.array(features) / self._scales_F
+        target = self._clip(features_F, target)
         self._gram_FF = self._forgetting * self._gram_FF + np.outer(features_F, features_F)
         self._moment_F = self._forgetting * self._moment_F + target * features_F
         self.count += 1
@@ -51,6 +57,18 @@ class LeastSquares:
                 others = sum(row[j] * weights[j] for j in range(len(weights)) if j != i)
                 weights[i] = max(0.0, (moment[i] - others + _RIDGE * before[i]) / (row[i] + _RIDGE))
         self.weights_F = np.array(weights)
+
+    def _clip(self, features_F: NDArray[np.float64], target: float) -> float:
+        """The target as far as it is believed."""
+        expected = float(features_F @ self.weights_F)
+        unit = max(expected, self._mean)
+        if self.count >= _UNCLIPPED and unit > 0:
+            most = _CLIP * self._miss
+            miss = min(most, max(-most, (target - expected) / unit))
+            target = expected + miss * unit
+            self._miss = max(_LEAST_MISS, self._miss + _MISS_RATE * (abs(miss) - self._miss))
+        self._mean += max(1.0 - self._forgetting, 1 / (self.count + 1)) * (target - self._mean)
+        return target
 
     def predict(self, features: tuple[float, ...]) -> float:
         """What is expected for `features`."""
@@ -63,6 +81,8 @@ class LeastSquares:
             "gram": self._gram_FF.tolist(),
             "moment": self._moment_F.tolist(),
             "count": self.count,
+            "mean": self._mean,
+            "miss": self._miss,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -71,6 +91,7 @@ class LeastSquares:
         self._gram_FF = np.array(state["gram"], dtype=np.float64).reshape(self._gram_FF.shape)
         self._moment_F = np.array(state["moment"], dtype=np.float64).reshape(self._moment_F.shape)
         self.count = int(state["count"])
+        self._mean, self._miss = float(state["mean"]), float(state["miss"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +123,7 @@ class LatencyModel:
         self._tokens_per_character = 0.5
         self.num_prompts = 0
         """Texts whose length in tokens was seen."""
-        self._ratios: deque[float] = deque(maxlen=_WINDOW)
-        self._sorted: list[float] | None = None
+        self._surprises = Surprises()
         self._shift = 0.0
         """What is added to a probability to get the quantile that keeps it, as promises turn out."""
 
@@ -133,18 +153,14 @@ class LatencyModel:
         """Expected seconds to the last token, admitted beside `before`, running as part of `during`."""
         return self.first_s(before, work) + max(0, work.max_tokens - 1) * self.token_s(during)
 
-    def margin(self, probability: float) -> float:
-        """The factor on expected times with which promises are kept with `probability`: a quantile of how answers came out lately.
+    def margin(self, probability: float, expected_s: float) -> float:
+        """The factor on `expected_s` with which a promise is kept with `probability`: a quantile of how answers came out lately.
 
         Which quantile is itself learned from the promises (adaptive conformal inference, Gibbs and Candès 2021): the engine's drops
         rescue many that would have been late, and a plain quantile would refuse or shrink more than needed.
         """
-        if len(self._ratios) < _FEW:
-            return _UNSURE
-        if self._sorted is None:
-            self._sorted = sorted(self._ratios)
         level = min(_HIGHEST, max(_LOWEST, probability + self._shift))
-        return self._sorted[min(len(self._sorted) - 1, int(level * len(self._sorted)))]
+        return self._surprises.factor(level, expected_s)
 
     def observe_promise(self, *, kept: bool, probability: float) -> None:
         """Learn from an answer that was promised in time with `probability`."""
@@ -173,8 +189,7 @@ class LatencyModel:
     def observe_total(self, *, expected_s: float, seconds: float) -> None:
         """Learn how far an answer was from what was expected for its number of tokens when it was admitted."""
         if expected_s > 0:
-            self._ratios.append(seconds / expected_s)
-            self._sorted = None
+            self._surprises.observe(expected_s, seconds)
 
     def observe_prompt(self, *, characters: int, tokens: int) -> None:
         """Learn how many tokens a text becomes."""
@@ -188,7 +203,7 @@ class LatencyModel:
             "first": self._first_s.state(),
             "token": self._token_s.state(),
             "tokens_per_character": self._tokens_per_character,
-            "ratios": [round(ratio, 3) for ratio in self._ratios],
+            "surprises": [[round(value, 5) for value in pair] for pair in self._surprises.pairs()],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -200,8 +215,7 @@ class LatencyModel:
         self._first_s.restore(state["first"])
         self._token_s.restore(state["token"])
         self._tokens_per_character = float(state["tokens_per_character"])
-        self._ratios = deque((float(ratio) for ratio in state["ratios"]), maxlen=_WINDOW)
-        self._sorted = None
+        self._surprises = Surprises((float(expected_s), float(seconds)) for expected_s, seconds in state["surprises"])
 
     def _first_features(self, load: Load, work: Work) -> tuple[float, ...]:
         return 1.0, load.rows, float(work.members), work.members * work.prompt_tokens

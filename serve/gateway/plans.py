@@ -67,14 +67,16 @@ def plan(
     works = [_work(tier, wish.size, model) for tier in tiers]
     if wish.finish_by is None or not model.is_seeded:
         return _expect(tiers[0], works[0], wish, flights, model)
-    left_s, margin = wish.finish_by - now, model.margin(probability)
+    left_s = wish.finish_by - now
     for tier, work in zip(tiers, works, strict=True):
         found = _expect(tier, work, wish, flights, model)
-        fits = found.total_s * margin <= left_s
-        if fits and not _makes_others_late(flights, model, tier, wish.size.num_sequences, now, margin):
+        fits = found.total_s * model.margin(probability, found.total_s) <= left_s
+        if fits and not _makes_others_late(flights, model, tier, wish.size.num_sequences, now, probability):
             return found
     if model.total_s(Load(), _alone(tiers[-1], wish.size), works[-1]) > left_s:
         return NotNow.LATE
+    if not flights.running:
+        return at_floor(wish, flights, model)  # nothing will be better for waiting
     return NotNow.LATE_NOW
 
 
@@ -107,19 +109,17 @@ def _alone(tier: Tier, size: Size) -> Load:
 
 
 def _makes_others_late(
-    flights: Flights, model: LatencyModel, tier: Tier, num_sequences: int, now: float, margin: float
+    flights: Flights, model: LatencyModel, tier: Tier, num_sequences: int, now: float, probability: float
 ) -> bool:
     """Whether somebody who could be in time without the new request could not with it, were all as small as `tier`."""
-    others = [flight for flight in flights.running if flight.finish_by is not None]
+    others = [
+        (flight.tokens_left(now), flight.finish_by - now) for flight in flights.running if flight.finish_by is not None
+    ]
     if not others:
         return False
     without = flights.load_within(len(tier.members))
     added = len(tier.members)
     with_it = Load(members=max(without.members, added), rows=without.rows + added * num_sequences)
-    before_s, after_s = model.token_s(without) * margin, model.token_s(with_it) * margin
-    for flight in others:
-        assert flight.finish_by is not None
-        left_s, tokens = flight.finish_by - now, flight.tokens_left(now)
-        if tokens * before_s <= left_s < tokens * after_s:
-            return True
-    return False
+    before_s, after_s = model.token_s(without), model.token_s(with_it)
+    margin = model.margin(probability, before_s * sum(tokens for tokens, _ in others) / len(others))
+    return any(tokens * before_s * margin <= left_s < tokens * after_s * margin for tokens, left_s in others)

@@ -48,7 +48,8 @@ class Gateway:
             self.store = RedisStore(settings.redis, self.population_name)
         self.is_draining = False
         """Whether it was told to stop and only finishes what it has."""
-        self.metrics = Metrics(self.pool, self.admission, lambda: self.offer.population.prior_version)
+        shared = self.store if settings.redis is not None else None
+        self.metrics = Metrics(self.pool, self.admission, self._offer.current, shared)
         self.session: aiohttp.ClientSession
         self._tasks: set[asyncio.Task[None]] = set()
         self._on_up = on_up

@@ -10,8 +10,10 @@ from prometheus_client.registry import Collector
 from serve.gateway.admission import Admission
 from serve.gateway.engines import Engine
 from serve.gateway.latency import Load
+from serve.gateway.offer import Offer
 from serve.gateway.pool import Pool
 from serve.gateway.records import Record
+from serve.gateway.store import Store
 
 # OpenTelemetry's semantic conventions for generative AI name these buckets for time to first token, per token, and duration.
 _FIRST_TOKEN_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
@@ -24,7 +26,10 @@ _BUDGET_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 
 class Metrics:
     """The gateway's metrics, in a registry of their own."""
 
-    def __init__(self, pool: Pool, admission: Admission, prior_version: Callable[[], int]) -> None:
+    def __init__(
+        self, pool: Pool, admission: Admission, offer: Callable[[], Offer], shared: Store | None = None
+    ) -> None:
+        """`shared` is the store in Redis, where there is one."""
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "chorus_gateway_requests",
@@ -75,9 +80,14 @@ class Metrics:
             "chorus_gateway_requests_waiting", "Requests in the queue before the engines.", registry=self._registry
         ).set_function(lambda: float(admission.num_waiting))
         Gauge("chorus_gateway_prior_version", "Version of the prior on offer.", registry=self._registry).set_function(
-            lambda: float(prior_version())
+            lambda: float(offer().population.prior_version)
         )
+        if shared is not None:
+            Gauge(
+                "chorus_gateway_redis_up", "1 if Redis answered when last asked.", registry=self._registry
+            ).set_function(lambda: float(shared.is_up))
         self._registry.register(_Engines(pool))
+        self._registry.register(_Losses(offer))
         self._waited_s = Histogram(
             "chorus_gateway_queue_seconds",
             "Time in the queue, of requests that a tier served.",
@@ -192,6 +202,22 @@ class _Engines(Collector):
             for engine in self._pool.engines:
                 family.add_metric(["own" if engine.is_supervised else engine.url], float(fact(engine)))
             yield family
+
+
+class _Losses(Collector):
+    """What each tier on offer was found to lose on held-out text."""
+
+    def __init__(self, offer: Callable[[], Offer]) -> None:
+        self._offer = offer
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """One sample for each tier that was evaluated."""
+        text = "Test loss of the tier in nats per token, from the manifest."
+        family = GaugeMetricFamily("chorus_gateway_tier_test_loss_nats", text, labels=["tier"])
+        for tier in self._offer().population.tiers:
+            if tier.test_loss is not None:
+                family.add_metric([tier.name], tier.test_loss.nats)
+        yield family
 
 
 def _with_one_more(load: Load) -> Load:

@@ -17,6 +17,10 @@ class Bucket:
 class Store(Protocol):
     """Shared state. Nothing here raises: what cannot be shared is kept locally until it can."""
 
+    @property
+    def is_up(self) -> bool:
+        """Whether what is shared could be reached when last asked for."""
+
     async def take(self, bucket: Bucket, amount: float) -> float:
         """Take `amount` (at most the burst) if it is there, and return 0; else take nothing and return the seconds until it is."""
 
@@ -56,6 +60,11 @@ class MemoryStore:
         self._engines: dict[str, float] = {}
         self._models: dict[str, dict[str, Any]] = {}
         self._prior: tuple[int, str] | None = None
+
+    @property
+    def is_up(self) -> bool:
+        """See `Store`."""
+        return True
 
     async def take(self, bucket: Bucket, amount: float) -> float:
         """See `Store`."""

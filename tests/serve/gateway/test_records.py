@@ -7,10 +7,11 @@ import re
 import httpx
 import pytest
 
+from population.manifest import Loss, Population
 from serve.gateway.logs import JsonFormatter
 from tests.live import wait_for
-from tests.serve.gateway.conftest import Pair
-from tests.serve.gateway.scripted import DONE, USAGE, event
+from tests.serve.gateway.conftest import Pair, gateway_before
+from tests.serve.gateway.scripted import DONE, USAGE, ScriptedEngine, event
 
 
 def test_a_request_is_logged_as_one_object(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
@@ -73,3 +74,13 @@ def test_metrics_have_names_that_prometheus_takes_and_the_fields_buckets(pair: P
         "+Inf",
     ]
     assert 'chorus_gateway_time_per_output_token_seconds_count{tier_served="max"} 1.0' in text
+
+
+def test_each_tier_shows_the_loss_that_it_was_evaluated_at(tiny: Population) -> None:
+    loss = Loss(nats=2.5, low=2.4, high=2.6, num_tokens=9)
+    tiers = tuple(tier.model_copy(update={"test_loss": loss if tier.name == "max" else None}) for tier in tiny.tiers)
+    with gateway_before(ScriptedEngine(), tiny.model_copy(update={"tiers": tiers})) as pair:
+        text = httpx.get(f"{pair.url}/metrics").text
+    assert 'chorus_gateway_tier_test_loss_nats{tier="max"} 2.5' in text
+    assert 'tier="economy"' not in text
+    assert "chorus_gateway_redis_up" not in text

@@ -7,7 +7,6 @@ It knows nothing of tokens.
 import hashlib
 import itertools
 import random
-import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ from pathlib import Path
 
 from population.errors import ChorusError
 from population.rows import ROW_SUFFIXES, read_rows
+from population.textfile import read_pieces
 
 SPLITS = ("train", "fitness", "selection", "test")
 STDLIB = "stdlib"
-END_OF_TEXT = "<|endoftext|>"
 
 # Not prose or code by people for people: tests, generated tables, bundled applications.
 _STDLIB_LEFT_OUT = {
@@ -33,7 +32,6 @@ _STDLIB_LEFT_OUT = {
     "distutils",
 }
 _STDLIB_LEFT_OUT |= {"site-packages", "dist-packages", "__pycache__"}
-_PASSAGE_CHARACTERS = 4_000
 _TEXT_SUFFIXES = {"", ".txt", ".md", ".rst", ".tex", ".html", ".csv", ".tsv", ".org", ".text"}
 _CODE_SUFFIXES = {
     ".py",
@@ -79,7 +77,13 @@ class Document:
 
 
 def read_documents(source: str, *, split_on: str | None = None, text_field: str = "text") -> Iterator[Document]:
-    """Yield the non-empty documents of a corpus, in an order that is the same on every run.
+    """Yield the documents of a corpus that hold text, in an order that is the same on every run; see `read_all_documents`."""
+    documents = read_all_documents(source, split_on=split_on, text_field=text_field)
+    return (document for document in documents if document.text.strip())
+
+
+def read_all_documents(source: str, *, split_on: str | None = None, text_field: str = "text") -> Iterator[Document]:
+    """Yield the documents of a corpus, empty ones too, in an order that is the same on every run.
 
     Args:
         source: `stdlib` (the running Python's standard library), a text file, a folder (every text or code file in it is a
@@ -108,7 +112,7 @@ def read_documents(source: str, *, split_on: str | None = None, text_field: str 
         )
     else:
         documents = _read_dataset(source, text_field)
-    return (document for document in documents if document.text.strip())
+    return documents
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,36 +231,14 @@ def _read_rows(path: Path, name: str, text_field: str) -> Iterator[Document]:
 
 
 def _read_file(path: Path, name: str, split_on: str | None, *, passages: bool) -> Iterator[Document]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ChorusError(
-            f"{path} is not UTF-8 (byte {error.start}). Convert it, for example with `iconv -f LATIN1 -t UTF-8`."
-        ) from None
-    parts = _cut(text, split_on, passages=passages)
-    for idx, part in enumerate(parts):
-        yield Document(name=name if len(parts) == 1 else f"{name}#{idx}", text=part)
-
-
-def _cut(text: str, split_on: str | None, *, passages: bool) -> list[str]:
-    if split_on is not None:
-        try:
-            pattern = re.compile(split_on, re.MULTILINE)
-        except re.error as error:
-            raise ChorusError(f"--split-on {split_on!r} is not a regular expression: {error}.") from None
-        starts = [0, *(text.rfind("\n", 0, match.start()) + 1 for match in pattern.finditer(text)), len(text)]
-        return [text[a:b] for a, b in itertools.pairwise(starts) if text[a:b].strip()]
-    if END_OF_TEXT in text:
-        return [part for part in text.split(END_OF_TEXT) if part.strip()]
-    if not passages:
-        return [text]
-    cut, start = [], 0
-    while start < len(text):
-        stop = text.find("\n\n", start + _PASSAGE_CHARACTERS)
-        stop = len(text) if stop < 0 else stop + 2
-        cut.append(text[start:stop])
-        start = stop
-    return cut
+    """Its pieces as documents; what is blank between two marks is none, a blank file is one."""
+    pieces = read_pieces(path, split_on, passages=passages)
+    held = (piece for piece in pieces if piece.strip())
+    first = next(held, "")
+    second = next(held, None)
+    yield Document(name=name if second is None else f"{name}#0", text=first)
+    rest = () if second is None else itertools.chain([second], held)
+    yield from (Document(name=f"{name}#{idx}", text=piece) for idx, piece in enumerate(rest, start=1))
 
 
 def _read_dataset(source: str, text_field: str) -> Iterator[Document]:

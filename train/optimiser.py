@@ -18,6 +18,7 @@ _ADAM_EPSILON = 1e-8
 _MUON_MOMENTUM = 0.95
 _EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_CPU_PRECISION = torch.float32
 
 
 class Optimiser:
@@ -112,7 +113,7 @@ class Optimiser:
 def orthogonalise(stack: Tensor) -> Tensor:
     """For every matrix U S Vᵀ of the stack (n, rows, columns) about U Vᵀ: its singular values moved close to 1."""
     a, b, c = _NEWTON_SCHULZ
-    dtype = torch.bfloat16 if stack.is_cuda else torch.float32
+    dtype = torch.bfloat16 if stack.is_cuda else _CPU_PRECISION
     tall = stack.shape[1] > stack.shape[2]
     x = (stack.mT if tall else stack).to(dtype)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)

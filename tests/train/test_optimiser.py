@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from train import optimiser as module
 from train.model import Llama
 from train.optimiser import Optimiser, OptimiserName, clip_gradients, orthogonalise
 from train.shape import Shape
@@ -60,6 +61,34 @@ def test_muon_updates_matrices_with_the_size_of_an_adamw_update_and_decays_them(
     optimiser.step(learning_rate=0.01, weight_decay=2.0)
     update = (before * (1 - 0.01 * 2.0) - dict(model.named_parameters())[name].detach()) / 0.01
     assert update.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.25)
+
+
+def test_muon_equals_that_of_pytorch_in_the_same_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = small_model(0).double(), small_model(0).double()
+    optimiser = Optimiser(ours, "muon")
+    matrices = [p for n, p in theirs.named_parameters() if ".layers." in n and p.ndim == 2]
+    reference = torch.optim.Muon(matrices, lr=1.0, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    # Both iterate in a precision of their own, bfloat16 and float32. In float64 nothing but the formulas is left to differ.
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self.double().clone())
+    monkeypatch.setattr(module, "_CPU_PRECISION", torch.float64)
+    for step in range(4):
+        for model in (ours, theirs):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        rate, decay = 1e-2 / (step + 1), 0.1 * step
+        for group in reference.param_groups:
+            group["lr"], group["weight_decay"] = rate, decay
+        optimiser.step(learning_rate=rate, weight_decay=decay)
+        reference.step()
+    moved = 0.0
+    start = dict(small_model(0).named_parameters())
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        if any(other is matrix for matrix in matrices):
+            moved += (mine - start[name]).abs().sum().item()
+            # Each norm is kept from zero in its own way, by less than 1e-7 of it.
+            torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-9)
+    assert moved > 10
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])

@@ -54,9 +54,18 @@ class TextTokenizer:
     def encode_document(self, text: str) -> list[int]:
         """Token ids of a whole document between its marks."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        front, back = self._marks()
+        return front + ids + back
+
+    def between_marks(self, ids: NDArray[np.integer]) -> NDArray[np.uint32]:
+        """Token ids of a whole document, of which the text is encoded already, between its marks."""
+        front, back = self._marks()
+        return np.concatenate([front, ids, back]).astype(np.uint32)
+
+    def _marks(self) -> tuple[list[int], list[int]]:
         front = [] if self.bos is None else [self.bos]
         back = [] if self.eos is None or self.eos == self.bos else [self.eos]
-        return front + ids + back
+        return front, back
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,7 @@ def distil(directory: Path, name: str, tier: str | None, checkpoint_seconds: flo
     plan = student.make_plan(
         run,
         population.tiers[-1] if tier is None else population.tier(tier),
-        epochs=own.cycles * own.epochs_per_cycle if epochs is None else int(epochs),
+        epochs=own.epochs if epochs is None else int(epochs),
         **{key: getattr(own, key, None) if value is None else value for key, value in options.items()},  # type: ignore[arg-type]
     )
     with launch.only_one(directory):
@@ -78,7 +78,7 @@ def average(directory: Path, last: int) -> None:
     with launch.only_one(directory):
         for trajectory in range(run.settings.trajectories):
             names.append(average_name(trajectory, last))
-            model, epochs = mean(run, trajectory, last), float(run.settings.cycles * run.settings.epochs_per_cycle)
+            model, epochs = mean(run, trajectory, last), float(run.settings.epochs)
             add_member(model, run, names[-1], torch.device("cpu"), epochs=epochs)
     _report(run, names)
 

@@ -7,15 +7,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from population.errors import ChorusError
+from train.recipes import deal
 from train.settings import Settings, default_max_bytes
+from train.vary import parse_variations
 
 if TYPE_CHECKING:
     from train.run import Run
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 _DEFAULT = Settings(corpus="stdlib")
+_DEALT = ("trajectories", "cycles", "epochs_per_cycle", "burn_in")  # by --epochs
+
+
+class _CountOrSaturation(click.ParamType[int | str]):
+    name = "integer|saturation"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        return "saturation" if value == "saturation" else int(click.INT.convert(value, param, ctx))
 
 
 def _option(name: str, kind: Any, what: str) -> Callable[[_Decorated], _Decorated]:
@@ -26,9 +37,11 @@ def _option(name: str, kind: Any, what: str) -> Callable[[_Decorated], _Decorate
 @click.command()
 @click.argument("corpus")
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of the population.")
+@click.option("--epochs", type=int, help="Passes over the train split in all: a recipe deals them out, and says why.")
 @_option("trajectories", int, "Independent chains of members.")
 @_option("cycles", int, "Members per trajectory.")
 @_option("epochs-per-cycle", int, "Passes over the train split per member.")
+@_option("burn-in", int, "Epochs of the first cycle beyond those of the others.")
 @_option("layers", int, "Layers of a member.")
 @_option("width", int, "Width of a member.")
 @_option("heads", int, "Attention heads of a member.")
@@ -39,6 +52,7 @@ def _option(name: str, kind: Any, what: str) -> Callable[[_Decorated], _Decorate
 @_option("split-on", str, "Regular expression: a line where it matches begins a document.")
 @_option("text-field", str, "Field of a JSON or Parquet row, or column of a dataset, that holds the text.")
 @_option("batch-tokens", int, "Peak batch size in tokens.")
+@_option("micro-batch-tokens", int, "Tokens that go through the model at once; gradients add up to the batch.")
 @_option("optimiser", click.Choice(["muon", "adamw"]), "For matrices; the rest is always AdamW.")
 @_option("lr", float, "Peak learning rate.")
 @_option("weight-decay", float, "Peak weight decay.")
@@ -47,31 +61,81 @@ def _option(name: str, kind: Any, what: str) -> Callable[[_Decorated], _Decorate
 @_option("embedding-rate", float, "Learning rate of embeddings and head, in multiples of --lr.")
 @_option("distil-alpha", float, "Share of the divergence from the previous member in the loss; 0 for none.")
 @_option("distil-temperature", float, "Temperature of that divergence.")
-@_option("distil-after", int, "Completed cycles before it counts; 1 by default.")
+@_option("distil-after", _CountOrSaturation(), "Completed cycles before it counts, 1 by default; or `saturation`.")
 @_option("perturbation", float, "Noise at the first boundary, in standard deviations of each tensor.")
 @click.option("--restart", is_flag=True, help="Begin every cycle from a fresh initialisation: independent models.")
+@click.option(
+    "--vary", multiple=True, metavar="NAME=A,B,...", help="Values that trajectories take in turn; repeatable."
+)
+@click.option(
+    "--compile", is_flag=True, help="Compile the model by torch.compile: slower to start, needs a C++ compiler."
+)
 @_option("seed", int, "Seed of sample, initialisations, orders and noise.")
 @click.option("--checkpoint-seconds", type=float, default=60.0, show_default=True, help="Seconds between checkpoints.")
 @click.option("--tensorboard", is_flag=True, help="Write what is logged to DIR/training/tensorboard as well.")
-@click.option("--plan", is_flag=True, help="Print the schedule and an estimate of its cost, and stop.")
+@click.option("--plan", is_flag=True, help="Print and draw the schedule and an estimate of its cost, and stop.")
+@click.option("--plan-picture", type=click.Path(path_type=Path), help="Where --plan puts the drawing as a PNG as well.")
+@click.pass_context
 def train(
-    corpus: str, out: Path | None, checkpoint_seconds: float, tensorboard: bool, plan: bool, **options: object
+    context: click.Context,
+    /,
+    corpus: str,
+    out: Path | None,
+    epochs: int | None,
+    vary: tuple[str, ...],
+    checkpoint_seconds: float,
+    tensorboard: bool,
+    plan: bool,
+    plan_picture: Path | None,
+    **options: Any,
 ) -> None:
     """Train a population of models from CORPUS: a text, JSON lines or Parquet file, a folder, a dataset's name, or `stdlib`.
 
+    Tokens are taken too: a .bin or .npy file of them, or a folder of such files, with the --tokenizer that made them.
     An interrupted run continues when the same command is run again.
     """
+    given = {name for name in options if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
     if options["max_bytes"] is None:
         options["max_bytes"] = default_max_bytes(corpus)
-    settings = Settings(corpus=corpus, **options)  # type: ignore[arg-type]
+    if epochs is not None:
+        options |= _dealt(epochs, given, distils=options["distil_alpha"] > 0)
+    options["vary"] = _varied(vary, given)
+    settings = Settings(corpus=corpus, **options)
     if plan:
         from train.plan import print_plan
 
-        print_plan(settings)
+        print_plan(settings, plan_picture)
         return
+    if plan_picture is not None:
+        raise click.UsageError("--plan-picture draws what --plan prints. Add --plan, or leave it out.")
     if out is None:
         raise click.UsageError("--out is missing: the directory of the population. (With --plan it is not needed.)")
     _train(settings, out, checkpoint_seconds, tensorboard)
+
+
+def _dealt(epochs: int, given: set[str], *, distils: bool) -> dict[str, Any]:
+    """What the recipe of a budget sets, after saying so.
+
+    Raises:
+        ChorusError: the user has set some of it.
+    """
+    if clash := sorted(given.intersection(_DEALT)):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in clash)
+        raise ChorusError(f"--epochs {epochs} chooses {flags} itself. Drop --epochs, or drop {flags}.")
+    dealt = deal(epochs)
+    click.echo(dealt.sentence(epochs))
+    chosen: dict[str, Any] = {name: getattr(dealt, name) for name in _DEALT}
+    if "distil_after" not in given and distils:
+        chosen |= {"distil_after": dealt.distil_after} if dealt.distil_after is not None else {"distil_alpha": 0.0}
+    return chosen
+
+
+def _varied(texts: tuple[str, ...], given: set[str]) -> dict[str, Any]:
+    varied = parse_variations(texts)
+    if clash := sorted(given.intersection(varied)):
+        flag = clash[0].replace("_", "-")
+        raise ChorusError(f"--{flag} contradicts --vary {flag}=..., which sets it for every trajectory. Drop one.")
+    return varied
 
 
 def _train(settings: Settings, out: Path, checkpoint_seconds: float, tensorboard: bool) -> None:
@@ -79,6 +143,8 @@ def _train(settings: Settings, out: Path, checkpoint_seconds: float, tensorboard
     from train.prepare import prepare
 
     run.check_out(out, settings)
+    if settings.compile:
+        launch.check_compiler()
     if tensorboard:
         watch.check_tensorboard()
     try:
@@ -103,7 +169,12 @@ def _train(settings: Settings, out: Path, checkpoint_seconds: float, tensorboard
 
 def _headline(run: "Run") -> str:
     tokens = ", ".join(f"{split} {count:,}" for split, count in run.prepared.tokens.items())
+    empty = run.prepared.empty_documents
+    left_out = (
+        f"\n{empty} document{'s hold' if empty > 1 else ' holds'} no text and stay{'s' * (empty == 1)} out. "
+        "If that is not as it should be, check the corpus and --text-field."
+    )
     return (
         f"{run.settings.trajectories} trajectories of {run.settings.cycles} members with {run.shape.num_parameters:,} "
-        f"parameters each; tokens: {tokens}"
+        f"parameters each; tokens: {tokens}{left_out if empty else ''}"
     )

@@ -30,19 +30,24 @@ class Corpus:
     def __init__(self, read: Callable[[], Iterator[Document]]) -> None:
         self._read = read
         self._held: list[Document] | None = None
+        self.num_empty = 0
+        """Documents without any text: left out, once surveyed."""
 
     def survey(self) -> list[Outline]:
         """Outlines of the distinct documents."""
         return list(survey_documents(self._holding()))
 
     def documents(self) -> Iterator[Document]:
-        """All documents, in the same order every time."""
-        return iter(self._held) if self._held is not None else self._read()
+        """All documents that hold text, in the same order every time."""
+        return iter(self._held) if self._held is not None else filter(_has_text, self._read())
 
     def _holding(self) -> Iterator[Document]:
         held: list[Document] | None = []
-        num_bytes = 0
+        num_bytes = self.num_empty = 0
         for document in self._read():
+            if not _has_text(document):
+                self.num_empty += 1
+                continue
             num_bytes += len(document.text.encode())
             if num_bytes > _HELD_BYTES:
                 held = None
@@ -120,22 +125,32 @@ class Dealt:
             else:
                 heldout[split][at] = tokens
         file.flush()
+
+        def train() -> Iterator[NDArray[np.uint32]]:
+            for start, length in zip(starts, lengths["train"], strict=True):
+                file.seek(int(start) * 4)
+                yield np.frombuffer(file.read(int(length) * 4), dtype=np.uint32)
+
         done = {split: [tokens for tokens in held if tokens is not None] for split, held in heldout.items()}
-        return Tokenised(file=file, starts=starts, lengths=lengths, heldout=done)
+        return Tokenised(train=train, lengths=lengths, heldout=done, close=file.close, num_empty=self.corpus.num_empty)
 
 
 class Tokenised:
-    """The tokens of a dealt corpus: train in a temporary file, the rest in memory."""
+    """The tokens of a dealt corpus: train wherever it lies, the rest in memory."""
 
     def __init__(
         self,
         *,
-        file: IO[bytes],
-        starts: NDArray[np.int64],
+        train: Callable[[], Iterator[NDArray[np.uint32]]],
         lengths: dict[str, NDArray[np.int64]],
         heldout: dict[str, list[NDArray[np.uint32]]],
+        close: Callable[[], None] = lambda: None,
+        num_empty: int = 0,
     ) -> None:
-        self._file, self._starts, self._lengths, self._heldout = file, starts, lengths, heldout
+        """`train` yields the train split's documents in the order in which they were dealt; `close` gives back what it needs."""
+        self._train, self._lengths, self._heldout, self._close = train, lengths, heldout, close
+        self.num_empty = num_empty
+        """Documents that held no text and were left out."""
 
     def counts(self) -> dict[str, int]:
         """Tokens of each split."""
@@ -147,7 +162,7 @@ class Tokenised:
 
     def save_train(self, directory: Path) -> None:
         """Write the train split, its documents in the order in which they were dealt."""
-        TrainTokens.save(directory, self._lengths["train"], self._train_documents())
+        TrainTokens.save(directory, self._lengths["train"], self._train())
 
     def heldout(self, split: str) -> TokenSplit:
         """A held-out split."""
@@ -159,13 +174,11 @@ class Tokenised:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the temporary file back."""
-        self._file.close()
+        self._close()
 
-    def _train_documents(self) -> Iterator[NDArray[np.uint32]]:
-        for start, length in zip(self._starts, self._lengths["train"], strict=True):
-            self._file.seek(int(start) * 4)
-            yield np.frombuffer(self._file.read(int(length) * 4), dtype=np.uint32)
+
+def _has_text(document: Document) -> bool:
+    return bool(document.text.strip())
 
 
 def capped(fractions: dict[str, float], total_characters: int) -> dict[str, float]:

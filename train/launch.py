@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ STOPPED = 3
 
 # Without these, glibc gives every large activation back to the kernel and faults it in again: steps take up to three times
 # as long (bench/LOG.md).
-_ALLOCATOR = {
+ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "1073741824",
     "MALLOC_TOP_PAD_": "67108864",
@@ -52,7 +53,7 @@ class Workers:
                 ],
                 stdout=subprocess.PIPE,
                 text=True,
-                env={**os.environ, **_ALLOCATOR, "OMP_NUM_THREADS": str(self.threads)},
+                env={**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(self.threads)},
             )
             for rank in range(self.world)
         ]  # fmt: skip
@@ -126,6 +127,18 @@ def plan_processes(trajectories: int) -> tuple[int, int]:
     cores = len(os.sched_getaffinity(0))
     world = min(trajectories, _num_gpus() or cores)
     return world, max(1, cores // world)
+
+
+def check_compiler() -> None:
+    """Refuse `--compile` where it cannot work.
+
+    Raises:
+        ChorusError: there is no C++ compiler, which `torch.compile` needs on CPUs and GPUs alike.
+    """
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++")):
+        raise ChorusError(
+            "--compile needs a C++ compiler, and there is none (g++ or clang++). Install one, or leave it out."
+        )
 
 
 def _num_gpus() -> int:

@@ -8,9 +8,10 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from train import drawing
 from train import run as runs
 from train.launch import plan_processes
-from train.prepare import check_fits_a_batch, deal_corpus, disk_bytes, make_tokenizer
+from train.prepare import check_fits_a_batch, disk_bytes, read_corpus
 from train.schedule import Cycle, Schedule
 from train.settings import Settings
 from train.shape import Shape
@@ -19,34 +20,60 @@ _TIMED_STEPS = 3
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def print_plan(settings: Settings) -> None:
-    """Print the plan of a run without writing anything."""
-    dealt = deal_corpus(settings)
-    with tempfile.TemporaryDirectory(prefix="chorus-plan-") as name:
-        tokenizer = make_tokenizer(settings, dealt, Path(name))
-        with dealt.tokenise(tokenizer) as tokenised:
-            train_tokens = tokenised.counts()["train"]
+def print_plan(settings: Settings, picture: Path | None = None) -> None:
+    """Print and draw the plan of a run without writing anything but the picture that is asked for."""
+    with (
+        tempfile.TemporaryDirectory(prefix="chorus-plan-") as name,
+        read_corpus(settings, Path(name)) as (tokenizer, tokenised),
+    ):
+        train_tokens = tokenised.counts()["train"]
     check_fits_a_batch(settings, train_tokens)
     shape = runs.make_shape(settings, tokenizer.vocab_size)
-    schedule = runs.make_schedule(settings, train_tokens)
-    cycles = schedule.cycles()
-    Console().print(_table(schedule, cycles))
+    schedules = {
+        label: runs.make_schedule(settings.of_trajectory(idxs[0]), train_tokens)
+        for label, idxs in _alike(settings).items()
+    }
+    console = Console()
+    for label, schedule in schedules.items():
+        click.echo(f"{label}\n" if len(schedules) > 1 else "", nl=False)
+        console.print(_table(schedule, schedule.cycles()))
+        click.echo("\n" + drawing.in_terminal(schedule, width=min(100, console.width)) + "\n")
+    if picture is not None:
+        drawing.as_png(schedules, picture)
+        click.echo(f"Drawn: {picture}\n")
 
     world, threads = plan_processes(settings.trajectories)
     seconds, distilled_seconds = _time_steps(settings, shape, world, threads)
-    trajectory_s = sum(
-        cycle.steps * (distilled_seconds if cycle.distils else seconds) * cycle.batch_rows for cycle in cycles
+    all_cycles = [
+        cycle
+        for idx in range(settings.trajectories)
+        for cycle in runs.make_schedule(settings.of_trajectory(idx), train_tokens).cycles()
+    ]
+    total_s = sum(
+        cycle.steps * (seconds if cycle.distils is False else distilled_seconds) * cycle.batch_rows
+        for cycle in all_cycles
     )
-    tokens = settings.trajectories * sum(cycle.steps * cycle.batch_rows * settings.context_length for cycle in cycles)
+    tokens = sum(cycle.steps * cycle.batch_rows * settings.context_length for cycle in all_cycles)
     click.echo(
-        f"\npeak learning rate {settings.lr:g}, peak weight decay {settings.weight_decay:g}\n"
         f"{settings.trajectories} trajectories of {settings.cycles} members with {shape.num_parameters:,} parameters; "
         f"{train_tokens:,} train tokens, {tokens:,} tokens in all\n"
         f"{world} process{'es' if world > 1 else ''} of {threads} thread{'s' if threads > 1 else ''}: "
-        f"about {trajectory_s * settings.trajectories / world / 60:.1f} min, "
+        f"about {total_s / world / 60:.1f} min, "
         f"{tokens * shape.flops_per_token / 1e12:,.0f} TFLOP without teachers; "
         f"at most {disk_bytes(settings, shape, train_tokens) / 1e6:,.0f} MB of disk"
     )
+
+
+def _alike(settings: Settings) -> dict[str, list[int]]:
+    """Trajectories by what they do not share with all others: `trajectories 0, 2: lr 0.01`."""
+    groups: dict[str, list[int]] = {}
+    for idx in range(settings.trajectories):
+        own = settings.of_trajectory(idx)
+        groups.setdefault(", ".join(f"{name} {getattr(own, name)}" for name in settings.vary), []).append(idx)
+    return {
+        f"trajector{'ies' if len(idxs) > 1 else 'y'} {', '.join(map(str, idxs))}: {what}": idxs
+        for what, idxs in groups.items()
+    }
 
 
 def _table(schedule: Schedule, cycles: list[Cycle]) -> Table:
@@ -62,7 +89,7 @@ def _table(schedule: Schedule, cycles: list[Cycle]) -> Table:
             f"{cycle.batch_rows * schedule.context_length:,}",
             _trace([rate for rate, _ in rates]),
             _trace([decay for _, decay in rates]),
-            "previous" if cycle.distils else "-",
+            "when saturated" if cycle.distils is None else "previous" if cycle.distils else "-",
             "-" if cycle.sigma_after is None else f"{cycle.sigma_after:.3f}",
         )
     return table

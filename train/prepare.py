@@ -2,13 +2,16 @@
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from population.corpus import STDLIB, read_documents
+from population.corpus import STDLIB, read_all_documents
 from population.errors import ChorusError
 from population.tokens import TextTokenizer, split_path
+from train import pretokenised
 from train import run as runs
-from train.corpus import Corpus, Dealt
+from train.corpus import Corpus, Dealt, Tokenised
 from train.run import Prepared, Run
 from train.schedule import batch_rows
 from train.settings import VOCAB_SIZE, Settings
@@ -29,28 +32,55 @@ def prepare(settings: Settings, directory: Path) -> Run:
     """
     if runs.check_out(directory, settings):
         return Run.load(directory)
-    dealt = deal_corpus(settings)
-    with tempfile.TemporaryDirectory(prefix="chorus-tokenizer-") as name:
-        tokenizer = make_tokenizer(settings, dealt, Path(name))
-        with dealt.tokenise(tokenizer) as tokens:
-            prepared = Prepared(
-                vocab_size=tokenizer.vocab_size,
-                bos=tokenizer.bos,
-                eos=tokenizer.eos,
-                tokens=tokens.counts(),
-                documents=tokens.documents(),
-            )
-            check_fits_a_batch(settings, prepared.tokens["train"])
-            check_disk(settings, runs.make_shape(settings, tokenizer.vocab_size), prepared.tokens["train"], directory)
+    with (
+        tempfile.TemporaryDirectory(prefix="chorus-tokenizer-") as name,
+        read_corpus(settings, Path(name)) as (tokenizer, tokens),
+    ):
+        prepared = Prepared(
+            vocab_size=tokenizer.vocab_size,
+            bos=tokenizer.bos,
+            eos=tokenizer.eos,
+            tokens=tokens.counts(),
+            documents=tokens.documents(),
+            empty_documents=tokens.num_empty,
+        )
+        check_fits_a_batch(settings, prepared.tokens["train"])
+        check_disk(settings, runs.make_shape(settings, tokenizer.vocab_size), prepared.tokens["train"], directory)
 
-            runs.save(directory, settings, None)
-            for file in Path(name).iterdir():
-                shutil.copyfile(file, directory / file.name)
-            tokens.save_train(directory / "training")
-            for split in ("fitness", "selection", "test"):
-                tokens.heldout(split).save(split_path(directory, split))
+        runs.save(directory, settings, None)
+        for file in Path(name).iterdir():
+            shutil.copyfile(file, directory / file.name)
+        tokens.save_train(directory / "training")
+        for split in ("fitness", "selection", "test"):
+            tokens.heldout(split).save(split_path(directory, split))
     runs.save(directory, settings, prepared)
     return Run.load(directory)
+
+
+@contextmanager
+def read_corpus(settings: Settings, directory: Path) -> Iterator[tuple[TextTokenizer, Tokenised]]:
+    """The corpus as tokens in splits, and the tokenizer, whose files go to `directory`.
+
+    Raises:
+        ChorusError: the corpus cannot be read or is too small, or the tokenizer cannot be used.
+    """
+    if files := pretokenised.token_files(settings.corpus):
+        if settings.tokenizer is None:
+            raise ChorusError(
+                f"corpus {settings.corpus!r} holds tokens ({files[0].name}); name the tokenizer that made them with --tokenizer."
+            )
+        tokenizer = make_tokenizer(settings, None, directory)
+        yield (
+            tokenizer,
+            pretokenised.tokenised(
+                files, tokenizer, max_bytes=settings.max_bytes, seed=settings.seed, fractions=_FRACTIONS
+            ),
+        )
+        return
+    dealt = deal_corpus(settings)
+    tokenizer = make_tokenizer(settings, dealt, directory)
+    with dealt.tokenise(tokenizer) as tokens:
+        yield tokenizer, tokens
 
 
 def deal_corpus(settings: Settings) -> Dealt:
@@ -59,15 +89,17 @@ def deal_corpus(settings: Settings) -> Dealt:
     Raises:
         ChorusError: the corpus cannot be read, or is too small.
     """
-    corpus = Corpus(lambda: read_documents(settings.corpus, split_on=settings.split_on, text_field=settings.text_field))
+    corpus = Corpus(
+        lambda: read_all_documents(settings.corpus, split_on=settings.split_on, text_field=settings.text_field)
+    )
     fractions = _STDLIB_FRACTIONS if settings.corpus == STDLIB else _FRACTIONS
     return Dealt.deal(
         corpus, max_bytes=settings.max_bytes, seed=settings.seed, fractions=fractions, source=settings.corpus
     )
 
 
-def make_tokenizer(settings: Settings, dealt: Dealt, directory: Path) -> TextTokenizer:
-    """The tokenizer that the settings ask for, its files in `directory`."""
+def make_tokenizer(settings: Settings, dealt: Dealt | None, directory: Path) -> TextTokenizer:
+    """The tokenizer that the settings ask for, its files in `directory`; without text it must be a given one."""
     if settings.tokenizer is not None:
         tokenizer = given_tokenizer(Path(settings.tokenizer), directory)
         if settings.vocab_size not in (None, tokenizer.vocab_size):
@@ -76,13 +108,15 @@ def make_tokenizer(settings: Settings, dealt: Dealt, directory: Path) -> TextTok
                 f"{settings.vocab_size}. Drop --vocab-size: it is for a tokenizer to be trained."
             )
         return tokenizer
+    assert dealt is not None
     vocab_size = settings.vocab_size or VOCAB_SIZE
     return train_tokenizer(dealt.texts("train"), vocab_size, directory, context_length=settings.context_length)
 
 
 def check_fits_a_batch(settings: Settings, train_tokens: int) -> None:
     """Refuse a train split that does not fill one batch."""
-    needed = batch_rows(settings.batch_tokens, settings.context_length) * settings.context_length + 1
+    largest = max(own.batch_tokens for own in settings.of_each())
+    needed = batch_rows(largest, settings.context_length) * settings.context_length + 1
     if train_tokens < needed:
         raise ChorusError(
             f"the train split has {train_tokens:,} tokens and does not fill one batch of {needed:,}: the corpus is too "

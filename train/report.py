@@ -54,7 +54,7 @@ def results(run: Run) -> list[Result]:
         likelihoods_N = np.load(path)
         count = len(found)
         mean_N = likelihoods_N.astype(np.float64) if mean_N is None else (mean_N * count + likelihoods_N) / (count + 1)
-        epochs = float((member.cycle + 1) * run.settings.epochs_per_cycle)
+        epochs = float(run.settings.burn_in + (member.cycle + 1) * run.settings.epochs_per_cycle)
         found.append(
             Result(
                 name=member.name,
@@ -155,7 +155,7 @@ def _draw_traces(run: Run, rates: "Axes", training: "Axes") -> None:
         epochs = [step["epoch"] for step in steps]
         colour = _COLOURS[idx % len(_COLOURS)]
         training.plot(epochs, [step["cross_entropy"] for step in steps], color=colour, lw=0.6, label=f"t{idx}")
-        if idx == 0:  # the schedule is the same for all
+        if idx == 0 or run.settings.vary:  # else the schedule is the same for all
             rates.plot(epochs, [step["learning_rate"] for step in steps], color=_COLOURS[0], lw=1)
             decay_axes.plot(epochs, [step["weight_decay"] for step in steps], color=_COLOURS[1], lw=1)
     rates.set(xlabel="epochs of a trajectory", title="Learning rate and weight decay")

@@ -34,6 +34,8 @@ class Prepared(BaseModel):
     """Tokens of each split."""
     documents: dict[str, int]
     """Documents of each split."""
+    empty_documents: int = 0
+    """Documents of the corpus that hold no text and were left out."""
 
 
 class _Record(BaseModel):
@@ -74,10 +76,9 @@ class Run:
         """The sizes of a member."""
         return make_shape(self.settings, self.prepared.vocab_size)
 
-    @property
-    def schedule(self) -> Schedule:
-        """The schedule of every trajectory."""
-        return make_schedule(self.settings, self.prepared.tokens["train"])
+    def schedule(self, trajectory: int) -> Schedule:
+        """The schedule of a trajectory."""
+        return make_schedule(self.settings.of_trajectory(trajectory), self.prepared.tokens["train"])
 
 
 def member_name(trajectory: int, cycle: int) -> str:
@@ -114,7 +115,7 @@ def make_shape(settings: Settings, vocab_size: int) -> Shape:
 
 
 def make_schedule(settings: Settings, train_tokens: int) -> Schedule:
-    """The schedule under these settings."""
+    """The schedule under the settings of one trajectory."""
     return Schedule(
         num_cycles=settings.cycles,
         epochs_per_cycle=settings.epochs_per_cycle,
@@ -126,6 +127,7 @@ def make_schedule(settings: Settings, train_tokens: int) -> Schedule:
         perturbation=settings.perturbation,
         distil_after=settings.distils_after,
         weight_decay_floor=settings.weight_decay_floor,
+        burn_in=settings.burn_in,
         restarts=settings.restart,
     )
 

@@ -4,14 +4,19 @@ Nothing here knows a model or an optimiser: a run can be planned, drawn and test
 was as soon as it knows its step.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 LEARNING_RATE_FLOOR = 0.08
 WEIGHT_DECAY_FLOOR = 0.7
 LAST_PERTURBATION = 0.2  # of the first: 0.25 falls to 0.05 in the record run
 EDGE_BATCH = 0.75
 WARMUP = 0.05
+SATURATED_GAIN = 0.01
+"""Nats per token by which a cycle must at least lower the loss for the trajectory to count as still learning."""
 
 
 def learning_rate_multiplier(step: int, steps: int, *, floor: float = LEARNING_RATE_FLOOR, warmup: int = 0) -> float:
@@ -40,6 +45,11 @@ def perturbation_sigma(boundary: int, num_boundaries: int, *, first: float, last
     return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
 
 
+def saturated(losses: Sequence[float]) -> bool:
+    """Whether some cycle has gained less than `SATURATED_GAIN`, given a trajectory's held-out losses, cycle by cycle."""
+    return any(before - after < SATURATED_GAIN for before, after in itertools.pairwise(losses))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cycle:
     """One cycle of a trajectory: constant batch size, one fall of the learning rate."""
@@ -52,8 +62,8 @@ class Cycle:
     batch_rows: int
     """Rows of one context length in a batch."""
     steps_per_epoch: int
-    distils: bool
-    """Whether the previous snapshot teaches during this cycle."""
+    distils: bool | None
+    """Whether the previous snapshot teaches during this cycle; None where it does as soon as the trajectory is `saturated`."""
     sigma_after: float | None
     """Perturbation at its end; None where none follows."""
 
@@ -65,7 +75,7 @@ class Cycle:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """All of a trajectory's steps: the same for every trajectory of a run."""
+    """All of a trajectory's steps."""
 
     num_cycles: int
     epochs_per_cycle: int
@@ -76,10 +86,12 @@ class Schedule:
     weight_decay: float
     """Peak of the decoupled decay: each step shrinks weights by learning rate times this."""
     perturbation: float
-    distil_after: int | None
-    """Completed cycles before the teacher speaks; None for never."""
+    distil_after: int | Literal["saturation"] | None
+    """Completed cycles before the teacher speaks; `saturation`: see `saturated`; None for never."""
     weight_decay_floor: float = WEIGHT_DECAY_FLOOR
     """Share of the peak at a cycle's start; 1 for a flat decay."""
+    burn_in: int = 0
+    """Epochs that the first cycle has beyond those of the others."""
     restarts: bool = False
     """Every cycle begins anew: a warm-up and the full batch in each, no perturbation."""
 
@@ -93,18 +105,25 @@ class Schedule:
                 Cycle(
                     idx=idx,
                     first_step=cycles[-1].first_step + cycles[-1].steps if cycles else 0,
-                    first_epoch=idx * self.epochs_per_cycle,
-                    epochs=self.epochs_per_cycle,
+                    first_epoch=idx * self.epochs_per_cycle + (self.burn_in if idx else 0),
+                    epochs=self.epochs_per_cycle + (0 if idx else self.burn_in),
                     batch_rows=rows,
                     # The last token of an epoch is only a target, and what does not fill a batch waits for the next shuffle.
                     steps_per_epoch=(self.train_tokens - 1) // (rows * self.context_length),
-                    distils=self.distil_after is not None and idx >= max(1, self.distil_after),
+                    distils=self._distils(idx),
                     sigma_after=None
                     if self.restarts or idx + 1 == self.num_cycles
                     else perturbation_sigma(idx, self.num_cycles - 1, first=self.perturbation),
                 )
             )
         return cycles
+
+    def _distils(self, cycle: int) -> bool | None:
+        if self.distil_after is None:
+            return False
+        if self.distil_after == "saturation":
+            return None if cycle > 1 else False
+        return cycle >= max(1, self.distil_after)
 
     def rates(self, cycle: Cycle, step: int) -> tuple[float, float]:
         """Learning rate and weight decay at step `step` of the cycle. Only a fresh start warms up."""

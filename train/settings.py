@@ -1,6 +1,6 @@
 """What a user can choose about a training run. Checked here, before any compute is spent."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from pydantic import JsonValue
@@ -42,8 +42,12 @@ class Settings:
     cycles: int = 5
     """Members per trajectory."""
     epochs_per_cycle: int = 4
+    burn_in: int = 0
+    """Epochs that the first cycle has beyond those of the others."""
     batch_tokens: int = 1024
     """Peak batch size in tokens."""
+    micro_batch_tokens: int | None = None
+    """Tokens whose activations are held at once, gradients adding up; by default what suits the hardware."""
     optimiser: Literal["muon", "adamw"] = "muon"
     lr: float = 0.015
     """Peak learning rate."""
@@ -58,21 +62,26 @@ class Settings:
     distil_alpha: float = 0.45
     """Share of the divergence from the teacher; 0 for no distillation."""
     distil_temperature: float = 1.2
-    distil_after: int | None = None
-    """Completed cycles before the teacher speaks; by default 1."""
+    distil_after: int | Literal["saturation"] | None = None
+    """Completed cycles before the teacher speaks, by default 1; or `saturation`: when a cycle has gained next to nothing."""
     perturbation: float = 0.05
     """Noise at the first boundary, in units of each tensor's standard deviation."""
     restart: bool = False
     """Every cycle begins from a fresh initialisation: chained independent models, to compare with."""
+    compile: bool = False
+    """Compile the model by `torch.compile`."""
+    vary: dict[str, tuple[float | int | str, ...]] = field(default_factory=dict)
+    """By setting, values that trajectories take in turn; the rest is the same for all."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ChorusError(f"--{_flag(name)} is {getattr(self, name)}; a number above 0 is expected.")
-        for name in ("weight_decay", "weight_decay_floor", "distil_alpha", "distil_after", "perturbation", "seed"):
-            if getattr(self, name) is not None and not getattr(self, name) >= 0:
-                raise ChorusError(f"--{_flag(name)} is {getattr(self, name)}; 0 or more is expected.")
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not value >= 0:
+                raise ChorusError(f"--{_flag(name)} is {value}; 0 or more is expected.")
         for name in ("distil_alpha", "weight_decay_floor"):
             if getattr(self, name) > 1:
                 raise ChorusError(f"--{_flag(name)} is {getattr(self, name)}; a share between 0 and 1 is expected.")
@@ -80,10 +89,22 @@ class Settings:
             raise ChorusError(
                 f"--distil-after {self.distil_after} contradicts --distil-alpha 0, which means no distillation. Drop one."
             )
-        if self.distil_after is not None and self.distil_after >= self.cycles:
+        if isinstance(self.distil_after, int) and self.distil_after >= self.cycles:
             raise ChorusError(
                 f"--distil-after {self.distil_after} with --cycles {self.cycles} leaves no cycle to distil in. "
                 "Lower the one or raise the other; --distil-alpha 0 turns distillation off."
+            )
+        if self.distil_after == "saturation" and (self.cycles < 3 or self.restart):
+            why = (
+                "with --restart no cycle goes on from the one before" if self.restart else f"--cycles is {self.cycles}"
+            )
+            raise ChorusError(
+                f"--distil-after saturation needs two cycles to compare and a third to distil in; {why}. "
+                "Give a number, or change that."
+            )
+        if self.burn_in and self.restart:
+            raise ChorusError(
+                f"--burn-in {self.burn_in} contradicts --restart, under which all cycles are alike. Drop one."
             )
         if self.perturbation > 1:
             raise ChorusError(f"--perturbation is {self.perturbation}; above 1 the noise drowns the weights. Try 0.05.")
@@ -107,8 +128,34 @@ class Settings:
                 "a batch holds at least one row. Raise the one or lower the other."
             )
 
+        for name, values in self.vary.items():
+            if name not in VARIABLE:
+                raise ChorusError(
+                    f"--vary {_flag(name)} is not possible; these may differ: {', '.join(map(_flag, VARIABLE))}."
+                )
+            if not 1 < len(values) <= self.trajectories:
+                raise ChorusError(
+                    f"--vary {_flag(name)} has {len(values)} value{'s' * (len(values) > 1)} for --trajectories "
+                    f"{self.trajectories}; 2 to one for each are expected."
+                )
+        if self.vary:
+            self.of_each()
+
+    def of_trajectory(self, idx: int) -> "Settings":
+        """Those of one trajectory, in which nothing varies."""
+        return replace(self, vary={}, **{name: values[idx % len(values)] for name, values in self.vary.items()})  # type: ignore[arg-type]
+
+    def of_each(self) -> "list[Settings]":
+        """Those of every trajectory."""
+        return [self.of_trajectory(idx) for idx in range(self.trajectories)]
+
     @property
-    def distils_after(self) -> int | None:
+    def epochs(self) -> int:
+        """Passes over the train split of one trajectory."""
+        return self.burn_in + self.cycles * self.epochs_per_cycle
+
+    @property
+    def distils_after(self) -> int | Literal["saturation"] | None:
         """Completed cycles before the teacher speaks; None where it never does."""
         if self.distil_alpha == 0:
             return None
@@ -116,13 +163,28 @@ class Settings:
 
     def as_json(self) -> dict[str, JsonValue]:
         """The settings by name, for the manifest's provenance."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {own.name: getattr(self, own.name) for own in fields(self)}
+        return {**values, "vary": {name: list(several) for name, several in self.vary.items()}}
 
 
 _POSITIVE = (
     "max_bytes", "vocab_size", "layers", "width", "heads", "trajectories", "cycles", "epochs_per_cycle",
-    "batch_tokens", "lr", "embedding_rate", "distil_temperature",
+    "batch_tokens", "micro_batch_tokens", "lr", "embedding_rate", "distil_temperature",
 )  # fmt: skip
+_NOT_NEGATIVE = (
+    "weight_decay",
+    "weight_decay_floor",
+    "distil_alpha",
+    "distil_after",
+    "perturbation",
+    "burn_in",
+    "seed",
+)
+VARIABLE = (
+    "lr", "weight_decay", "weight_decay_floor", "embedding_rate", "optimiser", "batch_tokens",
+    "distil_alpha", "distil_temperature", "distil_after", "perturbation",
+)  # fmt: skip
+"""What may differ between trajectories: nothing that changes what a member is or when it is finished."""
 
 
 def default_max_bytes(corpus: str) -> int | None:

@@ -47,6 +47,7 @@ def make_plan(
     settings = replace(
         run.settings, trajectories=1, cycles=1, epochs_per_cycle=epochs, layers=layers, width=width, heads=heads,
         distil_alpha=alpha, distil_temperature=temperature, distil_after=None, restart=False,
+        burn_in=0, vary={},
     )  # fmt: skip
     return StudentPlan(settings=settings, tier=tier.name, teachers=dict(zip(tier.members, tier.weights, strict=True)))
 

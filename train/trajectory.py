@@ -13,11 +13,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 from pydantic import JsonValue
 from torch import Tensor
 
 from population.errors import ChorusError
+from train import heldout
 from train.checkpoint import Position, load_checkpoint, remove_checkpoints, save_checkpoint
 from train.data import Epoch, TrainTokens
 from train.group import Averaged, Group
@@ -27,8 +29,8 @@ from train.member import add_member
 from train.model import Llama
 from train.optimiser import Optimiser, clip_gradients
 from train.perturb import generator_for, perturb
-from train.run import Run, finished_members, member_name
-from train.schedule import Cycle
+from train.run import Run, finished_members, likelihoods_path, member_name
+from train.schedule import Cycle, saturated
 from train.settings import Settings
 from train.snapshot import load_member
 
@@ -57,8 +59,11 @@ class Trajectory:
             for leftover in self.directory.glob(".checkpoint-*"):
                 leftover.unlink()
         group.wait()
+        self.settings, self.schedule = run.settings.of_trajectory(idx), run.schedule(idx)
         self.model = Llama(run.shape).to(device)
-        self.optimiser = make_optimiser(self.model, run.settings)
+        if self.settings.compile:
+            self.model.compile()
+        self.optimiser = make_optimiser(self.model, self.settings)
         self._averaged = Averaged(self.model, group, device)
         self._teachers: list[tuple[Llama, float]] = []
         """Frozen models and their weights; none while there is no distillation."""
@@ -67,7 +72,7 @@ class Trajectory:
 
     def train(self, emit: Callable[[Record], None], should_stop: Callable[[], bool]) -> bool:
         """Train from where the last checkpoint stands; True when all members are there, False when told to stop."""
-        cycles = self.run.schedule.cycles()
+        cycles = self.schedule.cycles()
         if self._name(cycles[-1]) in finished_members(self.run.directory):
             self.group.wait()
             if self.group.leads:
@@ -97,6 +102,8 @@ class Trajectory:
     def _train_cycle(self, cycle: Cycle, first_step: int, log: Log, should_stop: Callable[[], bool]) -> bool:
         """The steps of one cycle from `first_step` on; False when told to stop, with a checkpoint written."""
         self._teachers = self._load_teachers(cycle)
+        for teacher, _ in self._teachers if self.settings.compile else []:
+            teacher.compile()
         epoch_idx, epoch = -1, None
         saved_at = started = time.monotonic()
         for step in range(first_step, cycle.steps):
@@ -106,7 +113,7 @@ class Trajectory:
                 seed, trajectory = self._seeds()
                 epoch = Epoch(self._data, seed=seed, trajectory=trajectory, epoch=number)
             batch = epoch.batch(
-                step % cycle.steps_per_epoch, rows=cycle.batch_rows, length=self.run.settings.context_length
+                step % cycle.steps_per_epoch, rows=cycle.batch_rows, length=self.settings.context_length
             )
             losses = self._step(cycle, step, torch.from_numpy(batch[0]), torch.from_numpy(batch[1]))
             seconds, started = time.monotonic() - started, time.monotonic()
@@ -118,7 +125,7 @@ class Trajectory:
                     "step": cycle.first_step + step,
                     "epoch": cycle.first_epoch + (step + 1) / cycle.steps_per_epoch,
                     **losses,
-                    "tokens": cycle.batch_rows * self.run.settings.context_length,
+                    "tokens": cycle.batch_rows * self.settings.context_length,
                     "seconds": round(seconds, 4),
                 }
             )
@@ -133,10 +140,10 @@ class Trajectory:
     def _step(self, cycle: Cycle, step: int, tokens_BT: Tensor, targets_BT: Tensor) -> Record:
         """One update of the weights; what it was like."""
         self.model.train()
-        rate, decay = self.run.schedule.rates(cycle, step)
+        rate, decay = self.schedule.rates(cycle, step)
         loss = cross_entropy = 0.0
         mine = self.group.rows(len(tokens_BT))
-        rows = max(1, _MICRO_TOKENS[self.device.type] // tokens_BT.shape[1])
+        rows = max(1, micro_tokens(self.settings, self.device) // tokens_BT.shape[1])
         parts = list(zip(torch.split(tokens_BT[mine], rows), torch.split(targets_BT[mine], rows), strict=True))
         for idx, (tokens, targets) in enumerate(parts):
             share = len(tokens) / len(tokens_BT)
@@ -151,7 +158,7 @@ class Trajectory:
             raise ChorusError(
                 f"trajectory {self.idx} diverged at step {cycle.first_step + step} (cycle {cycle.idx}): loss {loss}, "
                 f"gradient norm {norm}, at a learning rate of {rate:.3g}. Train into a new --out with a lower --lr "
-                f"(try {self.run.settings.lr / 3:.2g}), or a lower --perturbation if it followed a boundary. "
+                f"(try {self.settings.lr / 3:.2g}), or a lower --perturbation if it followed a boundary. "
                 "Members finished so far stay usable."
             )
         self.optimiser.step(learning_rate=rate, weight_decay=decay)
@@ -164,7 +171,7 @@ class Trajectory:
         }
 
     def _loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-        settings = self.run.settings
+        settings = self.settings
         with autocast(self.device):
             distillation = None
             if self._teachers:
@@ -182,10 +189,10 @@ class Trajectory:
         """Snapshot, evaluate, register; then perturb what goes on."""
         if self.group.leads:
             self._save_member(cycle, log)
-        if cycle.idx + 1 < self.run.settings.cycles:
+        if cycle.idx + 1 < self.settings.cycles:
             if cycle.sigma_after is not None:
                 perturb(self.model, cycle.sigma_after, generator_for(*self._seeds(), _PERTURBATION, cycle.idx))
-            if self.run.settings.restart:
+            if self.settings.restart:
                 self._initialise(cycle.idx + 1)
             self.group.align(self.model)
             self._checkpoint(cycle.idx + 1, 0, log)
@@ -193,7 +200,7 @@ class Trajectory:
 
     def _seeds(self) -> tuple[int, int]:
         """What initialisation, order and noise are functions of, besides epoch and cycle."""
-        return self.run.settings.seed, self.idx
+        return self.settings.seed, self.idx
 
     def _home(self) -> Path:
         """Where its checkpoints and log lie."""
@@ -205,14 +212,21 @@ class Trajectory:
 
     def _origin(self, cycle: Cycle) -> dict[str, JsonValue]:
         """What the manifest says about where that member comes from."""
-        teacher = member_name(self.idx, cycle.idx - 1) if cycle.distils else None
+        teacher = member_name(self.idx, cycle.idx - 1) if self._distils(cycle) else None
         return {"trajectory": self.idx, "cycle": cycle.idx, "teacher": teacher}
 
     def _load_teachers(self, cycle: Cycle) -> list[tuple[Llama, float]]:
         """Who speaks during the cycle: the trajectory's previous member, as it was saved."""
-        if not cycle.distils:
+        if not self._distils(cycle):
             return []
         return [(load_member(self.run, member_name(self.idx, cycle.idx - 1), self.device), 1.0)]
+
+    def _distils(self, cycle: Cycle) -> bool:
+        """Whether there is a teacher during the cycle: a function of what finished members left on disk, so it survives a kill."""
+        if cycle.distils is not None:
+            return cycle.distils
+        paths = [likelihoods_path(self.run, member_name(self.idx, earlier)) for earlier in range(cycle.idx)]
+        return saturated([heldout.loss(np.load(path)) for path in paths])
 
     def _save_member(self, cycle: Cycle, log: Log) -> None:
         name = self._name(cycle)
@@ -235,6 +249,11 @@ class Trajectory:
 def make_optimiser(model: Llama, settings: Settings) -> Optimiser:
     """The rules that the settings ask for."""
     return Optimiser(model, settings.optimiser, embedding_rate=settings.embedding_rate, cautious=settings.cautious)
+
+
+def micro_tokens(settings: Settings, device: torch.device) -> int:
+    """Tokens of a batch that go through the model at once."""
+    return settings.micro_batch_tokens or _MICRO_TOKENS[device.type]
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -79,8 +79,7 @@ class Smooth:
 
 
 def _follow_bars(run: Run, records: Iterable[Record], console: Console) -> None:
-    cycles = run.schedule.cycles()
-    total = cycles[-1].first_step + cycles[-1].steps
+    totals, cycles = _totals(run), run.settings.cycles
     columns = (
         TextColumn("trajectory {task.fields[trajectory]}"), BarColumn(), MofNCompleteColumn(),
         TextColumn("cycle {task.fields[cycle]}"), TextColumn("loss {task.fields[loss]:.3f}"),
@@ -89,7 +88,7 @@ def _follow_bars(run: Run, records: Iterable[Record], console: Console) -> None:
     smooth = [Smooth() for _ in range(run.settings.trajectories)]
     with Progress(*columns, console=console) as progress:
         tasks: list[TaskID] = [
-            progress.add_task("", total=total, trajectory=idx, cycle=f"-/{len(cycles)}", loss=0.0, tokens_per_s=0.0)
+            progress.add_task("", total=totals[idx], trajectory=idx, cycle=f"-/{cycles}", loss=0.0, tokens_per_s=0.0)
             for idx in range(run.settings.trajectories)
         ]
         for record in records:
@@ -101,15 +100,14 @@ def _follow_bars(run: Run, records: Iterable[Record], console: Console) -> None:
             progress.update(
                 tasks[idx],
                 completed=int(record["step"]) + 1,
-                cycle=f"{int(record['cycle']) + 1}/{len(cycles)}",
+                cycle=f"{int(record['cycle']) + 1}/{cycles}",
                 loss=smooth[idx].loss,
                 tokens_per_s=smooth[idx].tokens_per_s,
             )
 
 
 def _follow_lines(run: Run, records: Iterable[Record]) -> None:
-    cycles = run.schedule.cycles()
-    total = cycles[-1].first_step + cycles[-1].steps
+    totals, cycles = _totals(run), run.settings.cycles
     smooth = [Smooth() for _ in range(run.settings.trajectories)]
     shown_at = [time.monotonic()] * run.settings.trajectories
     for record in records:
@@ -121,9 +119,9 @@ def _follow_lines(run: Run, records: Iterable[Record]) -> None:
         if time.monotonic() - shown_at[idx] < _LINE_EVERY_SECONDS:
             continue
         shown_at[idx] = time.monotonic()
-        left_s = (total - int(record["step"]) - 1) / smooth[idx].steps_per_s
+        left_s = (totals[idx] - int(record["step"]) - 1) / smooth[idx].steps_per_s
         click.echo(
-            f"trajectory {idx}  step {int(record['step']) + 1}/{total}  cycle {int(record['cycle']) + 1}/{len(cycles)}  "
+            f"trajectory {idx}  step {int(record['step']) + 1}/{totals[idx]}  cycle {int(record['cycle']) + 1}/{cycles}  "
             f"epoch {float(record['epoch']):.1f}  loss {smooth[idx].loss:.3f}  "
             f"{smooth[idx].tokens_per_s:,.0f} tokens/s  {left_s / 60:.1f} min left"
         )
@@ -149,6 +147,12 @@ def report(run: Run) -> None:
         reports.write_report(run)
     console.print(f"\nReport: {run.directory / reports.MARKDOWN}", highlight=False, soft_wrap=True)
     console.print(f"Next: [bold]chorus prior fit {run.directory}[/]", highlight=False, soft_wrap=True)
+
+
+def _totals(run: Run) -> list[int]:
+    """Steps of every trajectory."""
+    last = [run.schedule(idx).cycles()[-1] for idx in range(run.settings.trajectories)]
+    return [cycle.first_step + cycle.steps for cycle in last]
 
 
 def _member_line(record: Record) -> str:

@@ -53,7 +53,7 @@ def main() -> int:
 
 def check_shares(run: Run, size: int) -> None:
     """Refuse more processes for a trajectory than its smallest batch has rows."""
-    smallest = min(cycle.batch_rows for cycle in run.schedule.cycles())
+    smallest = min(cycle.batch_rows for idx in range(run.settings.trajectories) for cycle in run.schedule(idx).cycles())
     if not 0 < size <= smallest:
         raise ChorusError(
             f"--ranks-per-trajectory is {size}; 1 to {smallest} are expected: the smallest batch has {smallest} rows of "

@@ -64,7 +64,7 @@ def test_a_student_hears_the_whole_mixture_and_goes_on_after_a_stop(run: Run) ->
     from train.data import Epoch, TrainTokens
 
     epoch = Epoch(TrainTokens(run.directory / "training"), seed=0, trajectory=2, epoch=0)
-    cycle = fresh.run.schedule.cycles()[0]
+    cycle = fresh.run.schedule(0).cycles()[0]
     tokens, targets = (torch.from_numpy(part) for part in epoch.batch(0, rows=cycle.batch_rows, length=32))
     log_p = torch.log_softmax(fresh.model(tokens).flatten(0, 1) @ fresh.model.lm_head.weight.T, -1)
     members = [load_member(run, name, CPU) for name in tier.members]

@@ -4,6 +4,7 @@ from collections import namedtuple
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -11,7 +12,8 @@ from population.corpus import Document
 from population.errors import ChorusError
 from tests.worlds import save_tokenizer, some_documents
 from train import prepare
-from train.command import train
+from train.command import _headline, train
+from train.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,17 @@ def refusal(*arguments: str | Path, out: Path) -> str:
         (["--embedding-rate", "0"], "--embedding-rate is 0.0; a number above 0"),
         (["--distil-alpha", "0", "--distil-after", "3"], "--distil-after 3 contradicts --distil-alpha 0"),
         (["--distil-after", "9"], "--distil-after 9 with --cycles 5"),
+        (["--distil-after", "saturation", "--cycles", "2"], "--cycles is 2. Give a number"),
+        (["--distil-after", "saturation", "--restart"], "with --restart no cycle goes on"),
+        (["--distil-after", "saturation", "--distil-alpha", "0"], "contradicts --distil-alpha 0"),
+        (["--burn-in", "-1"], "--burn-in is -1; 0 or more"),
+        (["--burn-in", "2", "--restart"], "--burn-in 2 contradicts --restart"),
+        (["--micro-batch-tokens", "0"], "--micro-batch-tokens is 0; a number above 0"),
+        (["--vary", "lr=0.1,0.2", "--lr", "0.1"], "--lr contradicts --vary lr="),
+        (["--vary", "lr=0.1,0.2,0.3"], "--vary lr has 3 values for --trajectories 2"),
+        (["--vary", "layers=1,2"], "'layers' cannot differ between trajectories"),
+        (["--epochs", "0"], "--epochs is 0; 1 or more"),
+        (["--epochs", "20", "--cycles", "4"], "--epochs 20 chooses --cycles itself"),
         (["--perturbation", "3"], "noise drowns"),
         (["--width", "100", "--heads", "3"], "--width 100 cannot be shared by --heads 3"),
         (["--width", "128", "--heads", "8"], "heads of size 16, which the engine cannot serve"),
@@ -111,6 +124,29 @@ def test_a_directory_that_holds_something_else(corpus: Path, tmp_path: Path) -> 
     assert "is a file" in refusal(corpus, out=tmp_path / "out" / "thesis.txt")
 
 
+def test_tokens_without_their_tokenizer_or_with_another(tmp_path: Path, corpus: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path / "given", vocab_size=300)
+    encoded = np.concatenate([tokenizer.encode_document(path.read_text()) for path in sorted(corpus.iterdir())])
+    np.save(tmp_path / "tokens.npy", encoded.astype(np.uint16))
+    out, given = tmp_path / "out", ("--tokenizer", tmp_path / "given")
+    assert "name the tokenizer that made them" in refusal(tmp_path / "tokens.npy", out=out)
+    np.save(tmp_path / "large.npy", np.asarray([5, 400, 1, 7]))
+    assert "holds the token 400; the tokenizer has 300" in refusal(tmp_path / "large.npy", *given, out=out)
+    np.save(tmp_path / "flat.npy", np.full(1000, 5))
+    assert "holds no mark between documents" in refusal(tmp_path / "flat.npy", *given, out=out)
+    np.save(tmp_path / "square.npy", np.zeros((4, 4)))
+    assert "holds float64 in the shape (4, 4)" in refusal(tmp_path / "square.npy", *given, out=out)
+    (tmp_path / "words.bin").write_bytes(b"odd")
+    assert "cannot be read as tokens" in refusal(tmp_path / "words.bin", *given, out=out)
+    np.save(corpus / "tokens.npy", encoded)
+    assert "and other files (0.txt)" in refusal(corpus, *given, out=out)
+
+
+def test_compiling_without_a_compiler(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "--compile needs a C++ compiler" in refusal(corpus, "--compile", out=tmp_path / "out")
+
+
 def test_a_disk_without_room(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")(10, 9, 1)
     monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: usage)
@@ -128,11 +164,39 @@ def test_no_directory_named(corpus: Path) -> None:
     assert "--out is missing" in result.output
 
 
-def test_the_plan_shows_schedule_and_cost_and_writes_nothing(corpus: Path) -> None:
+def test_a_picture_without_a_plan(corpus: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(
-        train, [str(corpus), "--plan", "--vocab-size", "300", "--width", "32", "--heads", "1", "--batch-tokens", "512"]
+        train, [str(corpus), "--out", str(tmp_path / "o"), "--plan-picture", str(tmp_path / "p")]
     )
+    assert result.exit_code == 2
+    assert "Add --plan" in result.output
+
+
+def test_documents_without_text_stay_out_and_are_counted(corpus: Path, tmp_path: Path) -> None:
+    (corpus / "12.txt").write_text(" \n")
+    (corpus / "13.txt").write_text("")
+    settings = Settings(
+        corpus=str(corpus), vocab_size=300, layers=1, width=32, heads=1, context_length=32, batch_tokens=64
+    )
+    run = prepare.prepare(settings, tmp_path / "out")
+    assert run.prepared.empty_documents == 2
+    assert sum(run.prepared.documents.values()) == 12
+    assert "2 documents hold no text and stay out" in _headline(run)
+
+
+def test_the_plan_shows_schedule_and_cost_and_writes_nothing(corpus: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        train,
+        [
+            str(corpus), "--plan", "--vocab-size", "300", "--width", "32", "--heads", "1", "--batch-tokens", "512",
+            "--plan-picture", str(tmp_path / "plan.png"), "--vary", "lr=0.01,0.02",
+        ],
+    )  # fmt: skip
     assert result.exit_code == 0, result.output
+    assert "trajectory 0: lr 0.01" in result.output
+    assert result.output.count("epochs 0 ") == 2, "each is drawn"
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] in (["corpus", "plan.png"], ["plan.png", "corpus"])
     assert "previous" in result.output
     assert "TFLOP" in result.output
     assert " min, " in result.output

@@ -3,11 +3,13 @@ import math
 import pytest
 
 from train.schedule import (
+    Cycle,
     Schedule,
     batch_multiplier,
     batch_rows,
     learning_rate_multiplier,
     perturbation_sigma,
+    saturated,
     weight_decay_multiplier,
 )
 
@@ -97,6 +99,51 @@ def test_restarts_make_every_cycle_like_the_first_with_the_whole_batch() -> None
     assert all(cycle.sigma_after is None for cycle in (first, *others))
     for cycle in others:
         assert [schedule.rates(cycle, s) for s in range(cycle.steps)] == [schedule.rates(first, s) for s in range(30)]
+
+
+def test_every_step_of_a_small_schedule_by_hand() -> None:
+    schedule = make_schedule(
+        num_cycles=2,
+        epochs_per_cycle=1,
+        burn_in=1,
+        train_tokens=161,
+        distil_after=1,
+        learning_rate=1.0,
+        weight_decay=1.0,
+    )
+    first, second = schedule.cycles()
+    # 160 predicted tokens in batches of 4 rows of 16: 2 whole steps an epoch, of which the first cycle has two.
+    assert first == Cycle(
+        idx=0, first_step=0, first_epoch=0, epochs=2, batch_rows=4, steps_per_epoch=2, distils=False, sigma_after=0.25
+    )
+    assert second == Cycle(
+        idx=1, first_step=4, first_epoch=2, epochs=1, batch_rows=4, steps_per_epoch=2, distils=True, sigma_after=None
+    )
+    # m = 0.08 + 0.92 (1 - s/4); one step of warm-up halves the first; decay = 0.7 + 0.3 (1 - m)/0.92.
+    expected = [(0.5, 0.7 + 0.15 / 0.92), (0.77, 0.775), (0.54, 0.85), (0.31, 0.925)]
+    assert [schedule.rates(first, step) for step in range(4)] == [pytest.approx(pair, abs=1e-12) for pair in expected]
+    assert [schedule.rates(second, step) for step in range(2)] == [(1.0, 0.7), pytest.approx((0.54, 0.85), abs=1e-12)]
+
+
+def test_a_burn_in_lengthens_the_first_cycle_alone() -> None:
+    plain, longer = make_schedule().cycles(), make_schedule(burn_in=3).cycles()
+    assert [cycle.epochs for cycle in longer] == [5, 2, 2, 2]
+    assert [cycle.first_epoch for cycle in longer] == [0, 5, 7, 9]
+    assert [b.steps - a.steps for a, b in zip(plain, longer, strict=True)] == [3 * plain[0].steps_per_epoch, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [([], False), ([5.0], False), ([5.0, 4.5, 4.4], False), ([5.0, 4.5, 4.495], True), ([5.0, 5.1, 4.0], True)],
+)
+def test_a_trajectory_is_saturated_once_a_cycle_gains_less_than_a_hundredth(
+    losses: list[float], expected: bool
+) -> None:
+    assert saturated(losses) is expected
+
+
+def test_saturation_is_not_known_beforehand_from_the_third_cycle_on() -> None:
+    assert [cycle.distils for cycle in make_schedule(distil_after="saturation").cycles()] == [False, False, None, None]
 
 
 def test_a_batch_holds_at_least_one_row() -> None:

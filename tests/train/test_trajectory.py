@@ -10,6 +10,7 @@ import torch
 
 from population import manifest
 from population.errors import ChorusError
+from train import schedule
 from train.checkpoint import load_checkpoint
 from train.log import Record
 from train.prepare import prepare
@@ -86,21 +87,44 @@ def test_divergence_stops_with_the_step_and_what_to_try(tmp_path: Path) -> None:
         train_whole(run)
 
 
-def test_micro_batches_add_up_to_the_batch(undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from train import trajectory as module
-
-    def first_steps(name: str) -> list[Record]:
+def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
+    def first_steps(name: str, tokens: int | None) -> list[Record]:
         records: list[Record] = []
-        run = prepare(TINY, tmp_path / name)
+        run = prepare(Settings(**{**vars(TINY), "micro_batch_tokens": tokens}), tmp_path / name)
         Trajectory(run, 0, CPU).train(records.append, lambda: len(records) >= 5)
         return records
 
-    whole = first_steps("whole")
-    monkeypatch.setitem(module._MICRO_TOKENS, "cpu", 160)  # 5 rows of 16, so the last part is smaller
-    parts = first_steps("parts")
+    whole = first_steps("whole", None)
+    parts = first_steps("parts", 160)  # 5 rows of 16, so the last part is smaller
     for one, other in zip(whole, parts, strict=True):
         assert one["cross_entropy"] == pytest.approx(other["cross_entropy"], rel=1e-4)
         assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-2)
+
+
+def test_the_teacher_begins_when_the_trajectory_is_saturated_also_after_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        schedule, "SATURATED_GAIN", 0.1
+    )  # so small a model saturates late; the fourth cycle gains 0.05 here
+    run = prepare(
+        Settings(**{**vars(TINY), "distil_after": "saturation", "cycles": 6, "max_bytes": 30_000}), tmp_path / "run"
+    )
+    records: list[Record] = []
+
+    def two_steps_into_the_fifth_cycle() -> bool:
+        return [record.get("cycle") for record in records[-3:]] == [None, 4, 4]
+
+    assert not Trajectory(run, 0, CPU).train(records.append, two_steps_into_the_fifth_cycle)
+    assert Trajectory(run, 0, CPU).train(records.append, lambda: False)
+    losses = [float(record["selection_loss"]) for record in records if record["event"] == "member"]
+    begin = next(cycle for cycle in range(2, 7) if schedule.saturated(losses[:cycle]))
+    assert 2 < begin < 6, "otherwise this shows nothing"
+    teachers = [f"t0-c{cycle - 1:02d}" if cycle >= begin else None for cycle in range(6)]
+    assert [member.teacher for member in manifest.load(run.directory).members] == teachers
+    steps = [record for record in records if record["event"] == "step"]
+    taught = {record["cycle"] for record in steps if record["loss"] != record["cross_entropy"]}
+    assert taught == set(range(begin, 6))
 
 
 def test_a_restart_begins_the_next_cycle_as_if_it_were_the_first(tmp_path: Path) -> None:
@@ -113,7 +137,7 @@ def test_a_restart_begins_the_next_cycle_as_if_it_were_the_first(tmp_path: Path)
     assert (position.cycle, position.step) == (1, 1), "stopped after the first step behind the boundary"
     assert other.optimiser.num_steps == 1, "the optimiser's state does not cross the boundary"
     assert Trajectory(run, 0, CPU).train(records.append, lambda: False)
-    starts = [cycle.first_step for cycle in run.schedule.cycles()]
+    starts = [cycle.first_step for cycle in run.schedule(0).cycles()]
     first = [float(r["cross_entropy"]) for r in records if r["event"] == "step" and r["step"] in starts]
     assert first == pytest.approx([math.log(300)] * 3, abs=0.1), "each cycle begins with a model that knows nothing"
     assert len(set(first)) == 3, "but not with the same one"

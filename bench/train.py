@@ -1,0 +1,237 @@
+"""Tokens per second of the training step, against a bare PyTorch loop over the same model: `python -m bench.train`.
+
+On the same batches of one member, in turn, medians of alternating rounds:
+
+    bare     PyTorch's cross-entropy over all logits, `clip_grad_norm_`, `torch.optim.Muon` for matrices and AdamW for the rest
+    bare32   the same with the Newton-Schulz steps of `torch.optim.Muon` in float32: the faster of the two is the baseline
+    ours     the step of `train.trajectory`, batch from disk, loss and optimiser included
+    taught   the same with a teacher
+    compiled `ours` under `--compile` (only if asked for)
+
+Beside them: the share of the machine's matrix-product rate, measured in the same run, and on a GPU that is known the model FLOP
+utilisation against the vendor's dense bfloat16 peak. For a GPU: `--layers 12 --width 768 --heads 12 --context-length 1024
+--vocab-size 8192 --batch-tokens 65536` (97M parameters).
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import _muon
+
+from train import run as runs
+from train.data import Epoch, TrainTokens
+from train.launch import ALLOCATOR
+from train.model import Llama
+from train.run import Prepared, Run
+from train.settings import Settings
+from train.trajectory import Trajectory, autocast, micro_tokens
+from train.worker import choose_device
+
+BARS = {"ours": 0.9, "taught": 1 / 1.4}
+# Dense bfloat16, FLOP/s, from the vendor's data sheets; SXM boards where there are several.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}
+Step = Callable[[], object]
+
+
+def main() -> None:
+    """Time all ways in turn, then print the table."""
+    arguments = _parse()
+    if (
+        not ALLOCATOR.items() <= os.environ.items()
+    ):  # as `chorus train` starts its processes; the bare loop gains by it too
+        os.execve(sys.executable, [sys.executable, "-m", "bench.train", *sys.argv[1:]], {**os.environ, **ALLOCATOR})
+    torch.set_num_threads(arguments.threads)
+    device = choose_device(0)
+    with tempfile.TemporaryDirectory(prefix="chorus-bench-") as name:
+        run = make_run(Path(name), arguments)
+        ways = make_ways(run, device, compiled=arguments.compile)
+        for step in ways.values():
+            step()
+            step()
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(arguments.rounds):
+            for way, step in ways.items():
+                seconds[way].append(timed(step, arguments.steps, device))
+    report(run, {way: statistics.median(found) for way, found in seconds.items()}, device, arguments)
+
+
+def make_run(directory: Path, arguments: argparse.Namespace) -> Run:
+    """A run of one member on random tokens: what they say does not change what a step costs."""
+    settings = Settings(
+        corpus="random tokens", layers=arguments.layers, width=arguments.width, heads=arguments.heads,
+        context_length=arguments.context_length, vocab_size=arguments.vocab_size, batch_tokens=arguments.batch_tokens,
+        trajectories=1, cycles=2, epochs_per_cycle=1,
+    )  # fmt: skip
+    length, count = settings.context_length + 1, 2 * settings.batch_tokens // settings.context_length + 4
+    documents = np.random.default_rng(0).integers(arguments.vocab_size, size=(count, length), dtype=np.uint32)
+    TrainTokens.save(directory / "training", [length] * count, documents)
+    tokens = {"train": count * length}
+    prepared = Prepared(vocab_size=arguments.vocab_size, bos=0, eos=1, tokens=tokens, documents={"train": count})
+    runs.save(directory, settings, prepared)
+    return Run.load(directory)
+
+
+def make_ways(run: Run, device: torch.device, *, compiled: bool) -> dict[str, Step]:
+    """What is timed, by name."""
+    ways: dict[str, Step] = {
+        "bare": bare_step(run, device),
+        "bare32": bare_step(run, device, newton_schulz=torch.float32),
+        "ours": our_step(run, device),
+        "taught": our_step(run, device, taught=True),
+    }
+    if compiled:
+        changed = Run(
+            directory=run.directory,
+            settings=Settings(**{**vars(run.settings), "compile": True}),
+            prepared=run.prepared,
+        )
+        ways["compiled"] = our_step(changed, device)
+        ways["compiled, taught"] = our_step(changed, device, taught=True)
+    return ways
+
+
+def our_step(run: Run, device: torch.device, *, taught: bool = False) -> Step:
+    """A step as a run takes it."""
+    trajectory = Trajectory(run, 0, device)
+    trajectory._initialise(0)
+    if taught:
+        teacher = Llama(run.shape).to(device)
+        teacher.load_state_dict(trajectory.model.state_dict())
+        trajectory._teachers = [(teacher.eval().requires_grad_(False), 1.0)]
+        if run.settings.compile:
+            teacher.compile()
+    cycle = run.schedule(0).cycles()[0]
+    return lambda: trajectory._step(cycle, 0, *batch(run))
+
+
+def bare_step(run: Run, device: torch.device, *, newton_schulz: torch.dtype = torch.bfloat16) -> Step:
+    """What one would write without this project: the same model, micro-batches and precision, PyTorch's loss and optimisers."""
+    model = Llama(run.shape).to(device)
+    model.initialise(torch.Generator().manual_seed(0))
+    matrices = [p for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2]
+    others = [p for n, p in model.named_parameters() if ".layers." not in n or p.ndim != 2]
+    optimisers = [
+        torch.optim.Muon(matrices, lr=0.015, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=0.015, betas=(0.9, 0.95), weight_decay=0.3),
+    ]
+    rows = max(1, micro_tokens(run.settings, device) // run.settings.context_length)
+
+    def step() -> float:
+        tokens_BT, targets_BT = batch(run)
+        total = 0.0
+        for tokens, targets in zip(tokens_BT.split(rows), targets_BT.split(rows), strict=True):
+            with autocast(device):
+                logits = model.lm_head(model(tokens.to(device)))
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.to(device).flatten())
+            share = len(tokens) / len(tokens_BT)
+            (loss * share).backward()
+            total += share * loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        with newton_schulz_in(newton_schulz):
+            for optimiser in optimisers:
+                optimiser.step()
+        for optimiser in optimisers:
+            optimiser.zero_grad(set_to_none=True)
+        return total
+
+    return step
+
+
+@contextmanager
+def newton_schulz_in(dtype: torch.dtype) -> Iterator[None]:
+    """`torch.optim.Muon` with another precision: it has no setting for it."""
+    original = torch.Tensor.bfloat16
+    if dtype != torch.bfloat16:
+        torch.Tensor.bfloat16 = lambda self: self.to(dtype).clone()  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.bfloat16 = original  # type: ignore[method-assign]
+
+
+assert "grad.bfloat16()" in Path(_muon.__file__).read_text(encoding="utf-8"), "torch.optim.Muon has changed; see above"
+
+
+def batch(run: Run) -> tuple[Tensor, Tensor]:
+    """A batch from disk, as each way has to fetch it."""
+    data = TrainTokens(run.directory / "training")
+    rows = run.schedule(0).cycles()[0].batch_rows
+    epoch = Epoch(data, seed=0, trajectory=0, epoch=0)
+    tokens, targets = epoch.batch(0, rows=rows, length=run.settings.context_length)
+    return torch.from_numpy(tokens), torch.from_numpy(targets)
+
+
+def timed(step: Step, steps: int, device: torch.device) -> float:
+    """Seconds of one step, the mean of several."""
+    synchronise(device)
+    started = time.perf_counter()
+    for _ in range(steps):
+        step()
+    synchronise(device)
+    return (time.perf_counter() - started) / steps
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def product_rate(device: torch.device) -> tuple[float, str]:
+    """FLOP/s of a large matrix product in the precision of a step, the best of several."""
+    size = 8_192 if device.type == "cuda" else 1_024
+    a = torch.randn(size, size, device=device)
+    with autocast(device):
+        dtype = (a @ a).dtype
+    a = a.to(dtype)
+    best = min(timed(lambda: a @ a, 4, device) for _ in range(8))
+    return 2 * size**3 / best, str(dtype).removeprefix("torch.")
+
+
+def report(run: Run, seconds: dict[str, float], device: torch.device, arguments: argparse.Namespace) -> None:
+    """Print the table."""
+    shape, tokens = run.shape, run.schedule(0).cycles()[0].batch_rows * run.settings.context_length
+    rate, dtype = product_rate(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {arguments.threads}"
+    peak = next((value for key, value in PEAKS.items() if device.type == "cuda" and key in name), None)
+    print(
+        f"{name}; PyTorch {torch.__version__}; {shape.num_parameters:,} parameters ({shape.layers} layers, width {shape.width}, "
+        f"vocabulary {shape.vocab_size:,}), steps of {tokens:,} tokens, context {shape.context_length:,}; medians of "
+        f"{arguments.rounds} rounds of {arguments.steps} steps.\nMatrix product in {dtype}: {rate / 1e9:,.0f} GFLOP/s.\n"
+    )
+    print("| step | tokens/s | against the bare loop | bar | of the product rate | MFU |\n|---|--:|--:|--:|--:|--:|")
+    baseline = min(seconds["bare"], seconds["bare32"])
+    for way, own in seconds.items():
+        work = shape.flops_per_token * tokens * (4 / 3 if "taught" in way else 1)
+        bar = f"{BARS[way]:.2f}x" if way in BARS else ""
+        against = f"{(seconds['ours'] if way == 'taught' else baseline) / own:.2f}x"
+        against += " of ours" if way == "taught" else ""
+        mfu = f"{work / own / peak:.1%}" if peak else "-"
+        print(f"| {way} | {tokens / own:,.0f} | {against} | {bar} | {work / own / rate:.0%} | {mfu} |")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("layers", 3), ("width", 128), ("heads", 4), ("context-length", 256), ("vocab-size", 2_048)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--batch-tokens", type=int, default=1_024)
+    parser.add_argument("--threads", type=int, default=1, help="of the process; a run gives each trajectory its share")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=5, help="of each way in a round")
+    parser.add_argument("--compile", action="store_true", help="also time compiled steps")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

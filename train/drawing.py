@@ -1,0 +1,98 @@
+"""A schedule as a drawing: in a terminal, and as a PNG. It knows schedules, not models."""
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from population.files import replacing
+from train.schedule import Schedule
+
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+_COLOURS = ("#1f6feb", "#c2410c", "#15803d", "#7c3aed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traces:
+    """What a schedule sets at every step of a trajectory."""
+
+    epochs: list[float]
+    """Passes over the train split before each step."""
+    learning_rate: list[float]
+    weight_decay: list[float]
+    batch_tokens: list[float]
+    noise: list[tuple[float, float]]
+    """(epoch, sigma) of every perturbation."""
+    taught_from: float | None
+    """Epoch at which the teacher first speaks; None where it never does, or where that is not known beforehand."""
+
+    @classmethod
+    def of(cls, schedule: Schedule) -> Self:
+        """Follow a schedule step by step."""
+        cycles = schedule.cycles()
+        steps = [(cycle, step) for cycle in cycles for step in range(cycle.steps)]
+        rates = [schedule.rates(cycle, step) for cycle, step in steps]
+        return cls(
+            epochs=[cycle.first_epoch + step / cycle.steps_per_epoch for cycle, step in steps],
+            learning_rate=[rate for rate, _ in rates],
+            weight_decay=[decay for _, decay in rates],
+            batch_tokens=[float(cycle.batch_rows * schedule.context_length) for cycle, _ in steps],
+            noise=[
+                (cycle.first_epoch + cycle.epochs, cycle.sigma_after)
+                for cycle in cycles
+                if cycle.sigma_after is not None
+            ],
+            taught_from=next((float(cycle.first_epoch) for cycle in cycles if cycle.distils), None),
+        )
+
+
+def chart(values: list[float], *, width: int, height: int) -> list[str]:
+    """Lines of block characters, the highest first: column by column the mean of its share of the values, 0 at the bottom."""
+    edges = [idx * len(values) // width for idx in range(width + 1)]
+    columns = [values[a : max(b, a + 1)] for a, b in itertools.pairwise(edges)]
+    top = max(values) or 1.0
+    eighths = [round(sum(column) / len(column) / top * 8 * height) for column in columns]
+    return ["".join(_BLOCKS[min(8, max(0, own - 8 * row))] for own in eighths) for row in reversed(range(height))]
+
+
+def in_terminal(schedule: Schedule, *, width: int) -> str:
+    """Rate, decay and batch over a trajectory, one above the other."""
+    traces = Traces.of(schedule)
+    charts = (
+        ("learning rate", traces.learning_rate, 4),
+        ("weight decay", traces.weight_decay, 2),
+        ("batch, tokens", traces.batch_tokens, 1),
+    )  # fmt: skip
+    lines = []
+    for name, values, height in charts:
+        for idx, line in enumerate(chart(values, width=width - 24, height=height)):
+            label = f"{name:>14} {max(values):<8.4g}" if idx == 0 else " " * 23
+            lines.append(f"{label} {line.rstrip()}")
+    last = f"{schedule.cycles()[-1].first_epoch + schedule.cycles()[-1].epochs}"
+    return "\n".join([*lines, f"{'epochs':>23} 0{last:>{width - 25}}"])
+
+
+def as_png(schedules: dict[str, Schedule], path: Path) -> None:
+    """Rate, decay, batch and noise of one or several schedules, by name, against epochs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 7), dpi=120, layout="constrained")
+    axes = figure.subplots(4, 1, sharex=True)
+    for idx, (name, schedule) in enumerate(schedules.items()):
+        traces, colour = Traces.of(schedule), _COLOURS[idx % len(_COLOURS)]
+        for ax, values in zip(axes, (traces.learning_rate, traces.weight_decay, traces.batch_tokens), strict=False):
+            ax.plot(traces.epochs, values, color=colour, lw=1, label=name)
+        if traces.noise:
+            axes[3].vlines(*zip(*((at, 0, sigma) for at, sigma in traces.noise), strict=True), color=colour, lw=2)
+        if traces.taught_from is not None:
+            axes[0].axvline(traces.taught_from, color=colour, lw=0.8, ls=":")
+    for ax, title in zip(
+        axes, ("learning rate (dotted: the teacher begins)", "weight decay", "batch, tokens", "noise"), strict=True
+    ):
+        ax.set_title(title, fontsize=9, loc="left")
+        ax.set_ylim(bottom=0)
+    axes[3].set_xlabel("epochs of a trajectory")
+    if len(schedules) > 1:
+        axes[0].legend(frameon=False, fontsize=8)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -1,0 +1,80 @@
+"""Recipes: what to do with a budget of epochs, and why. The table is data; `bench/recipes.py` measures what it rests on.
+
+Epochs are passes over the train split summed over all trajectories: what the population costs, however it is dealt.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from population.errors import ChorusError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to deal out a budget of at least `from_epochs`."""
+
+    from_epochs: int
+    trajectories: int
+    epochs_per_cycle: int
+    burn_in: int
+    """Epochs of the first cycle beyond those of the others."""
+    distil_after: int | Literal["saturation"]
+    reason: str
+
+
+RECIPES = (
+    Recipe(
+        from_epochs=1, trajectories=1, epochs_per_cycle=2, burn_in=0, distil_after=1,
+        reason="a second trajectory would leave both untrained",
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dealt:
+    """A budget dealt out."""
+
+    trajectories: int
+    cycles: int
+    epochs_per_cycle: int
+    burn_in: int
+    distil_after: int | Literal["saturation"] | None
+    reason: str
+
+    @property
+    def epochs(self) -> int:
+        """What it uses of the budget: at most all of it."""
+        return self.trajectories * (self.burn_in + self.cycles * self.epochs_per_cycle)
+
+    def sentence(self, budget: int) -> str:
+        """What a user is told."""
+        used = "" if self.epochs == budget else f", {self.epochs} of them used"
+        first = f", the first with {self.burn_in} epochs more" if self.burn_in else ""
+        after = {None: "never", "saturation": "when a cycle gains next to nothing"}.get(
+            self.distil_after,  # type: ignore[arg-type]
+            f"after {self.distil_after} cycle{'s' * (self.distil_after != 1)}",
+        )
+        return (
+            f"{budget} epochs{used}: {self.trajectories} x {self.cycles} cycles of {self.epochs_per_cycle}{first}; "
+            f"the teacher speaks {after}. Why: {self.reason}."
+        )
+
+
+def deal(epochs: int, recipes: tuple[Recipe, ...] = RECIPES) -> Dealt:
+    """The recipe of a budget, its cycles counted out.
+
+    Raises:
+        ChorusError: the budget is less than one epoch.
+    """
+    if epochs < 1:
+        raise ChorusError(f"--epochs is {epochs}; 1 or more passes over the train split are expected.")
+    recipe = max((row for row in recipes if row.from_epochs <= epochs), key=lambda row: row.from_epochs)
+    own = epochs // recipe.trajectories
+    per_cycle = min(recipe.epochs_per_cycle, own)
+    burn_in = recipe.burn_in if own >= recipe.burn_in + 3 * per_cycle else 0
+    cycles = (own - burn_in) // per_cycle
+    enough = cycles > (2 if recipe.distil_after == "saturation" else recipe.distil_after)
+    return Dealt(
+        trajectories=recipe.trajectories, cycles=cycles, epochs_per_cycle=per_cycle, burn_in=burn_in,
+        distil_after=recipe.distil_after if enough else None, reason=recipe.reason,
+    )  # fmt: skip

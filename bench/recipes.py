@@ -30,7 +30,6 @@ POPULATIONS: dict[str, dict[str, object]] = {
     "cycles of 2, one long trajectory": {**_BASE, "trajectories": 1, "cycles": 45},
     "cycles of 4": {**_BASE, "cycles": 8, "epochs_per_cycle": 4},
     "cycles of 2, burn-in 4": {**_BASE, "cycles": 13, "burn_in": 4},
-    "cycles of 2, teacher after 3": {**_BASE, "distil_after": 3},
     "cycles of 2, teacher at saturation": {**_BASE, "distil_after": "saturation"},
 }
 

@@ -51,6 +51,11 @@ class TextTokenizer:
 
         return cls(tokenizer, bos=token_id("bos_token"), eos=token_id("eos_token"))
 
+    @property
+    def highest_id(self) -> int:
+        """The largest token id; `vocab_size` - 1 where ids have no gaps."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
     def encode_document(self, text: str) -> list[int]:
         """Token ids of a whole document between its marks."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids

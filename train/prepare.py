@@ -48,6 +48,10 @@ def prepare(settings: Settings, directory: Path) -> Run:
         check_disk(settings, runs.make_shape(settings, tokenizer.vocab_size), prepared.tokens["train"], directory)
 
         runs.save(directory, settings, None)
+        for leftover in (directory / "training").glob(
+            ".train-*"
+        ):  # of a killed preparation, and as large as the corpus
+            leftover.unlink()
         for file in Path(name).iterdir():
             shutil.copyfile(file, directory / file.name)
         tokens.save_train(directory / "training")

@@ -102,7 +102,7 @@ def _markdown(run: Run, found: list[Result], kl_MM: NDArray[np.float64] | None, 
     if kl_MM is not None:
         lines += ["", *_diversity_lines(found, kl_MM)]
     lines += ["", "Settings:", "", "| setting | value |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in run.settings.as_json().items() if value is not None]
+    lines += [f"| {key} | {value} |" for key, value in run.settings.as_json().items() if value not in (None, {})]
     return "\n".join(lines) + "\n"
 
 

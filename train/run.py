@@ -21,6 +21,8 @@ from train.schedule import Schedule
 from train.settings import Settings
 from train.shape import Shape
 
+_RECORD = "run.json"
+
 
 class Prepared(BaseModel):
     """What the corpus became."""
@@ -134,7 +136,7 @@ def make_schedule(settings: Settings, train_tokens: int) -> Schedule:
 
 def record_path(directory: Path) -> Path:
     """The file that makes a directory a training run."""
-    return directory / "training" / "run.json"
+    return directory / "training" / _RECORD
 
 
 def read_record(directory: Path) -> _Record | None:
@@ -170,7 +172,8 @@ def check_out(directory: Path, settings: Settings) -> bool:
         raise ChorusError(f"--out {directory} is a file. Give a directory.")
     record = read_record(directory)
     if record is None:
-        if directory.exists() and any(directory.iterdir()):
+        # A kill may have left the record half written, under another name; a folder that was made for it is no content.
+        if any(path.is_file() and not path.name.startswith(f".{_RECORD}.") for path in directory.rglob("*")):
             raise ChorusError(f"--out {directory} exists and holds something else. Give another, or remove it.")
         return False
     ours, theirs = settings.as_json(), record.settings.as_json()

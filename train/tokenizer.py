@@ -89,9 +89,15 @@ def given_tokenizer(path: Path, directory: Path) -> TextTokenizer:
     if not (directory / "chat_template.jinja").exists() and "chat_template" not in _config(directory):
         write_text(directory / "chat_template.jinja", CHAT_TEMPLATE)
     try:
-        return TextTokenizer.load(directory)
+        tokenizer = TextTokenizer.load(directory)
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises plain Exceptions
         raise ChorusError(f"--tokenizer {path} cannot be read ({error}). Give a fast Hugging Face tokenizer.") from None
+    if tokenizer.highest_id >= tokenizer.vocab_size:
+        raise ChorusError(
+            f"--tokenizer {path} has {tokenizer.vocab_size:,} tokens but numbers them up to {tokenizer.highest_id:,}: its "
+            "vocabulary does not fit a model that has one row for each. Give a tokenizer whose numbers run from 0 without gaps."
+        )
+    return tokenizer
 
 
 def _config(directory: Path) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -155,6 +156,30 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(undisturbed: P
     assert len(checkpoints) in (2, 3)  # the kill may fall between writing one and removing the oldest
     checkpoints[-1].write_bytes(checkpoints[-1].read_bytes()[:1000])  # a damaged one falls back to the one before
 
+    process = start(out)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert digests(out) == digests(undisturbed)
+    assert [records(out, idx) for idx in (0, 1)] == [records(undisturbed, idx) for idx in (0, 1)]
+
+
+def test_killed_at_random_moments_a_run_ends_with_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
+    """CHORUS_KILLS=20 is the long version: about two minutes."""
+    kills, moments, out = int(os.environ.get("CHORUS_KILLS", "3")), random.Random(11), tmp_path / "killed"
+    for _ in range(kills):
+        process = start(out, "--checkpoint-seconds", "0")
+        if moments.random() < 0.3:
+            time.sleep(moments.uniform(0, 3))  # while it starts, prepares or finds its checkpoint
+        else:
+            wait_for_steps(
+                out, min(steps_logged(out, 0), steps_logged(out, 1)) + moments.randint(1, max(1, NUM_STEPS // kills))
+            )
+            time.sleep(moments.uniform(0, 0.05))  # anywhere in a step, a checkpoint, a member
+        assert process.poll() is None, finish(process)
+        os.killpg(process.pid, signal.SIGKILL)
+        finish(process)
+        kept = [len(list((out / "training" / f"t{idx}").glob("checkpoint-*.pt"))) for idx in (0, 1)]
+        assert max(kept) <= 3  # two, and the one before while it is removed
     process = start(out)
     output = finish(process)
     assert process.returncode == 0, output

@@ -1,5 +1,6 @@
 """What `chorus train` refuses before it spends any compute: one sentence each, and nothing written."""
 
+import json
 from collections import namedtuple
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,7 @@ from population.corpus import Document
 from population.errors import ChorusError
 from tests.worlds import save_tokenizer, some_documents
 from train import prepare
+from train import run as runs
 from train.command import _headline, train
 from train.settings import Settings
 
@@ -117,11 +119,33 @@ def test_a_size_for_a_tokenizer_that_is_given(corpus: Path, tmp_path: Path) -> N
     assert "has 300 tokens, not --vocab-size 400" in sentence
 
 
+def test_a_tokenizer_whose_numbers_have_gaps(corpus: Path, tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "given", vocab_size=300)
+    path = tmp_path / "given" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    last = max(content["model"]["vocab"], key=content["model"]["vocab"].get)
+    content["model"]["vocab"][last] = 5_000
+    path.write_text(json.dumps(content))
+    assert "has 300 tokens but numbers them up to 5,000" in refusal(
+        corpus, "--tokenizer", tmp_path / "given", out=tmp_path / "out"
+    )
+
+
 def test_a_directory_that_holds_something_else(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("precious")
     assert "holds something else" in refusal(corpus, out=tmp_path / "out")
     assert "is a file" in refusal(corpus, out=tmp_path / "out" / "thesis.txt")
+
+
+def test_what_a_kill_left_of_a_record_is_no_content(tmp_path: Path) -> None:
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / ".run.json.a1b2.json").write_text("{")
+    settings = Settings(corpus="stdlib")
+    assert not runs.check_out(tmp_path, settings)
+    (tmp_path / "training" / "notes.txt").write_text("precious")
+    with pytest.raises(ChorusError, match="holds something else"):
+        runs.check_out(tmp_path, settings)
 
 
 def test_tokens_without_their_tokenizer_or_with_another(tmp_path: Path, corpus: Path) -> None:

@@ -1,0 +1,283 @@
+"""The tables of `bench.faithful`: means over seeds, paired differences with their intervals, one block for each question."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bench import wikitext
+from bench.faithful import EPOCHS, FURTHER, MATCHED, METHODS, SEEDS, Losses, Trained, finished, load, place
+from population.tokens import TokenSplit, split_path
+from prior.bootstrap import Bootstrap
+from prior.weights import fit_weights
+from train.run import Run, member_name
+from train.snapshot import load_member
+
+# M members, N tokens, V vocabulary
+
+Seed = dict[str, Trained]
+Of = Callable[[Seed], Losses]
+"""Losses on the test tokens, of one seed; KeyError where it needs a method that is not finished."""
+
+
+def report(out: Path) -> None:
+    """Print the tables of what is finished, and write results.json."""
+    methods = [*METHODS, *FURTHER]
+    seeds = [
+        {method: load(place(out, seed, method)) for method in methods if finished(place(out, seed, method))}
+        for seed in SEEDS
+    ]
+    tables = Tables([seed for seed in seeds if "q0" in seed])
+    tables.methods()
+    tables.budgets()
+    tables.epochs()
+    tables.checks()
+    (out / "results.json").write_text(json.dumps(tables.results, indent=2) + "\n", encoding="utf-8")
+
+
+class Tables:
+    """Everything that is printed: means over seeds, and paired differences with their intervals."""
+
+    def __init__(self, seeds: list[Seed]) -> None:
+        self.seeds = seeds
+        self.bootstrap = Bootstrap(wikitext.scored_offsets(seeds[0]["q0"].run, "test"))
+        self.results: dict[str, object] = {}
+
+    def each(self, of: Of) -> dict[int, Losses]:
+        """By seed, where its methods are finished."""
+        found = {}
+        for idx, seed in enumerate(self.seeds):
+            with suppress(KeyError):
+                found[idx] = of(seed)
+        return found
+
+    def mean(self, of: Of) -> float:
+        """Nats per token, over all seeds that have it."""
+        return float(np.mean([losses.mean() for losses in self.each(of).values()]))
+
+    def difference(self, name: str, ours: Of, theirs: Of) -> str:
+        """`-0.0310 [-0.0350, -0.0270], 3 of 3`: below zero, ours is better."""
+        a, b = self.each(ours), self.each(theirs)
+        common = sorted(a.keys() & b.keys())
+        if not common:
+            return "not finished"
+        paired = [np.mean([losses[idx] for idx in common], axis=0) for losses in (a, b)]
+        found = self.bootstrap.difference(*paired)
+        by_seed = [float((a[idx] - b[idx]).mean()) for idx in common]
+        agreeing = sum(np.sign(value) == np.sign(found.nats) for value in by_seed)
+        self.results[name] = {"nats": found.nats, "low": found.low, "high": found.high, "seeds": by_seed}
+        return f"{found.nats:+.4f} [{found.low:+.4f}, {found.high:+.4f}], {agreeing} of {len(common)}"
+
+    def methods(self) -> None:
+        """Every method at the same epochs and the same number of members."""
+        print(
+            f"| {EPOCHS} epochs each | members | best single | K = {MATCHED} | q0 less this, K = {MATCHED} |\n|---|--:|--:|--:|---|"
+        )
+        for method in METHODS:
+            single, several = matched(method, 1), matched(method, MATCHED)
+            if not self.each(single):
+                continue
+            count = len(next(seed for seed in self.seeds if method in seed)[method].test_MN)
+            versus = self.difference(f"q0 less {method}", matched("q0", MATCHED), several) if method != "q0" else ""
+            shown = f"{self.mean(several):.4f}" if count > 1 else "-"
+            print(f"| {method} | {count} | {self.mean(single):.4f} | {shown} | {versus} |")
+        alone = self.difference("q0 less one long run, K = 1", matched("q0", 1), matched("one long run", 1))
+        print(f"\nq0's best single less the long run: {alone}\n")
+
+    def budgets(self) -> None:
+        """Losses against K."""
+        print("| K of q0's 30 | loss | less the row above |\n|--:|--:|---|")
+        for before, size in ((0, 1), (1, 2), (2, 4), (4, 6), (6, 12), (12, 30)):
+            step = (
+                self.difference(f"K = {size} less {before}", matched("q0", size), matched("q0", before))
+                if before
+                else ""
+            )
+            print(f"| {size} | {self.mean(matched('q0', size)):.4f} | {step} |")
+
+    def epochs(self) -> None:
+        """Losses against epochs, and item 5: how many fewer q0 needs."""
+        print(
+            f"\n| epochs | q0, K = {MATCHED} | all, equal weights | last singles | one trajectory, K = {MATCHED} | independent |"
+        )
+        print("|--:|--:|--:|--:|--:|--:|")
+        curves: dict[str, dict[int, float]] = {"q0": {}, "q0, one trajectory": {}}
+        for count in range(1, EPOCHS // 6 + 1):
+            epochs = 6 * count
+            for method, cycles in (("q0", count), ("q0, one trajectory", 3 * count)):
+                curves[method][epochs] = self.mean(
+                    lambda seed, m=method, c=cycles: seed[m].first(c).losses(MATCHED)  # type: ignore[misc]
+                )
+            uniform = self.mean(lambda seed, c=count: seed["q0"].first(c).uniform())  # type: ignore[misc]
+            q0, one = (curve[epochs] for curve in curves.values())
+            theirs = self.mean(lambda seed, c=count: independent(seed, c))  # type: ignore[misc]
+            print(
+                f"| {epochs} | {q0:.4f} | {uniform:.4f} | {self.mean(single('q0', count - 1)):.4f} | {one:.4f} | {theirs:.4f} |"
+            )
+        print("\n| | reaches independent models of | with loss | after epochs | times fewer |\n|---|--:|--:|--:|--:|")
+        rivals: dict[str, tuple[int, Of]] = {
+            **{f"{e // 6} of 6 epochs": (e, lambda seed, c=e // 6: independent(seed, c)) for e in (36, 48, EPOCHS)},  # type: ignore[misc]
+            "6 of 10 epochs": (EPOCHS, everything("longer independent models")),
+        }
+        for method, curve in curves.items():
+            for rival, (epochs, of) in rivals.items():
+                if not self.each(of):
+                    continue
+                theirs = self.mean(of)
+                reached = next((own for own, loss in curve.items() if loss <= theirs), None)
+                times = f"{epochs / reached:.1f}" if reached else "-"
+                print(f"| {method} | {rival} | {theirs:.4f} | {reached or f'not by {EPOCHS}'} | {times} |")
+                self.results[f"5, {method}, {rival}"] = {"loss": theirs, "epochs of q0": reached}
+        print()
+
+    def checks(self) -> None:
+        """The other items of the list that a faithful reproduction must show."""
+        q0, plain, one = "q0", "q0 without distillation", "q0, one trajectory"
+        chained, alone = "chained independent models", "independent models"
+        rows: list[tuple[str, Of, Of]] = [
+            (f"1. mixture of {MATCHED} less best single", matched(q0, MATCHED), matched(q0, 1))
+        ]
+        for cycle in (1, 3, 5, 9):
+            rows.append((f"2. distillation, single members of cycle {cycle}", single(q0, cycle), single(plain, cycle)))
+        for idx in (1, 2, 5, 9):
+            rows.append((f"2. chained model {idx} less the independent one", single(chained, idx), single(alone, idx)))
+        rows += [
+            (f"2. distillation, mixture of {MATCHED}", matched(q0, MATCHED), matched(plain, MATCHED)),
+            (
+                f"2. chained less independent, mixture of {MATCHED}",
+                matched(chained, MATCHED),
+                matched(alone, MATCHED),
+            ),
+            (f"3. one model of {EPOCHS} epochs less one of 6", single("one long run", 0), single(alone, 0)),
+            ("3. q0: its members of cycle 9 less those of cycle 5", single(q0, 9), single(q0, 5)),
+            (
+                "3. its mixture of 6 after cycle 9 less that after cycle 5",
+                matched(q0, 6),
+                lambda s: s[q0].first(6).losses(6),
+            ),
+            ("3. one trajectory: its last member less that of cycle 5", single(one, 29), single(one, 5)),
+            (
+                "3. its mixture of 6 less that of 6 among the first 6",
+                matched(one, 6),
+                lambda s: s[one].first(6).losses(6),
+            ),
+            ("4. linear less logits, q0's 6, fitted weights", *pools(q0, chosen=True, fitted=True)),
+            ("4. linear less logits, q0's 6, equal weights", *pools(q0, chosen=True, fitted=False)),
+            ("4. linear less logits, all independent models, equal weights", *pools(alone, chosen=False, fitted=False)),
+            ("4. linear less logits, all chained models, equal weights", *pools(chained, chosen=False, fitted=False)),
+            ("6. fitted less equal weights, all 30, test", lambda s: s[q0].fitted(), lambda s: s[q0].uniform()),
+            (
+                "7. three trajectories of 20 epochs less one of 20, K = 6",
+                matched(q0, 6),
+                lambda s: s[q0].alone().losses(6),
+            ),
+            ("7. three trajectories of 20 epochs less one of 60, K = 6", matched(q0, 6), matched(one, 6)),
+            ("7. three trajectories of 20 epochs less one of 60, K = 3", matched(q0, 3), matched(one, 3)),
+        ]
+        print("| item | nats [95 %], seeds of that sign |\n|---|---|")
+        for name, ours, theirs in rows:
+            print(f"| {name} | {self.difference(name, ours, theirs)} |")
+        gains = [fitted_gain(seed[q0].fitness_MN) for seed in self.seeds]
+        print(
+            f"| 6. fitted less equal weights on the text that is fitted | {', '.join(f'{gain:+.4f}' for gain in gains)} |"
+        )
+        within, across = np.mean([divergences(seed[q0].run) for seed in self.seeds], axis=0)
+        print(f"| 7. KL of neighbours in a trajectory; across trajectories | {within:.3f}; {across:.3f} |")
+        self.results["KL"] = {"within": within, "across": across}
+
+
+def independent(seed: Seed, count: int) -> Losses:
+    """The mixture of the first so many independent models, all of them weighed on held-out articles."""
+    return seed["independent models"].first(count).losses(count)
+
+
+def matched(method: str, budget: int) -> Of:
+    """A method's mixture of so many members, chosen and weighed on held-out articles."""
+    return lambda seed: seed[method].losses(budget)
+
+
+def everything(method: str) -> Of:
+    """Its mixture of at most all members."""
+    return lambda seed: seed[method].losses(len(seed[method].test_MN))
+
+
+def single(method: str, cycle: int) -> Of:
+    """Its members of one cycle, the mean over trajectories."""
+    return lambda seed: singles(seed[method], cycle)
+
+
+def singles(trained: Trained, cycle: int) -> Losses:
+    """Losses of the members of one cycle, averaged over trajectories."""
+    rows = [wikitext.members(trained.run).index((t, cycle)) for t in range(trained.run.settings.trajectories)]
+    return np.asarray(-np.log(trained.test_MN[rows].astype(np.float64)).mean(axis=0))
+
+
+def fitted_gain(p_MN: NDArray[np.float32]) -> float:
+    """Loss of fitted less that of equal weights on the same tokens."""
+    return float(fit_weights(p_MN).loss + np.log(p_MN.astype(np.float64).mean(axis=0)).mean())
+
+
+def pools(method: str, *, chosen: bool, fitted: bool) -> tuple[Of, Of]:
+    """A method's mixture with its probabilities averaged, and with its logits averaged, under the same weights: those that are
+    fitted to the mixture of probabilities, or equal ones.
+    """
+
+    def of(seed: Seed, idx: int) -> Losses:
+        trained = seed[method]
+        rows = trained.chosen(MATCHED)[0] if chosen else tuple(range(len(trained.test_MN)))
+        key = "pools", rows, fitted
+        if key not in trained.cache:
+            heldout_MN = np.concatenate([trained.fitness_MN, trained.selection_MN], axis=1)[list(rows)]
+            weights_M = fit_weights(heldout_MN).weights_M if fitted else np.full(len(rows), 1 / len(rows))
+            trained.cache[key] = pooled(trained.run, [wikitext.members(trained.run)[row] for row in rows], weights_M)
+        return np.asarray(trained.cache[key][idx])
+
+    return lambda seed: of(seed, 0), lambda seed: of(seed, 1)
+
+
+def pooled(run: Run, members: list[tuple[int, int]], weights_M: Losses) -> tuple[Losses, Losses]:
+    """Losses on the test tokens: of the weighted mean of the members' probabilities, and of that of their logits."""
+    weights_M11 = torch.from_numpy(weights_M).float()[:, None, None]
+    linear, logits = [], []
+    for log_p_MNV, targets_N in distributions(run, members, "test"):
+        own_MN = log_p_MNV.gather(2, targets_N.expand(len(members), -1)[..., None])[..., 0]
+        linear.append(-torch.logsumexp(own_MN + weights_M11[..., 0].log(), dim=0))
+        mean_NV = (log_p_MNV * weights_M11).sum(dim=0)
+        logits.append(torch.logsumexp(mean_NV, dim=-1) - mean_NV.gather(1, targets_N[:, None])[:, 0])
+    return torch.cat(linear).double().numpy(), torch.cat(logits).double().numpy()
+
+
+def divergences(run: Run) -> tuple[float, float]:
+    """Mean KL in nats between neighbours of one trajectory, and between trajectories at the same cycle; the last four cycles."""
+    settings = run.settings
+    names = [(t, c) for t in range(settings.trajectories) for c in range(settings.cycles - 4, settings.cycles)]
+    log_p_MNV, _ = next(distributions(run, names, "selection"))
+    within, across = [], []
+    for i, (t, c) in enumerate(names):
+        for j, (u, d) in enumerate(names):
+            if (t == u and d == c + 1) or (t != u and c == d):
+                kl = float((log_p_MNV[i].exp() * (log_p_MNV[i] - log_p_MNV[j])).sum(-1).mean())
+                (within if t == u else across).append(kl)
+    return float(np.mean(within)), float(np.mean(across))
+
+
+def distributions(run: Run, names: list[tuple[int, int]], split: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Log-probabilities (M, N, V) of these members and the true tokens (N), some windows at a time."""
+    tokens = TokenSplit.load(split_path(run.directory, split))
+    models = [load_member(run, member_name(t, c), torch.device("cpu")) for t, c in names]
+    windows = tokens.windows(run.settings.context_length)
+    for start in range(0, len(windows), 16):
+        found, targets = [], []
+        for _, first, stop in windows[start : start + 16]:
+            ids = torch.from_numpy(tokens.tokens[first:stop].astype(np.int64))
+            with torch.no_grad():
+                found.append(
+                    torch.stack([torch.log_softmax(m(ids[None, :-1])[0] @ m.lm_head.weight.T, -1) for m in models])
+                )
+            targets.append(ids[1:])
+        yield torch.cat(found, dim=1), torch.cat(targets)

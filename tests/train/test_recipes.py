@@ -1,0 +1,64 @@
+"""What becomes of a budget of epochs."""
+
+import pytest
+from click.testing import CliRunner
+
+from population.errors import ChorusError
+from train.command import _dealt, train
+from train.recipes import RECIPES, Recipe, deal
+from train.settings import Settings
+
+TABLE = (
+    Recipe(from_epochs=1, trajectories=1, epochs_per_cycle=2, burn_in=0, distil_after=1, reason="little"),
+    Recipe(from_epochs=20, trajectories=3, epochs_per_cycle=2, burn_in=1, distil_after="saturation", reason="much"),
+)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "expected"),
+    [
+        (1, (1, 1, 1, 0, None)),  # not even one cycle of two
+        (2, (1, 1, 2, 0, None)),  # one cycle: nobody to be taught by
+        (19, (1, 9, 2, 0, 1)),
+        (20, (3, 3, 2, 0, "saturation")),  # six each: no room for a burn-in
+        (21, (3, 3, 2, 1, "saturation")),
+        (62, (3, 9, 2, 1, "saturation")),
+    ],
+)
+def test_a_budget_is_dealt_by_the_last_recipe_that_it_reaches(epochs: int, expected: tuple[object, ...]) -> None:
+    dealt = deal(epochs, TABLE)
+    assert (dealt.trajectories, dealt.cycles, dealt.epochs_per_cycle, dealt.burn_in, dealt.distil_after) == expected
+    assert dealt.reason in dealt.sentence(epochs)
+
+
+@pytest.mark.parametrize("epochs", [*range(1, 131), 256, 960])
+def test_every_budget_gives_a_run_that_spends_nearly_all_of_it(epochs: int) -> None:
+    dealt = deal(epochs)
+    assert 0 < dealt.epochs <= epochs
+    assert epochs - dealt.epochs < dealt.trajectories * dealt.epochs_per_cycle
+    settings = Settings(corpus="stdlib", **_dealt(epochs, set(), distils=True))
+    assert settings.trajectories * settings.epochs == dealt.epochs
+
+
+def test_the_table_rises_and_begins_at_one_epoch() -> None:
+    begins = [recipe.from_epochs for recipe in RECIPES]
+    assert begins == sorted(set(begins))
+    assert begins[0] == 1
+
+
+def test_the_sentence_tells_what_is_done_and_why() -> None:
+    assert deal(62, TABLE).sentence(62) == (
+        "62 epochs, 57 of them used: 3 x 9 cycles of 2, the first with 1 epochs more; the teacher speaks when a cycle gains "
+        "next to nothing. Why: much."
+    )
+    assert deal(4, TABLE).sentence(4) == "4 epochs: 1 x 2 cycles of 2; the teacher speaks after 1 cycle. Why: little."
+
+
+def test_a_user_may_still_say_when_the_teacher_speaks_and_whether() -> None:
+    assert "distil_after" in _dealt(60, set(), distils=True)
+    assert "distil_after" not in _dealt(60, {"distil_after"}, distils=True)
+    assert "distil_after" not in _dealt(60, set(), distils=False)
+    assert _dealt(2, set(), distils=True)["distil_alpha"] == 0.0
+    result = CliRunner().invoke(train, ["stdlib", "--epochs", "6", "--burn-in", "1", "--out", "unused"])
+    assert isinstance(result.exception, ChorusError)
+    assert "chooses --burn-in itself" in str(result.exception)

@@ -2,7 +2,9 @@
 
 import math
 import random
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,24 @@ def test_the_teacher_begins_when_the_trajectory_is_saturated_also_after_a_kill(
     steps = [record for record in records if record["event"] == "step"]
     taught = {record["cycle"] for record in steps if record["loss"] != record["cross_entropy"]}
     assert taught == set(range(begin, 6))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_compiled_steps_are_those_of_plain_ones_and_a_stop_changes_nothing(tmp_path: Path) -> None:
+    settings = Settings(**{**vars(TINY), "cycles": 2, "max_bytes": 20_000})
+    records: dict[str, list[Record]] = {"plain": [], "compiled": [], "stopped": []}
+    runs = {}
+    for name, found in records.items():
+        runs[name] = prepare(replace(settings, compile=name != "plain"), tmp_path / name)
+        if name == "stopped":
+            assert not Trajectory(runs[name], 0, CPU).train(found.append, lambda: len(found) >= 20)  # noqa: B023 - at once
+        assert Trajectory(runs[name], 0, CPU).train(found.append, lambda: False)
+    assert digests(runs["stopped"]) == digests(runs["compiled"])
+    assert len(records["plain"]) == len(records["compiled"]) > 20
+    for one, other in zip(records["plain"][:5], records["compiled"][:5], strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    last, compiled = (found[-2]["cross_entropy"] for found in (records["plain"], records["compiled"]))
+    assert compiled == pytest.approx(last, rel=0.03)
 
 
 def test_a_restart_begins_the_next_cycle_as_if_it_were_the_first(tmp_path: Path) -> None:

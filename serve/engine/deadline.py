@@ -17,7 +17,6 @@ FLOOR_ARGUMENT = "chorus_floor"
 
 _FORGETTING = 0.98
 _SCALES = (1.0, 1.0, 16.0, 16_384.0)
-_SURPRISE = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +46,7 @@ class StepCost:
     """Seconds per step as a linear function of its load, learned from the steps that ran.
 
     Starts from nothing: `predict` gives None until enough steps have run. First steps after a start are left out: they load code
-    and warm caches. And no single step counts for more than `_SURPRISE` times what was expected, so that a moment in which the
-    machine did something else does not drop members from every request of the next minute.
+    and warm caches, and what they take must not drop members from every request of the next minute.
     """
 
     def __init__(self, *, warm_up: int = 4, min_steps: int = 8) -> None:
@@ -61,8 +59,6 @@ class StepCost:
         if self._warm_up:
             self._warm_up -= 1
             return
-        if (expected_s := self.predict(load)) is not None and expected_s > 0:
-            seconds = min(seconds, _SURPRISE * expected_s)
         self._model.observe(_features(load), seconds)
 
     def predict(self, load: StepLoad) -> float | None:

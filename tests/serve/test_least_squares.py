@@ -20,7 +20,7 @@ def test_weights_are_those_of_a_solver_that_sees_every_observation(seed: int) ->
     expected_F, _ = nnls(features_NF * decay_N[:, None], targets_N * decay_N)
     asked = (1.0, 2.0, 0.5, 1.5)
     assert model.predict(asked) == pytest.approx(np.array(asked) @ expected_F, rel=2e-3)
-    assert min(model.weights) >= 0
+    assert min(model.weights_F) >= 0
 
 
 def test_what_was_learned_goes_to_another_model() -> None:

@@ -15,11 +15,12 @@ from scipy.optimize import nnls
 from population.manifest import Population
 from serve.gateway.assembly import Assembly
 from serve.gateway.flights import Flight, Flights
-from serve.gateway.latency import LatencyModel, LeastSquares, Load, Work
+from serve.gateway.latency import LatencyModel, Load, Work
 from serve.gateway.plans import NotNow, Plan, Wish, plan
 from serve.gateway.squeeze import Squeeze
 from serve.gateway.surprises import Surprises
 from serve.gateway.terms import Size
+from serve.least_squares import LeastSquares
 from tests.serve.gateway.conftest import Pair, gateway_before
 from tests.serve.gateway.scripted import DONE, USAGE, WHOLE, ScriptedEngine, event
 

@@ -14,6 +14,7 @@ _COMMANDS = {
     "average": ("train.candidates:average", "Add weight averages of each trajectory's last members."),
     "prior": ("prior.command:prior", "Fit the weights and members for every budget."),
     "serve": ("serve.gateway.command:serve", "Serve a population over HTTP, with a budget per request."),
+    "engine": ("serve.engine.command:engine", "Run an engine by itself, for gateways elsewhere."),
     "bench": ("serve.gateway.bench_command:bench", "Put load on a gateway and print what became of it."),
     "population": ("population.command:population", "Look at a population, or make one from checkpoints."),
 }

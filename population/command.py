@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from population import assemble, manifest
+from population import fetch as fetching
 from population.manifest import Loss, Population
 
 
@@ -41,6 +42,23 @@ def init(checkpoints: tuple[Path, ...], out: Path, name: str | None) -> None:
         f"Fit weights with [bold]chorus prior fit {out} --corpus TEXT[/], or serve it: [bold]chorus serve {out}[/]",
         highlight=False,
     )
+
+
+@population.command()
+@click.argument("url")
+@click.option("--sha256", required=True, help="Digest of the archive.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Directory of the population, empty or not."
+)
+@click.option("--only-manifest", is_flag=True, help="Keep the manifest alone: enough for `chorus serve --engine`.")
+def fetch(url: str, sha256: str, out: Path, only_manifest: bool) -> None:
+    """Fetch a population from the tar archive at URL, checked against its digest and those of the manifest.
+
+    Where the server wants it, the environment variable CHORUS_FETCH_AUTHORIZATION holds the value of an Authorization header.
+    """
+    found = fetching.fetch(url, sha256=sha256, out=out, only_manifest=only_manifest)
+    what = "its manifest" if only_manifest else f"{len(found.members)} members; all digests match"
+    Console().print(f"[bold]{found.name}[/]: {what}", highlight=False)
 
 
 def _headline(loaded: Population, *, verified: bool) -> str:

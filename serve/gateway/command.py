@@ -26,7 +26,11 @@ import click
     help="API keys and their rights, as docs/gateway.md describes; else from CHORUS_API_KEYS, else none are needed.",
 )
 @click.option(
-    "--redis", metavar="URL", help="Share engines, learned times, quotas and the prior with other gateways there."
+    "--redis",
+    envvar="CHORUS_REDIS",
+    show_envvar=True,
+    metavar="URL",
+    help="Share engines, learned times, quotas and the prior with other gateways there.",
 )
 @click.option(
     "--max-sequences",

@@ -57,7 +57,7 @@ def serve(
     Raises:
         ChorusError: the population, an option or the address cannot be used, or the engine cannot be kept running.
     """
-    population = load(directory)
+    population = load(directory, with_weights=not engine_urls)
     log = None if is_verbose or engine_urls else _new_log(population)
     logs.configure(as_json=logs_json, is_verbose=is_verbose)
     try:
@@ -81,14 +81,17 @@ def serve(
         log.unlink()
 
 
-def load(directory: Path) -> Population:
+def load(directory: Path, *, with_weights: bool = True) -> Population:
     """The population, checked file by file before anything is started, under uniform tiers if none were fitted.
+
+    Engines that others run check their own files when they load them: without `with_weights` the manifest alone is needed.
 
     Raises:
         ChorusError: it cannot be served.
     """
     population = manifest.load(directory)
-    manifest.verify(population, directory)
+    if with_weights:
+        manifest.verify(population, directory)
     return population if population.tiers else population.with_uniform_tiers()
 
 

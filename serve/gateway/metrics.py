@@ -100,6 +100,12 @@ class Metrics:
             ["tier_served", "outcome"],
             registry=self._registry,
         )
+        self._shrunk = Counter(
+            "chorus_gateway_shrunk_requests",
+            "Requests served at a smaller tier than they asked for, for their time budget or because of a queue.",
+            ["tier_served"],
+            registry=self._registry,
+        )
         self._drops = Counter(
             "chorus_gateway_member_drops",
             "Members that left a running request to keep its time budget, as far as the engine reports them.",
@@ -146,6 +152,8 @@ class Metrics:
             return
         self._duration_s.labels(served).observe(record.duration_s)
         self._waited_s.observe(record.waited_s)
+        if record.is_shrunk:
+            self._shrunk.labels(served).inc()
         if record.budget_s is not None and record.is_deadline_met is not None:
             outcome = "truncated" if record.is_truncated else "met" if record.is_deadline_met else "missed"
             self._deadlines.labels(served, outcome).inc()

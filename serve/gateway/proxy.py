@@ -318,6 +318,7 @@ class Relay(Response):
     ) -> None:
         self._has_begun = True
         self._record.tier_served = attempt.grant.tier.name
+        self._record.is_shrunk = attempt.grant.tier.name != self._call.choice.tier.name
         headers = [(b"content-type", content_type.encode()), (TIER_HEADER, attempt.grant.tier.name.encode())]
         if content_length is None:
             # no proxy is to hold events back

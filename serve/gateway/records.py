@@ -40,6 +40,8 @@ class Record:
     is_deadline_met: bool | None = None
     """None if there was no deadline, or no answer."""
     is_truncated: bool = False
+    is_shrunk: bool = False
+    """Whether it was served at a smaller tier than it asked for."""
     num_drops: int = 0
     """Members that left on the way, where the engine said so."""
     is_broken: bool = False

@@ -101,6 +101,13 @@ def test_a_population_without_tiers_is_served_under_uniform_ones(own_copy: Path,
     assert loaded.tiers[1].weights == (0.25,) * 4
 
 
+def test_before_engines_of_others_the_manifest_alone_is_enough(tiny_population: Path, tmp_path: Path) -> None:
+    (tmp_path / manifest.MANIFEST).write_bytes((tiny_population / manifest.MANIFEST).read_bytes())
+    assert launch.load(tmp_path, with_weights=False) == manifest.load(tiny_population)
+    with pytest.raises(ChorusError, match="tokenizer"):
+        launch.load(tmp_path)
+
+
 def test_the_offer_shows_every_tier_and_a_request_to_copy(tiny: Population) -> None:
     loss = Loss(nats=3.21, low=3.2, high=3.22, num_tokens=100)
     measured = tiny.model_copy(

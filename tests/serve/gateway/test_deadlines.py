@@ -412,6 +412,9 @@ def test_the_budget_chooses_the_tier_and_the_floor_bounds_it(slow_pair: Pair) ->
     assert floored["tier"] == "standard"
     text = httpx.get(f"{slow_pair.url}/metrics").text
     assert 'chorus_gateway_deadlines_total{outcome="met",tier_served="max"} 1.0' in text
+    assert 'chorus_gateway_shrunk_requests_total{tier_served="economy"} 1.0' in text
+    assert 'chorus_gateway_shrunk_requests_total{tier_served="standard"} 2.0' in text
+    assert 'chorus_gateway_shrunk_requests_total{tier_served="max"}' not in text
 
 
 @pytest.mark.parametrize(

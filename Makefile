@@ -30,20 +30,40 @@ demo: .venv/.installed
 # What tests run for real and pip does not have. Debian's packages, installed where that is allowed.
 .PHONY: tools
 tools:
-	@missing=; for tool in redis-server chromium; do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	@missing=; for tool in redis-server chromium prometheus node npm; do \
+	  command -v $$tool >/dev/null || missing="$$missing $${tool/%node/nodejs}"; done; \
 	  [ -z "$$missing" ] && exit 0; \
 	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 	    && { apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing; } >/dev/null 2>&1 \
 	    || { echo "Tests need$$missing: install the packages of that name and run make again."; exit 1; }
 
+# What looks at the chart and the Dockerfile from outside: two Helms, schemas, models. In an environment of its own, pinned and hashed.
+build/charts/.installed: requirements/charts/requirements.txt requirements/charts/package-lock.json | tools
+	@echo "Setting up build/charts (half a minute, once)"
+	@rm -rf build/charts && mkdir -p build/charts
+	@$(PYTHON) -m venv build/charts/venv
+	@build/charts/venv/bin/pip install --quiet --no-deps --require-hashes -r requirements/charts/requirements.txt
+	@cp requirements/charts/package.json requirements/charts/package-lock.json build/charts/
+	@cd build/charts && npm ci --silent --no-fund --no-audit
+	@touch $@
+
+# The chart's README from its values, then lint, render and check it in every way that needs no engine.
+.PHONY: charts
+charts: .venv/.installed build/charts/.installed
+	@$(BIN)/python charts/readme.py
+	@$(BIN)/pytest tests/charts --ignore tests/charts/test_live.py
+
 # All that CI runs.
-test: lint tools
+test: lint tools build/charts/.installed
 	@$(BIN)/pytest
 
-# Resolve requirements/cpu.in again; needs uv on the path, and pip's own settings for where torch's CPU wheels are.
+# Resolve the requirements again; needs uv on the path, and pip's own settings for where torch's CPU wheels are.
 lock:
 	@uv pip compile requirements/cpu.in --override requirements/without-vision.txt --python-version 3.11 \
 	  --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate --no-header -o requirements/cpu.txt
+	@uv pip compile requirements/charts/requirements.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	  --generate-hashes --no-annotate --no-header -o requirements/charts/requirements.txt
+	@cd requirements/charts && npm install --package-lock-only --silent
 
 clean:
 	@rm -rf .venv build

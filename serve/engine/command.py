@@ -19,6 +19,9 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the model runner that the plugin is made for
 }
+_DEFAULT_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; vLLM would take most of the machine's memory. On GPUs it means nothing
+}
 _OURS = ("--model", "--host", "--port", "--uds", "--served-model-name")
 _BUSY = re.compile(rb"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 _POLL_S = 0.5
@@ -48,7 +51,7 @@ def serve(directory: Path, host: str, port: int, engine_arguments: tuple[str, ..
             raise ChorusError(
                 f"engine argument {argument!r} is set by this command itself; see --help for its options."
             )
-    os.environ.update(_ENVIRONMENT)
+    os.environ.update({**_DEFAULT_ENVIRONMENT, **os.environ, **_ENVIRONMENT})
     # `vllm serve` without its front, which the CPU build lacks the metadata for; see docs/gateway.md.
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"),

@@ -61,6 +61,10 @@ test: lint tools build/charts/.installed
 lock:
 	@uv pip compile requirements/cpu.in --override requirements/without-vision.txt --python-version 3.11 \
 	  --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate --no-header -o requirements/cpu.txt
+	@for each in gateway engine-cpu engine-cuda image-build; do \
+	  uv pip compile requirements/$$each.in $$([ $$each = engine-cuda ] || echo --constraint requirements/cpu.txt) \
+	    $$([ $$each != engine-cpu ] || echo --override requirements/without-vision.txt) --python-version 3.11 \
+	    --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate --no-header -o requirements/$$each.txt; done
 	@uv pip compile requirements/charts/requirements.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	  --generate-hashes --no-annotate --no-header -o requirements/charts/requirements.txt
 	@cd requirements/charts && npm install --package-lock-only --silent

@@ -90,6 +90,7 @@ securityContext:
 {{- define "chorus.scratchEnv" -}}
 - {name: HOME, value: /tmp}
 - {name: TMPDIR, value: /tmp}
+- {name: USER, value: chorus} # a user without an entry in /etc/passwd has no other name
 {{- end -}}
 
 {{- define "chorus.populationVolume" -}}

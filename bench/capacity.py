@@ -1,0 +1,256 @@
+"""How many engines a load needs: a simulation of gateways before engines, driven by step costs that were measured on one engine.
+
+    python -m bench.capacity --measure http://127.0.0.1:8000 --save costs.json        # one engine behind it, idle otherwise
+    python -m bench.capacity --costs costs.json --rate 30 --tiers 1=0.7,8=0.3 --prompt 400 --answer 200 --budget-ms 4000
+
+An engine runs its sequences step by step. A step costs a constant, something for each member that runs at all, for each member
+row, and for each token of new prompts in each of their members. Requests wait in one queue for the engine with the fewest member
+rows, as in the gateway. Left out, which makes a plan safe: tiers that shrink, and members that leave late requests. Left out, which
+does not: preemption when KV blocks run out (docs/operations.md counts them), and networks.
+"""
+
+import argparse
+import json
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Of a step, in milliseconds."""
+
+    step_ms: float
+    """Of any step."""
+    member_ms: float
+    """For each member that some sequence runs."""
+    row_ms: float
+    """For each member row: a sequence of four members has four."""
+    prompt_ms: float
+    """For each token of a new prompt and each of its members."""
+
+    def of(self, *, members: int, rows: int, prompt_rows: int = 0) -> float:
+        """Seconds of one step."""
+        return (self.step_ms + self.member_ms * members + self.row_ms * rows + self.prompt_ms * prompt_rows) / 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What arrives: tiers are nested, so a number of members is enough."""
+
+    at_s: float
+    members: int
+    prompt_tokens: int
+    answer_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a request, in seconds from its arrival."""
+
+    request: Request
+    waited_s: float
+    first_token_s: float
+    total_s: float
+
+
+class _Engine:
+    def __init__(self, costs: Costs) -> None:
+        self._costs = costs
+        self.running: list[list[Any]] = []  # request, when it began, when its first token came, tokens left
+        self.step_ends_at: float | None = None
+        self.busy_s = 0.0
+
+    @property
+    def rows(self) -> int:
+        return sum(entry[0].members for entry in self.running)
+
+    def begin_step(self, now: float) -> None:
+        fresh = sum(entry[0].members * entry[0].prompt_tokens for entry in self.running if entry[2] is None)
+        members = max(entry[0].members for entry in self.running)
+        step_s = self._costs.of(members=members, rows=self.rows, prompt_rows=fresh)
+        self.step_ends_at = now + step_s
+        self.busy_s += step_s
+        self._in_step = list(self.running)
+
+    def end_step(self, now: float) -> Iterator[Outcome]:
+        """Every sequence of the step has one token more; those that are complete leave."""
+        self.step_ends_at = None
+        for entry in self._in_step:
+            request, began_at, first_at, left = entry
+            entry[2], entry[3] = (now if first_at is None else first_at), left - 1
+            if entry[3] == 0:
+                self.running.remove(entry)
+                waited, first, total = began_at - request.at_s, entry[2] - request.at_s, now - request.at_s
+                yield Outcome(request=request, waited_s=waited, first_token_s=first, total_s=total)
+
+
+def simulate(
+    requests: Iterable[Request], costs: Costs, *, engines: int, max_sequences: int
+) -> tuple[list[Outcome], float]:
+    """Outcomes in the order of their ends, and the mean part of the time in which an engine was busy."""
+    pool = [_Engine(costs) for _ in range(engines)]
+    arrivals, queue, outcomes = deque(sorted(requests, key=lambda each: each.at_s)), deque[Request](), list[Outcome]()
+    now = began = arrivals[0].at_s
+    while arrivals or queue or any(engine.running for engine in pool):
+        ends = [engine.step_ends_at for engine in pool if engine.step_ends_at is not None]
+        now = min([*ends, *([arrivals[0].at_s] if arrivals else [])])
+        for engine in pool:
+            if engine.step_ends_at is not None and engine.step_ends_at <= now:
+                outcomes += engine.end_step(now)
+        while arrivals and arrivals[0].at_s <= now:
+            queue.append(arrivals.popleft())
+        while queue:
+            engine = min(pool, key=lambda each: (len(each.running) >= max_sequences, each.rows))
+            if len(engine.running) >= max_sequences:
+                break
+            request = queue.popleft()
+            engine.running.append([request, now, None, request.answer_tokens])
+        for engine in pool:
+            if engine.running and engine.step_ends_at is None:
+                engine.begin_step(now)
+    return outcomes, sum(engine.busy_s for engine in pool) / engines / max(now - began, 1e-9)
+
+
+def poisson(
+    *, rate: float, seconds: float, tiers: dict[int, float], prompt: int, answer: int, seed: int, is_fixed: bool = False
+) -> list[Request]:
+    """Poisson arrivals; members by their shares, lengths geometric around their means unless `is_fixed`."""
+    rng = random.Random(seed)
+    found, at_s = list[Request](), 0.0
+
+    def length(mean: int) -> int:
+        return mean if is_fixed else max(1, min(8 * mean, int(rng.expovariate(1 / mean)) + 1))
+
+    while (at_s := at_s + rng.expovariate(rate)) < seconds:
+        (members,) = rng.choices(list(tiers), weights=list(tiers.values()))
+        found.append(Request(at_s=at_s, members=members, prompt_tokens=length(prompt), answer_tokens=length(answer)))
+    return found
+
+
+def fit(observed: Sequence[tuple[int, int, float]], prompts: Sequence[tuple[int, float]]) -> Costs:
+    """Costs by least squares with weights at or above zero, from (members, rows, seconds per token) and, for prompts, (member
+    tokens, seconds to the first token beyond one step)."""
+    features = np.array([[1.0, members, rows] for members, rows, _ in observed])
+    target = np.array([seconds * 1000 for *_, seconds in observed])
+    weights = np.zeros(3)
+    for _ in range(2000):  # coordinate descent: exact for so few
+        for idx in range(3):
+            others = features @ weights - features[:, idx] * weights[idx]
+            weights[idx] = max(0.0, float(features[:, idx] @ (target - others) / (features[:, idx] @ features[:, idx])))
+    sizes = np.array([size for size, _ in prompts], dtype=float)
+    extra = np.array([seconds * 1000 for _, seconds in prompts])
+    prompt_ms = max(0.0, float(sizes @ extra / (sizes @ sizes))) if len(prompts) else 0.0
+    step_ms, member_ms, row_ms = (float(weight) for weight in weights)
+    return Costs(step_ms=step_ms, member_ms=member_ms, row_ms=row_ms, prompt_ms=prompt_ms)
+
+
+def measure(url: str, *, tokens: int = 48) -> Costs:
+    """Costs of the engine behind a gateway: streams at every tier, one and several at once."""
+    cards = httpx.get(f"{url}/v1/models").json()["data"]
+    tiers = {card["id"]: len(card["population"]["members"]) for card in cards if ":" in card["id"]}
+    observed, prompts = list[tuple[int, int, float]](), list[tuple[int, float]]()
+    for model, members in tiers.items():
+        _stream(url, model, prompt=8, tokens=4)  # warm
+        for count in (1, 2, 4, 8):
+            times = _streams(url, model, count=count, prompt=8, tokens=tokens)
+            observed.append((members, members * count, float(np.median([token_s for _, token_s in times]))))
+        for prompt in (32, 96):
+            ((first_s, token_s),) = _streams(url, model, count=1, prompt=prompt, tokens=4)
+            prompts.append((members * prompt, max(0.0, first_s - token_s)))
+    return fit(observed, prompts)
+
+
+def _streams(url: str, model: str, *, count: int, prompt: int, tokens: int) -> list[tuple[float, float]]:
+    found = list[tuple[float, float]]()
+    threads = [
+        threading.Thread(target=lambda: found.append(_stream(url, model, prompt=prompt, tokens=tokens)))
+        for _ in range(count)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def _stream(url: str, model: str, *, prompt: int, tokens: int) -> tuple[float, float]:
+    """Seconds to the first token, and for each further one."""
+    words = [random.randrange(3, 200) for _ in range(prompt)]  # nothing for the prefix cache
+    body = {"model": model, "prompt": words, "max_tokens": tokens, "ignore_eos": True, "stream": True}
+    began, times = time.perf_counter(), list[float]()
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as answer:
+        answer.raise_for_status()
+        for line in answer.iter_lines():
+            if line.startswith("data: {") and '"text"' in line:
+                times.append(time.perf_counter() - began)
+    return times[0], (times[-1] - times[0]) / (tokens - 1)
+
+
+def plan(options: argparse.Namespace, costs: Costs) -> None:
+    """Print a row for each number of engines, up to one that suffices."""
+    tiers = {int(members): float(share) for members, share in (part.split("=") for part in options.tiers.split(","))}
+    requests = poisson(
+        rate=options.rate,
+        seconds=options.seconds,
+        tiers=tiers,
+        prompt=options.prompt,
+        answer=options.answer,
+        seed=options.seed,
+    )
+    print(f"{len(requests)} requests in {options.seconds:g} s; {costs}\n")
+    print(
+        "| engines | busy | waited, p95 | first token, p95 | whole, p50 | p95 | in time |\n|--:|--:|--:|--:|--:|--:|--:|"
+    )
+    for engines in range(1, options.most + 1):
+        outcomes, busy = simulate(requests, costs, engines=engines, max_sequences=options.max_sequences)
+        in_time = sum(each.total_s * 1000 <= options.budget_ms for each in outcomes) / len(outcomes)
+
+        def at(percent: float, name: str, found: list[Outcome] = outcomes) -> str:
+            return f"{1000 * np.percentile([getattr(each, name) for each in found], percent):,.0f} ms"
+
+        print(
+            f"| {engines} | {busy:.0%} | {at(95, 'waited_s')} | {at(95, 'first_token_s')} | {at(50, 'total_s')} "
+            f"| {at(95, 'total_s')} | {in_time:.1%} |"
+        )
+        if in_time >= options.attainment:
+            return
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", metavar="URL", help="Measure the engine behind this gateway.")
+    parser.add_argument("--save", type=Path, help="Where the measured costs go.")
+    parser.add_argument("--costs", type=Path, help="Costs measured before, as JSON.")
+    parser.add_argument("--rate", type=float, help="Mean arrivals per second.")
+    parser.add_argument("--tiers", default="1=1", help="Members and shares: 1=0.7,8=0.3.")
+    parser.add_argument("--prompt", type=int, default=200, help="Mean tokens of a prompt.")
+    parser.add_argument("--answer", type=int, default=200, help="Mean tokens of an answer.")
+    parser.add_argument("--budget-ms", type=float, default=10_000, help="Time in which answers should be complete.")
+    parser.add_argument("--attainment", type=float, default=0.99, help="Share of the answers that should be in time.")
+    parser.add_argument("--max-sequences", type=int, default=64, help="As of the gateway.")
+    parser.add_argument("--seconds", type=float, default=300, help="Simulated.")
+    parser.add_argument("--most", type=int, default=64, help="Engines, at most.")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if (options.measure is None) == (options.costs is None):
+        parser.error("give --costs FILE, or --measure URL to get them")
+    costs = measure(options.measure) if options.measure else Costs(**json.loads(options.costs.read_text()))
+    if options.save is not None:
+        options.save.write_text(json.dumps(asdict(costs), indent=2) + "\n")
+    if options.rate is None:
+        print(json.dumps(asdict(costs), indent=2))
+    else:
+        plan(options, costs)
+
+
+if __name__ == "__main__":
+    main()

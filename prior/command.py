@@ -71,6 +71,10 @@ def prior() -> None:
     "linear, at temperature 1. Takes several passes over the text.",
 )
 @click.option(
+    "--engine",
+    help="Address of a running `chorus engine serve` or `vllm serve` of this population: it runs the members, not this process.",
+)
+@click.option(
     "--shrink", is_flag=True, help="Draw weights towards uniform, as far as cross-validation says; for little text."
 )
 def fit(
@@ -84,6 +88,7 @@ def fit(
     max_memory: str | None,
     latency: Path | None,
     pools: str | None,
+    engine: str | None,
     shrink: bool,
 ) -> None:
     """Choose members and fit weights for every tier of the population in DIRECTORY, on held-out text.
@@ -104,6 +109,7 @@ def fit(
             latency=latency,
             shrink=shrink,
             pools=_parse_pools(pools),
+            engine=engine,
             progress=progress,
         )
 

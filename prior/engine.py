@@ -1,7 +1,7 @@
 """Losses as a running engine gives them: echoed prompt log-probabilities through its OpenAI API, a window of tokens at a time.
 
-It speaks to `chorus serve` (the gateway, a tier by its model name) and to `vllm serve` of a population (a tier in `vllm_xargs`).
-Tiers can be asked for, single members cannot: no engine answers with a member that is not a tier.
+It speaks to `chorus serve` (the gateway, a tier by its model name) and to `chorus engine serve` or `vllm serve` of a population (a
+tier or a member in `vllm_xargs`). A gateway answers with tiers only: which members run is not its clients' choice.
 """
 
 import json
@@ -41,6 +41,19 @@ class Engine:
             return {"model": f"{self.model}:{tier}"}
         return {"model": self.model, "vllm_xargs": {"chorus_tier": tier}}
 
+    def request_member(self, member: str) -> dict[str, JsonValue]:
+        """The part of a request that names one member.
+
+        Raises:
+            ChorusError: this is a gateway.
+        """
+        if self.is_gateway:
+            raise ChorusError(
+                f"{self.url} is a gateway, which answers with tiers only. Give the address of an engine: the one that the gateway "
+                "names when it starts, or that of `chorus engine serve`."
+            )
+        return {"model": self.model, "vllm_xargs": {"chorus_member": member}}
+
 
 def connect(url: str, population: Population) -> Engine:
     """Find out what listens at `url`, with or without `/v1`.
@@ -71,9 +84,15 @@ def connect(url: str, population: Population) -> Engine:
 
 
 def engine_losses(
-    engine: Engine, tier: str, split: ScoredSplit, *, progress: Callable[[int], None] | None = None
+    engine: Engine,
+    who: dict[str, JsonValue],
+    split: ScoredSplit,
+    *,
+    progress: Callable[[int], None] | None = None,
 ) -> FloatArray:
-    """-log p of every scored token of `split` (N) under a tier, nats, in the order of a row of likelihoods.
+    """-log p of every scored token of `split` (N), nats, in the order of a row of likelihoods.
+
+    `who` answers is the part of a request that `Engine.request` or `Engine.request_member` gives.
 
     An engine takes prompts shorter than its context only. So the last token of a window is not echoed but generated: it is the only
     one that may be drawn, and its log-probability is that of the mixture before this restriction. `progress` is called with the
@@ -89,7 +108,7 @@ def engine_losses(
         document, start, stop = window
         tokens = [int(token) for token in split.split.tokens[start:stop]]
         first = int(split.offsets[document] + start - split.split.offsets[document])
-        losses_N[first : first + len(tokens) - 1] = [-log_p for log_p in _ask(engine, tier, tokens)]
+        losses_N[first : first + len(tokens) - 1] = [-log_p for log_p in _ask(engine, who, tokens)]
         return len(tokens) - 1
 
     with ThreadPoolExecutor(_IN_FLIGHT) as pool:
@@ -99,13 +118,13 @@ def engine_losses(
     return losses_N
 
 
-def _ask(engine: Engine, tier: str, tokens: list[int]) -> list[float]:
+def _ask(engine: Engine, who: dict[str, JsonValue], tokens: list[int]) -> list[float]:
     """Log-probabilities of all tokens but the first."""
     answer = _call(
         engine.url,
         "completions",
         {
-            **engine.request(tier),
+            **who,
             "prompt": list(tokens[:-1]),
             "echo": True,
             "max_tokens": 1,

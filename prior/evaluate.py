@@ -110,7 +110,7 @@ def check_engine(
             if progress is not None:
                 progress(f"tier {name}", "the engine", scored, split.num_scored)
 
-        served_N = engine_losses(engine, tier.name, split, progress=advance)
+        served_N = engine_losses(engine, engine.request(tier.name), split, progress=advance)
         found.append(
             Served(
                 tier=tier.name,

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from population.errors import ChorusError
 from population.manifest import Member, Population
+from prior.engine import Engine, engine_losses
 from prior.matrix import Index, Part, RowFile
 from prior.splits import ScoredSplit
 
@@ -31,9 +32,16 @@ Progress = Callable[[str, str, int, int], None]
 
 
 def likelihoods(
-    population: Population, directory: Path, splits: list[ScoredSplit], *, progress: Progress | None = None
+    population: Population,
+    directory: Path,
+    splits: list[ScoredSplit],
+    *,
+    engine: Engine | None = None,
+    progress: Progress | None = None,
 ) -> NDArray[np.float32]:
     """The matrix (M, N) over the splits one after the other, read-only and memory-mapped; what is on disk is not computed.
+
+    Members run here, or in `engine`, member by member through echoed prompts.
 
     Raises:
         ChorusError: a member cannot be loaded or gives undefined probabilities.
@@ -42,8 +50,12 @@ def likelihoods(
     known = file.sound()
     missing = {weights_digest(member): member for member in population.members if weights_digest(member) not in known}
     for digest, member in missing.items():
-        model = load_model(directory / member.path, population)
-        file.write(digest, np.concatenate([_compute(model, member, split, progress) for split in splits]))
+        if engine is not None:
+            rows = [_ask(engine, member, split, progress) for split in splits]
+        else:
+            model = load_model(directory / member.path, population)
+            rows = [_compute(model, member, split, progress) for split in splits]
+        file.write(digest, np.concatenate(rows))
     if missing:
         known = file.sound()
     return file.matrix([known[weights_digest(member)] for member in population.members])
@@ -85,6 +97,21 @@ def _compute(
             row_N[first : first + count] = np.exp(log_p_T[:count].astype(np.float64))
         if progress is not None:
             progress(member.name, split.name, sum(count for _, count in places), split.num_scored)
+    return _checked(row_N, member)
+
+
+def _ask(engine: Engine, member: Member, split: ScoredSplit, progress: Progress | None) -> NDArray[np.float32]:
+    """The same row, from an engine."""
+
+    def tell(count: int) -> None:
+        if progress is not None:
+            progress(member.name, split.name, count, split.num_scored)
+
+    losses_N = engine_losses(engine, engine.request_member(member.name), split, progress=tell)
+    return _checked(np.exp(-losses_N).astype(np.float32), member)
+
+
+def _checked(row_N: NDArray[np.float32], member: Member) -> NDArray[np.float32]:
     if not np.isfinite(row_N).all():
         raise ChorusError(f"member {member.name!r} gives undefined probabilities: its weights hold NaN or infinity.")
     return np.maximum(row_N, SMALLEST)

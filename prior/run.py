@@ -12,6 +12,7 @@ from population.manifest import Name, Pool, Population
 from population.tokens import TextTokenizer
 from prior.budgets import Budgets, Spending, resolve
 from prior.distributions import MemberDistributions
+from prior.engine import Engine, connect
 from prior.fit import HeldOut, PriorFit, check_budgets, fit_prior
 from prior.latency import LATENCY_JSON, load_table
 from prior.likelihoods import Progress, likelihoods
@@ -35,6 +36,7 @@ def fit_population(
     latency: Path | None = None,
     shrink: bool = False,
     pools: Sequence[Pool] = (),
+    engine: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[Population, list[NamedFit]]:
     """Fit the priors of a population and write manifest, reports, plots and JSON. The manifest is written last.
@@ -48,6 +50,7 @@ def fit_population(
         latency: a table for budgets in milliseconds; prior/latency.json of the population where there is one.
         shrink: draw weights towards uniform; see `fit_prior`.
         pools: pools to try besides the linear one at temperature 1; see `fit_prior`.
+        engine: address of a running engine of this population, which then runs the members instead of this process.
         progress: see `prior.likelihoods`.
 
     Raises:
@@ -58,9 +61,12 @@ def fit_population(
     check_budgets(spending.counts, len(population.members))
     manifest.verify(population, directory)
     texts = {name: _splits(population, directory, text, max_bytes, split_on) for name, text in corpora.items()}
+    asked = None if engine is None else connect(engine, population)
+    if asked is not None:
+        asked.request_member(population.members[0].name)  # refused before anything is computed
     fits = []
     for name, splits in texts.items():
-        held_out = measure(population, directory, splits, progress)
+        held_out = measure(population, directory, splits, progress, engine=asked)
         source = MemberDistributions(population, directory, [splits[part] for part in HELD_OUT]) if pools else None
         found = fit_prior(
             held_out,
@@ -90,12 +96,17 @@ def fit_population(
 
 
 def measure(
-    population: Population, directory: Path, splits: dict[str, ScoredSplit], progress: Progress | None = None
+    population: Population,
+    directory: Path,
+    splits: dict[str, ScoredSplit],
+    progress: Progress | None = None,
+    *,
+    engine: Engine | None = None,
 ) -> HeldOut:
     """Likelihoods of all members on the three splits."""
     parts = [splits[name] for name in HELD_OUT]
     return HeldOut(
-        probabilities_MN=likelihoods(population, directory, parts, progress=progress),
+        probabilities_MN=likelihoods(population, directory, parts, engine=engine, progress=progress),
         num_fitness=parts[0].num_scored,
         num_selection=parts[1].num_scored,
         fitted_offsets=np.concatenate([parts[0].offsets, parts[0].num_scored + parts[1].offsets[1:]]),

@@ -17,18 +17,18 @@ def _load_member(checkpoint: Path) -> Any:
 
 
 @torch.no_grad()
+def member_log_probs(directory: Path, name: str, token_ids: list[int]) -> Tensor:
+    """Log-probabilities (T, V) of the token after each of `token_ids`, under one member."""
+    model = _load_member(directory / manifest.load(directory).member(name).path)
+    return torch.log_softmax(model(torch.tensor([token_ids])).logits[0].double(), -1)
+
+
+@torch.no_grad()
 def mixture_log_probs(directory: Path, tier_name: str, token_ids: list[int]) -> Tensor:
     """Log-probabilities (T, V) of the token after each of `token_ids`, under a tier of the population in `directory`."""
     population = manifest.load(directory)
     tier = population.tier(tier_name)
-    log_p_MTV = torch.stack(
-        [
-            torch.log_softmax(
-                _load_member(directory / population.member(name).path)(torch.tensor([token_ids])).logits[0].double(), -1
-            )
-            for name in tier.members
-        ]
-    )
+    log_p_MTV = torch.stack([member_log_probs(directory, name, token_ids) for name in tier.members])
     weights_M11 = torch.tensor(tier.weights, dtype=torch.float64).view(-1, 1, 1)
     if tier.pool == "linear":
         pooled_TV = torch.logsumexp(log_p_MTV + weights_M11.log(), dim=0)

@@ -1,5 +1,6 @@
 """What answers one request: which members, with what weights, pooled how. Resolved from the manifest's tiers, without torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -10,6 +11,8 @@ from population.manifest import Pool, Population, Tier
 
 TIER_ARGUMENT = "chorus_tier"
 """Key of a request's `vllm_xargs` that names its tier."""
+MEMBER_ARGUMENT = "chorus_member"
+"""Key of a request's `vllm_xargs` that names one member, to be asked alone: for fitting a prior through an engine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,29 @@ class Prior:
         if not isinstance(tier, str) or tier not in self._mixtures:
             raise ChorusError(f"no tier {tier!r}; this population has {', '.join(self._mixtures)}")
         return self._mixtures[tier]
+
+    def alone(self, member: object) -> Mixture:
+        """The mixture of one member by its name.
+
+        Raises:
+            ChorusError: there is no such member.
+        """
+        names = [each.name for each in self._refresh().members]
+        if not isinstance(member, str) or member not in names:
+            raise ChorusError(f"no member {member!r}; this population has {', '.join(names)}")
+        return Mixture(tier=member, members=(names.index(member),), weights=(1.0,), pool="linear", temperature=1.0)
+
+    def asked_by(self, arguments: Mapping[str, object]) -> Mixture:
+        """The mixture that a request's `vllm_xargs` ask for: a tier, one member, or the dearest tier.
+
+        Raises:
+            ChorusError: there is no such tier or member, or both are named.
+        """
+        if MEMBER_ARGUMENT not in arguments:
+            return self.mixture(arguments.get(TIER_ARGUMENT))
+        if TIER_ARGUMENT in arguments:
+            raise ChorusError(f"{TIER_ARGUMENT} and {MEMBER_ARGUMENT} exclude each other; name one")
+        return self.alone(arguments[MEMBER_ARGUMENT])
 
     def _refresh(self) -> Population:
         population = self._manifest.current()

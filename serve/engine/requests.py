@@ -6,25 +6,26 @@ from typing import Any
 
 from population.errors import ChorusError
 from serve.engine.deadline import BUDGET_ARGUMENT, FLOOR_ARGUMENT
-from serve.engine.mixture import TIER_ARGUMENT, Prior
+from serve.engine.mixture import MEMBER_ARGUMENT, TIER_ARGUMENT, Prior
 
-_ARGUMENTS = (TIER_ARGUMENT, BUDGET_ARGUMENT, FLOOR_ARGUMENT)
+_ARGUMENTS = (TIER_ARGUMENT, MEMBER_ARGUMENT, BUDGET_ARGUMENT, FLOOR_ARGUMENT)
 
 
 def check(arguments: dict[str, Any], prior: Prior) -> None:
     """Check a request's `vllm_xargs`.
 
     Raises:
-        ChorusError: a tier does not exist, the time budget is not a positive number, or a key that is ours is misspelt.
+        ChorusError: a tier or member does not exist, the time budget is not a positive number, or a key that is ours is misspelt.
     """
     if unknown := sorted(key for key in arguments if key.startswith("chorus_") and key not in _ARGUMENTS):
         raise ChorusError(f"vllm_xargs: unknown {', '.join(unknown)}; there are {', '.join(_ARGUMENTS)}")
-    for key in (TIER_ARGUMENT, FLOOR_ARGUMENT):
-        if key in arguments:
-            try:
-                prior.mixture(arguments[key])
-            except ChorusError as error:
-                raise ChorusError(f"vllm_xargs.{key}: {error}") from None
+    try:
+        prior.asked_by(arguments)
+        if FLOOR_ARGUMENT in arguments:
+            prior.mixture(arguments[FLOOR_ARGUMENT])
+    except ChorusError as error:
+        named = [key for key in (TIER_ARGUMENT, MEMBER_ARGUMENT, FLOOR_ARGUMENT) if key in arguments]
+        raise ChorusError(f"vllm_xargs ({', '.join(named)}): {error}") from None
     budget_ms = arguments.get(BUDGET_ARGUMENT, 1)
     if isinstance(budget_ms, bool) or not isinstance(budget_ms, int | float) or not 0 < budget_ms < float("inf"):
         raise ChorusError(f"vllm_xargs.{BUDGET_ARGUMENT}: {budget_ms!r} is not a positive number of milliseconds")

@@ -4,6 +4,7 @@ It resolves tiers when requests arrive, and at each token boundary drops members
 """
 
 import time
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,14 @@ class PopulationScheduler(Scheduler):
         """Note what answers the request and by when, then queue it."""
         if request.request_id not in self._mixtures:
             arguments = (request.sampling_params and request.sampling_params.extra_args) or {}
-            mixture = self._resolve(request.request_id, arguments.get(TIER_ARGUMENT))
+            mixture = self._resolve(request.request_id, arguments)
             self._mixtures[request.request_id] = mixture
             self._kv.member_sets[request.request_id] = mixture.members
             if (budget_ms := arguments.get(BUDGET_ARGUMENT)) is not None:
                 floor = arguments.get(FLOOR_ARGUMENT, self._prior.tiers[0])
                 self._deadlines[request.request_id] = Deadline(
                     finish_at=request.arrival_time + budget_ms / 1000,
-                    floor=frozenset(self._resolve(request.request_id, floor).members),
+                    floor=frozenset(self._resolve(request.request_id, {TIER_ARGUMENT: floor}).members),
                 )
         super().add_request(request)
 
@@ -170,9 +171,9 @@ class PopulationScheduler(Scheduler):
             ],
         }
 
-    def _resolve(self, request_id: str, tier: object) -> Mixture:
+    def _resolve(self, request_id: str, arguments: Mapping[str, object]) -> Mixture:
         try:
-            return self._prior.mixture(tier)
+            return self._prior.asked_by(arguments)
         except ChorusError as error:
             # The front end has refused unknown tiers already; an exception here would stop the engine for everyone.
             logger.error("request %s: %s; the dearest tier is taken", request_id, error)

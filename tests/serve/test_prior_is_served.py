@@ -17,6 +17,7 @@ from population.tokens import TokenSplit, split_path
 from prior.distributions import tier_losses
 from prior.engine import connect, engine_losses
 from prior.evaluate import check_engine
+from prior.likelihoods import likelihoods
 from prior.splits import HELD_OUT, ScoredSplit, own_splits
 from tests.live import ChorusServe
 from tests.prior.matrices import cut_splits
@@ -76,10 +77,10 @@ def test_the_losses_in_the_manifest_are_those_of_the_running_engine(chorus_serve
 
     for tier in population.tiers:
         assert tier.test_loss is not None
-        found_N = engine_losses(gateway, tier.name, split)
+        found_N = engine_losses(gateway, gateway.request(tier.name), split)
         assert found_N.mean() == pytest.approx(tier.test_loss.nats, abs=TOLERANCE), tier.name
         if tier.pool == "log":
-            np.testing.assert_allclose(engine_losses(engine, tier.name, split), found_N, atol=TOLERANCE)
+            np.testing.assert_allclose(engine_losses(engine, engine.request(tier.name), split), found_N, atol=TOLERANCE)
     assert {tier.pool for tier in population.tiers} == {"linear", "log"}
 
 
@@ -113,6 +114,27 @@ def test_a_prior_that_is_not_the_served_one_is_found_out(
     assert "at three" in str(result.exception)
 
 
+def test_members_are_scored_by_an_engine_as_they_are_here(
+    chorus_server: ChorusServe, refitted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    population = manifest.load(refitted)
+    kept = refitted / "prior" / "likelihoods"
+    here_MN = np.array(likelihoods(population, refitted, [test_split(refitted)]))
+    shutil.rmtree(kept)
+    monkeypatch.setattr("prior.likelihoods.load_model", None)  # no member is run in this process
+    engine = connect(chorus_server.engine_url, population)
+    found_MN = likelihoods(population, refitted, [test_split(refitted)], engine=engine)
+    np.testing.assert_allclose(np.log(found_MN), np.log(here_MN), atol=TOLERANCE)
+
+    shutil.rmtree(kept)
+    command = ["prior", "fit", str(refitted), "--engine"]
+    result = CliRunner().invoke(cli, [*command, chorus_server.engine_url])
+    assert result.exit_code == 0, result.exception
+    assert manifest.load(refitted).prior_version == population.prior_version + 1
+    refused = CliRunner().invoke(cli, [*command, chorus_server.url])
+    assert "answers with tiers only" in str(refused.exception)
+
+
 def test_latencies_are_measured_and_fitted_within(chorus_server: ChorusServe, refitted: Path) -> None:
     measured = CliRunner().invoke(cli, ["prior", "measure", str(refitted), "--engine", chorus_server.url])
     assert measured.exit_code == 0, measured.exception
@@ -136,4 +158,6 @@ def test_refuses_what_is_no_engine_of_this_population(chorus_server: ChorusServe
     split = ScoredSplit(name="test", split=TokenSplit.from_documents([[1, 2, 3]]), context_length=9)
     engine = connect(chorus_server.engine_url, population)
     with pytest.raises(ChorusError, match="no tier 'nowhere'"):
-        engine_losses(engine, "nowhere", split)
+        engine_losses(engine, engine.request("nowhere"), split)
+    with pytest.raises(ChorusError, match="no member 'nobody'"):
+        engine_losses(engine, engine.request_member("nobody"), split)

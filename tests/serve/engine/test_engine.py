@@ -8,7 +8,7 @@ import pytest
 from vllm import SamplingParams
 
 from population import manifest
-from tests.reference import mixture_log_probs
+from tests.reference import member_log_probs, mixture_log_probs
 from tests.serve.engine.asking import TIERS, assert_isolated, check_against_reference, greedy, prompts
 
 # vLLM and the libraries under it warn about themselves while they start; that is theirs to mend.
@@ -50,6 +50,14 @@ def test_an_unknown_tier_is_refused_and_the_engine_lives(engine: Any, tier: obje
     with pytest.raises(VLLMValidationError, match="chorus_tier"):
         engine.generate(prompts(1), SamplingParams(max_tokens=1, extra_args={"chorus_tier": tier}), use_tqdm=False)
     assert engine.generate(prompts(1), greedy("economy", max_tokens=1), use_tqdm=False)
+
+
+def test_one_member_can_be_asked_by_its_name(engine: Any, tiny_population: Path) -> None:
+    alone = SamplingParams(temperature=0, max_tokens=4, logprobs=1, extra_args={"chorus_member": "t0-c02"})
+    (output,) = engine.generate(prompts(1), alone, use_tqdm=False)
+    ids = list(output.prompt_token_ids) + list(output.outputs[0].token_ids)
+    log_p_TV = member_log_probs(tiny_population, "t0-c02", ids)[len(output.prompt_token_ids) - 1 : -1]
+    assert list(output.outputs[0].token_ids) == log_p_TV.argmax(-1).tolist()
 
 
 def test_requests_hold_blocks_only_for_their_members(engine: Any) -> None:
@@ -168,7 +176,14 @@ def test_a_request_with_time_to_spare_keeps_its_members(engine: Any, tiny_popula
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"chorus_time_budget_ms": -1}, {"chorus_time_budget_ms": "soon"}, {"chorus_floor": "gold"}, {"chorus_weights": 1}],
+    [
+        {"chorus_time_budget_ms": -1},
+        {"chorus_time_budget_ms": "soon"},
+        {"chorus_floor": "gold"},
+        {"chorus_weights": 1},
+        {"chorus_member": "t9-c99"},
+        {"chorus_member": "t0-c00", "chorus_tier": "max"},
+    ],
 )
 def test_bad_arguments_are_refused_by_name(engine: Any, arguments: dict[str, object]) -> None:
     from vllm.exceptions import VLLMValidationError

@@ -110,7 +110,7 @@ def _time_steps(settings: Settings, shape: Shape, world: int, threads: int) -> t
     from train.model import Llama
     from train.perturb import generator_for
     from train.schedule import batch_rows
-    from train.trajectory import autocast, make_optimiser
+    from train.trajectory import autocast, make_optimiser, micro_tokens
     from train.worker import choose_device
 
     before = torch.get_num_threads()
@@ -119,7 +119,7 @@ def _time_steps(settings: Settings, shape: Shape, world: int, threads: int) -> t
     model = Llama(shape).to(device)
     model.initialise(generator_for(settings.seed))
     optimiser = make_optimiser(model, settings)
-    rows = batch_rows(settings.batch_tokens, settings.context_length)
+    rows = batch_rows(min(settings.batch_tokens, micro_tokens(settings, device)), settings.context_length)
     tokens = torch.randint(shape.vocab_size, (rows, shape.context_length + 1), generator=generator_for(0)).to(device)
 
     def step(distils: bool) -> float:

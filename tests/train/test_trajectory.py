@@ -130,6 +130,7 @@ def test_the_teacher_begins_when_the_trajectory_is_saturated_also_after_a_kill(
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # PyTorch's compiler
 def test_compiled_steps_are_those_of_plain_ones_and_a_stop_changes_nothing(tmp_path: Path) -> None:
     settings = Settings(**{**vars(TINY), "cycles": 2, "max_bytes": 20_000})
     records: dict[str, list[Record]] = {"plain": [], "compiled": [], "stopped": []}

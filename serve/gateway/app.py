@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from population.assemble import chorus_version
-from serve.gateway import errors, playground, routes
+from serve.gateway import document, errors, playground, routes
 from serve.gateway.gateway import Gateway
 from serve.gateway.records import RecordMiddleware
 
@@ -31,8 +31,10 @@ def create_app(gateway: Gateway) -> FastAPI:
         begin=gateway.metrics.begin,
         observe=gateway.metrics.observe,
         is_draining=lambda: gateway.is_draining,
+        begin_trace=None if gateway.tracing is None else gateway.tracing.begin,
     )
     errors.add_handlers(app)
     app.include_router(routes.router)
     app.include_router(playground.router)
+    document.describe(app, lambda: gateway.offer, keys_are_needed=gateway.keys.are_needed)
     return app

@@ -59,7 +59,7 @@ async def _ask(
     *,
     teaches: bool = True,
 ) -> None:
-    call = _call(population, tier, prompt_tokens)
+    call = _call(population, tier, prompt_tokens, echoes=not teaches)
     flight = Flight(
         tier=tier,
         floor=tier,
@@ -91,9 +91,11 @@ async def _ask(
         engine.flights.end(flight)
 
 
-def _call(population: Population, tier: Tier, prompt_tokens: int) -> Call:
+def _call(population: Population, tier: Tier, prompt_tokens: int, *, echoes: bool) -> Call:
     # Ids that differ from request to request: what the prefix cache holds would look like a fast prefill.
     start = time.monotonic_ns() % population.vocab_size
     prompt: Sequence[int] = [(start + 7 * idx) % population.vocab_size for idx in range(prompt_tokens)]
     fields = {"prompt": prompt, "max_tokens": _TOKENS, "ignore_eos": True, "stream": True, "temperature": 0}
+    if echoes:  # takes a way through the engine of its own, which is long the first time (2 s, seen on two cores)
+        fields |= {"echo": True, "logprobs": 1}
     return read_call(json.dumps({**fields, "budget": tier.name}).encode(), "completion", population, tier)

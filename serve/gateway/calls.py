@@ -56,18 +56,6 @@ class CallFields(BaseModel):
     )
 
 
-class CompletionFields(CallFields):
-    """A body of `POST /v1/completions`."""
-
-    prompt: str | list[str] | list[int] | list[list[int]] | None = Field(None, description="Must not be empty.")
-
-
-class ChatFields(CallFields):
-    """A body of `POST /v1/chat/completions`."""
-
-    messages: list[dict[str, JsonValue]] = Field(default=[], description="At least one message.")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """A request, checked, and what to send to an engine for it."""

@@ -64,6 +64,18 @@ import click
     type=click.Choice(["text", "json"]),
     help="Log for people, or as JSON with an object for each request.",
 )
+@click.option(
+    "--otlp-traces-endpoint",
+    metavar="URL",
+    help="Send OpenTelemetry traces there, in OTLP over HTTP: http://collector:4318/v1/traces.",
+)
+@click.option(
+    "--echo-part",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Part of the requests whose prompt's loss is measured while an engine is idle: shows drift in the metrics.",
+)
 @click.argument("engine_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- ENGINE_ARGUMENT...]")
 def serve(
     directory: Path,
@@ -79,6 +91,8 @@ def serve(
     drain_timeout: float,
     verbose: bool,
     log_format: str,
+    otlp_traces_endpoint: str | None,
+    echo_part: float,
     engine_arguments: tuple[str, ...],
 ) -> None:
     """Serve the population in DIRECTORY over HTTP, with a budget per request.
@@ -102,6 +116,8 @@ def serve(
         keys_path=keys_path,
         redis=redis,
         logs_json=log_format == "json",
+        otlp_traces_endpoint=otlp_traces_endpoint,
+        echo_part=echo_part,
         limits=Limits(max_sequences=max_sequences, max_queue=max_queue),
         drain=launch.Drain(delay_s=drain_delay, timeout_s=drain_timeout),
     )

@@ -61,6 +61,8 @@ async def _passage(
     request: Request, gateway: "TheGateway", record: "TheRecord", tenant: "TheTenant", offer: "TheOffer"
 ) -> Passage:
     passed_on = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
+    if record.trace is not None:
+        passed_on |= record.trace.headers()
     if not gateway.keys.are_needed and "authorization" in request.headers:
         passed_on["authorization"] = request.headers["authorization"]  # for the engine's own --api-key
     headers = {**passed_on, REQUEST_ID: record.request_id, "Content-Type": "application/json"}
@@ -69,6 +71,7 @@ async def _passage(
         pool=gateway.pool,
         admission=gateway.admission,
         store=gateway.store,
+        echoes=gateway.echoes,
         offer=offer,
         tenant=tenant,
         headers=headers,

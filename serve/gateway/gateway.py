@@ -13,6 +13,7 @@ from serve.gateway import upstream
 from serve.gateway.admission import Admission
 from serve.gateway.calibration import calibrate
 from serve.gateway.discovery import changes, discover
+from serve.gateway.echoes import Echoes
 from serve.gateway.engines import Engine
 from serve.gateway.metrics import Metrics
 from serve.gateway.offer import LiveOffer, Offer
@@ -21,6 +22,7 @@ from serve.gateway.settings import Settings, Supervision
 from serve.gateway.sharing import seed, share
 from serve.gateway.store import MemoryStore, Store
 from serve.gateway.supervisor import EngineFailedError, Supervisor, engine_command
+from serve.gateway.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,10 @@ class Gateway:
         """Whether it was told to stop and only finishes what it has."""
         shared = self.store if settings.redis is not None else None
         self.metrics = Metrics(self.pool, self.admission, self._offer.current, shared)
+        self.echoes = Echoes(self.pool, settings.echo_part, self.metrics.observe_echo)
+        self.tracing: Tracing | None = None
+        if settings.otlp_traces_endpoint is not None:
+            self.tracing = Tracing(settings.otlp_traces_endpoint, population=self.population_name)
         self.session: aiohttp.ClientSession
         self._tasks: set[asyncio.Task[None]] = set()
         self._on_up = on_up
@@ -76,6 +82,8 @@ class Gateway:
                 else:
                     self._add("")
                 self._begin(self.admission.keep())
+                if settings.echo_part:
+                    self._begin(self.echoes.keep(self.session, lambda: self.admission.num_waiting > 0))
                 if settings.redis is not None:
                     self._begin(self.store.keep())
                     self._begin(
@@ -95,6 +103,8 @@ class Gateway:
                         task.cancel()
                     await asyncio.wait(self._tasks, timeout=1)
                 await self.store.close()
+                if self.tracing is not None:
+                    await asyncio.to_thread(self.tracing.close)
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

@@ -51,6 +51,8 @@ def serve(
     limits: Limits | None = None,
     drain: "Drain | None" = None,
     logs_json: bool = False,
+    otlp_traces_endpoint: str | None = None,
+    echo_part: float = 0.0,
 ) -> None:
     """Serve until SIGINT or SIGTERM, then finish what is being answered and stop the engine.
 
@@ -69,6 +71,8 @@ def serve(
             engine=engine_urls or Supervision(directory=directory, arguments=engine_arguments, log=log),
             keys=Keys(path=keys_path, text=os.environ.get("CHORUS_API_KEYS") if keys_path is None else None),
             redis=redis,
+            otlp_traces_endpoint=otlp_traces_endpoint,
+            echo_part=echo_part,
             limits=limits or Limits(),
         )
         with _listen(host, port) as listener:

@@ -22,6 +22,8 @@ _DURATION_BUCKETS_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.1
 
 _BUDGET_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
 
+_LOSS_BUCKETS_NATS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 7.0, 8.0, 10.0)
+
 
 class Metrics:
     """The gateway's metrics, in a registry of their own."""
@@ -118,6 +120,13 @@ class Metrics:
             buckets=_BUDGET_BUCKETS,
             registry=self._registry,
         )
+        self._echo_loss = Histogram(
+            "chorus_gateway_echo_loss_nats",
+            "Mean loss per token of a sample of the prompts, at the tier that served them.",
+            ["tier_served"],
+            buckets=_LOSS_BUCKETS_NATS,
+            registry=self._registry,
+        )
         self._tenant_requests = Counter(
             "chorus_gateway_tenant_requests",
             "Requests by API key's name and HTTP status; `anyone` without keys.",
@@ -137,6 +146,10 @@ class Metrics:
     def count_restart(self) -> None:
         """An engine of our own was started again."""
         self._engine_restarts.inc()
+
+    def observe_echo(self, tier: str, nats: float) -> None:
+        """Count a prompt that was asked for again, with its mean loss per token."""
+        self._echo_loss.labels(tier).observe(nats)
 
     def begin(self) -> None:
         """Count a request that is about to be answered."""

@@ -14,6 +14,7 @@ from serve.gateway import quotas, upstream
 from serve.gateway.admission import Admission, Grant, deadline_exceeded
 from serve.gateway.assembly import Assembly, empty_answer, last_event
 from serve.gateway.calls import Call
+from serve.gateway.echoes import Echo, Echoes
 from serve.gateway.engines import Engine
 from serve.gateway.errors import ApiError, engine_error, error_status, unavailable
 from serve.gateway.exchange import Exchange, Stop, StoppedError
@@ -28,6 +29,7 @@ from serve.gateway.tenants import Tenant
 TIER_HEADER = b"x-chorus-tier"
 _EVENT_STREAM = "text/event-stream"
 _DONE = b"data: [DONE]\n\n"
+_ECHO_HEADERS = ("Content-Type", "authorization")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,7 @@ class Passage:
     pool: Pool
     admission: Admission
     store: Store
+    echoes: Echoes
     offer: Offer
     tenant: Tenant
     headers: dict[str, str]
@@ -300,6 +303,8 @@ class Relay(Response):
             was_dropped=bool(attempt.report.drops.get("drops")),
             characters=0 if self._call.size.prompt_tokens else self._call.size.prompt_characters,
         )
+        headers = {name: value for name, value in self._passage.headers.items() if name in _ECHO_HEADERS}
+        self._passage.echoes.draw(Echo(path=self._path, call=self._call, tier=attempt.grant.tier, headers=headers))
 
     def _note_deadline(self, attempt: _Attempt, *, is_met: bool) -> None:
         self._record.is_deadline_met = is_met

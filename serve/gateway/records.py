@@ -4,8 +4,9 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,6 +18,16 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
 _ACCEPTABLE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class Trace(Protocol):
+    """A request as a trace knows it."""
+
+    def headers(self) -> dict[str, str]:
+        """What tells the engine to which span its own belong."""
+
+    def end(self, method: str, record: "Record") -> None:
+        """The request was answered, and this is what is known of it."""
 
 
 @dataclass(kw_only=True)
@@ -46,6 +57,7 @@ class Record:
     """Members that left on the way, where the engine said so."""
     is_broken: bool = False
     """Whether its stream ended with an error event."""
+    trace: Trace | None = None
     duration_s: float = 0.0
     began_at: float = field(default_factory=time.perf_counter)
 
@@ -95,8 +107,10 @@ class RecordMiddleware:
         begin: Callable[[], None],
         observe: Callable[[Record], None],
         is_draining: Callable[[], bool] = lambda: False,
+        begin_trace: Callable[[str, Mapping[str, str]], Trace] | None = None,
     ) -> None:
         self.app = app
+        self._begin_trace = begin_trace
         self._is_draining = is_draining
         self._begin = begin
         self._observe = observe
@@ -105,9 +119,12 @@ class RecordMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(REQUEST_ID, "")
+        headers = Headers(scope=scope)
+        given = headers.get(REQUEST_ID, "")
         record = Record(request_id=given if _ACCEPTABLE_ID.fullmatch(given) else uuid.uuid4().hex)
         scope.setdefault("state", {})["record"] = record
+        if self._begin_trace is not None:
+            record.trace = self._begin_trace(scope["method"], headers)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -130,6 +147,8 @@ class RecordMiddleware:
             route = scope.get("route")
             record.route = getattr(route, "path", "none")
             self._observe(record)
+            if record.trace is not None:
+                record.trace.end(scope["method"], record)
             logger.info(
                 "%s %s %d in %.1f ms, tier %s, request %s",
                 scope["method"],

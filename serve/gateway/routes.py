@@ -4,11 +4,11 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel
+from starlette.responses import PlainTextResponse
 
 from population.assemble import chorus_version
-from serve.gateway import upstream
-from serve.gateway.calls import Call, ChatFields, CompletionFields
+from serve.gateway import document, upstream
+from serve.gateway.calls import Call
 from serve.gateway.dependencies import ChatCall, CompletionCall, TheGateway, TheOffer, ThePassage, TokenCall
 from serve.gateway.errors import ApiError, unavailable
 from serve.gateway.proxy import Passage, Relay
@@ -17,10 +17,8 @@ from serve.gateway.tiers import tiers_between
 router = APIRouter()
 
 
-def _takes(fields: type[BaseModel]) -> dict[str, Any]:
-    """The OpenAPI description of a body that the routes read themselves, so that its bytes pass with little work."""
-    content = {"application/json": {"schema": fields.model_json_schema()}}
-    return {"requestBody": {"required": True, "content": content}}
+_ENGINE_ERRORS = (400, 401, 403, 404, 413, 422, 429, 500, 503, 504)
+_TOKEN_ERRORS = (400, 401, 403, 404, 413, 422, 500, 503)
 
 
 def _relay(path: str, call: Call, passage: Passage) -> Response:
@@ -35,37 +33,57 @@ async def _forward(path: str, call: Call, passage: Passage) -> Response:
     return Response(body, media_type="application/json")
 
 
-@router.post("/v1/completions", openapi_extra=_takes(CompletionFields), tags=["OpenAI"])
+@router.post(
+    "/v1/completions",
+    openapi_extra=document.takes({"prompt": document.PROMPT}, required="prompt", engines=document.COMPLETION_FIELDS),
+    responses=document.answers(document.ANSWER, *_ENGINE_ERRORS, streams=True),
+    tags=["OpenAI"],
+)
 async def complete(call: CompletionCall, passage: ThePassage) -> Response:
     """Complete a prompt with the mixture of the request's tier."""
     return _relay("/v1/completions", call, passage)
 
 
-@router.post("/v1/chat/completions", openapi_extra=_takes(ChatFields), tags=["OpenAI"])
+@router.post(
+    "/v1/chat/completions",
+    openapi_extra=document.takes({"messages": document.MESSAGES}, required="messages", engines=document.CHAT_FIELDS),
+    responses=document.answers(document.ANSWER, *_ENGINE_ERRORS, streams=True),
+    tags=["OpenAI"],
+)
 async def chat(call: ChatCall, passage: ThePassage) -> Response:
     """Answer a conversation with the mixture of the request's tier."""
     return _relay("/v1/chat/completions", call, passage)
 
 
-@router.post("/tokenize", tags=["tokens"])
+@router.post(
+    "/tokenize",
+    openapi_extra=document.takes({"prompt": {"type": "string"}, "messages": document.MESSAGES}),
+    responses=document.answers(document.TOKENS, *_TOKEN_ERRORS),
+    tags=["tokens"],
+)
 async def tokenize(call: TokenCall, passage: ThePassage) -> Response:
     """Cut a text or a conversation into the tokens that all members share."""
     return await _forward("/tokenize", call, passage)
 
 
-@router.post("/detokenize", tags=["tokens"])
+@router.post(
+    "/detokenize",
+    openapi_extra=document.takes({"tokens": document.TOKEN_IDS}, required="tokens"),
+    responses=document.answers(document.TEXT, *_TOKEN_ERRORS),
+    tags=["tokens"],
+)
 async def detokenize(call: TokenCall, passage: ThePassage) -> Response:
     """Join tokens into text."""
     return await _forward("/detokenize", call, passage)
 
 
-@router.get("/v1/models", tags=["OpenAI"])
+@router.get("/v1/models", responses=document.answers(document.MODELS, 401, 403), tags=["OpenAI"])
 async def list_models(offer: TheOffer) -> dict[str, Any]:
     """The population under its own name, and each of its tiers."""
     return {"object": "list", "data": list(offer.cards.values())}
 
 
-@router.get("/v1/models/{model}", tags=["OpenAI"])
+@router.get("/v1/models/{model}", responses=document.answers(document.MODEL, 401, 403, 404, 422), tags=["OpenAI"])
 async def show_model(model: str, offer: TheOffer) -> dict[str, Any]:
     """One of them."""
     cards = offer.cards
@@ -85,7 +103,7 @@ async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/ready", tags=["operation"])
+@router.get("/ready", responses=document.answers({"type": "object"}, 503), tags=["operation"])
 async def ready(gateway: TheGateway) -> dict[str, str]:
     """Whether requests should come here: 503 while no engine answers, and from when the gateway was told to stop."""
     if gateway.is_draining:
@@ -94,7 +112,7 @@ async def ready(gateway: TheGateway) -> dict[str, str]:
     return {"status": "ready"}
 
 
-@router.get("/metrics", tags=["operation"])
+@router.get("/metrics", response_class=PlainTextResponse, tags=["operation"])
 async def metrics(gateway: TheGateway) -> Response:
     """The gateway's metrics, for Prometheus."""
     return Response(gateway.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -63,6 +63,10 @@ class Settings:
     """Address of the Redis that replicas share; None keeps everything in memory."""
     discovery_interval_s: float = 5.0
     """Time between two looks for engines that came or went, and for what replicas share."""
+    otlp_traces_endpoint: str | None = None
+    """Where traces go, in OTLP over HTTP; None makes none."""
+    echo_part: float = 0.0
+    """Part of the requests whose prompt's loss is measured, in moments in which an engine has nothing else to do."""
     limits: Limits = field(default_factory=Limits)
     """How much is taken on at once."""
     calibrates: bool = True

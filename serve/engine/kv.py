@@ -1,4 +1,4 @@
-"""Memory-exact KV: each member's layers are a KV-cache group of their own, and a request holds blocks only in its members' groups.
+"""Memory-exact KV: each member's layers are KV-cache groups of their own, and a request holds blocks only in its members' groups.
 
 All groups share one pool of blocks. A block is hashed together with its group, so a member's cached prefix is found by whoever uses
 that member, whatever the tier, and never by a reader of KV that was not written.
@@ -47,20 +47,25 @@ class MemberAttentionSpec(FullAttentionSpec):
         )
 
 
-def groups_by_member(kv_cache_config: Any) -> dict[int, int]:
-    """The index of each member's KV-cache group. Where members are spread over ranks, groups stand in the order of the ranks.
+def groups_by_member(kv_cache_config: Any, num_members: int) -> dict[int, tuple[int, ...]]:
+    """The KV-cache groups of each member, by index.
+
+    One for each, where members have as many layers as each other. vLLM wants groups of like size, and cuts a deeper member into
+    several. Where members are spread over ranks, groups stand in the order of the ranks.
 
     Raises:
-        RuntimeError: some member has no group of its own.
+        RuntimeError: some group is no member's, or some member has none.
     """
-    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-    members = [spec.member for spec in specs if isinstance(spec, MemberAttentionSpec)]
-    if sorted(members) != list(range(len(specs))):
+    groups: dict[int, tuple[int, ...]] = {}
+    for idx, group in enumerate(kv_cache_config.kv_cache_groups):
+        member = getattr(group.kv_cache_spec, "member", -1)
+        groups[member] = (*groups.get(member, ()), idx)
+    if sorted(groups) != list(range(num_members)):
         raise RuntimeError(
-            f"vLLM made KV-cache groups for the members {members}, {len(specs)} in all. Each member must have one of its own, or "
+            f"vLLM made KV-cache groups for the members {list(groups)}, of {num_members}. Each member must have its own, or "
             "requests would read KV that was never written: a bug of chorus with this version of vLLM."
         )
-    return {member: group for group, member in enumerate(members)}
+    return groups
 
 
 def _plain(spec: MemberAttentionSpec) -> FullAttentionSpec:
@@ -78,19 +83,19 @@ class MemberCoordinator(KVCacheCoordinator):
     """The members of each live request; the scheduler writes it."""
     searching: tuple[int, ...]
     """Members of the request for which the prefix cache is being searched: that search names no request."""
-    group_of: dict[int, int]
-    """The group of each member."""
+    groups_of: dict[int, tuple[int, ...]]
+    """The groups of each member."""
     _no_blocks: tuple[tuple[()], ...]
 
     @classmethod
-    def adopt(cls, coordinator: KVCacheCoordinator, group_of: dict[int, int]) -> Self:
+    def adopt(cls, coordinator: KVCacheCoordinator, groups_of: dict[int, tuple[int, ...]]) -> Self:
         """Give vLLM's coordinator our methods: vLLM offers no hook to choose its class."""
         own = type(f"Member{type(coordinator).__name__}", (cls, type(coordinator)), {})
         adopted: Any = coordinator
         adopted.__class__ = own
         adopted.member_sets = {}
         adopted.searching = ()
-        adopted.group_of = group_of
+        adopted.groups_of = groups_of
         adopted._no_blocks = ((),) * len(adopted.single_type_managers)
         population_coordinator: Self = adopted
         return population_coordinator
@@ -103,7 +108,7 @@ class MemberCoordinator(KVCacheCoordinator):
         if not self.block_pool.enable_caching:
             return tuple(found), 0, 0
         length = max_cache_hit_length
-        groups = [self.group_of[member] for member in self.searching]
+        groups = [group for member in self.searching for group in self.groups_of[member]]
         for group in groups:
             manager = self.single_type_managers[group]
             (found[group],), length = manager.find_longest_cache_hit(
@@ -164,10 +169,11 @@ class MemberCoordinator(KVCacheCoordinator):
 
     def free_member(self, request_id: str, member: int) -> None:
         """Give back the blocks of a member that leaves a running request."""
-        self.single_type_managers[self.group_of[member]].free(request_id)
+        for group in self.groups_of[member]:
+            self.single_type_managers[group].free(request_id)
 
     def _groups(self, request_id: str) -> list[int]:
-        return [self.group_of[member] for member in self.member_sets[request_id]]
+        return [group for member in self.member_sets[request_id] for group in self.groups_of[member]]
 
     def remove_skipped_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: full attention skips no block."""

@@ -31,14 +31,12 @@ class PopulationScheduler(Scheduler):
         super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
         directory = Path(vllm_config.model_config.model)
         self._member_names = [member.name for member in manifest.load(directory).members]
-        group_of = groups_by_member(kv_cache_config)
-        if len(group_of) != len(self._member_names):
-            raise RuntimeError(f"vLLM made {len(group_of)} KV-cache groups for {len(self._member_names)} members.")
+        groups_of = groups_by_member(kv_cache_config, len(self._member_names))
         self._prior = Prior(directory)
         self._mixtures: dict[str, Mixture] = {}
         self._deadlines: dict[str, Deadline] = {}
         self._changed: set[str] = set()
-        self._kv = MemberCoordinator.adopt(self.kv_cache_manager.coordinator, group_of)
+        self._kv = MemberCoordinator.adopt(self.kv_cache_manager.coordinator, groups_of)
         self._step_cost = StepCost()
         self._step_started = 0.0
         self._num_steps = 0

@@ -77,8 +77,12 @@ class PopulationRunner(GPUModelRunner):
         if step is not None:
             for member in step.running:
                 if (rows := step.rows[member]) is not None:
-                    layers = self.model.layers_by_member[member]
-                    by_layer.update(dict.fromkeys(layers, by_layer[layers[0]][rows.tokens]))
+                    narrowed: dict[int, Any] = {}  # by whole mapping, which all layers of a group share
+                    for layer in self.model.layers_by_member[member]:
+                        whole = by_layer[layer]
+                        if id(whole) not in narrowed:
+                            narrowed[id(whole)] = whole[rows.tokens]
+                        by_layer[layer] = narrowed[id(whole)]
         return by_group, by_layer
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -98,11 +102,12 @@ class PopulationRunner(GPUModelRunner):
 
 @dataclass(frozen=True, kw_only=True)
 class _Groups:
-    """What a runner holds about KV-cache groups, one for each member: three lists that it walks side by side."""
+    """What a runner holds about KV-cache groups, each of one member: three lists that it walks side by side."""
 
     config: Any
     attention: list[Any]
     tables: list[Any]
+    groups_of: dict[int, tuple[int, ...]]
 
     @classmethod
     def shown_by(cls, runner: Any) -> Self:
@@ -111,12 +116,12 @@ class _Groups:
             config=runner.kv_cache_config,
             attention=runner.attn_groups,
             tables=runner.input_batch.block_table.block_tables,
+            groups_of=groups_by_member(runner.kv_cache_config, runner.model.num_members),
         )
 
     def only(self, members: Sequence[int]) -> Self:
         """The groups of some members."""
-        group_of = groups_by_member(self.config)
-        groups = [group_of[member] for member in members]
+        groups = [group for member in members for group in self.groups_of[member]]
         return replace(
             self,
             config=replace(self.config, kv_cache_groups=[self.config.kv_cache_groups[idx] for idx in groups]),

@@ -8,7 +8,7 @@ import pytest
 from population import assemble
 from tests.serve.engine.asking import TIERS, assert_isolated, check_against_reference, greedy, prompts
 from tests.serve.engine.conftest import running_engine
-from tests.worlds import save_checkpoint
+from tests.worlds import save_checkpoint, save_member, save_tokenizer
 
 # vLLM and the libraries under it warn about themselves while they start; that is theirs to mend.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -46,6 +46,21 @@ def test_other_architectures_are_mixed_exactly(architecture: str, tmp_path: Path
     with running_engine(directory) as other:
         tiers = ("economy", "max", "economy", "max")
         outputs = other.generate(prompts(4), [greedy(tier) for tier in tiers], use_tqdm=False)
+        for tier, output in zip(tiers, outputs, strict=True):
+            check_against_reference(directory, tier, output)
+
+
+def test_members_of_different_depth_and_width_are_mixed_exactly(tmp_path: Path) -> None:
+    for idx, (layers, width) in enumerate([(2, 64), (3, 96)]):
+        save_member(tmp_path / f"tune-{idx}", seed=idx, layers=layers, width=width)
+        save_tokenizer(tmp_path / f"tune-{idx}")
+    directory = tmp_path / "uneven"
+    assemble.gather([tmp_path / "tune-0", tmp_path / "tune-1"], directory)
+    with running_engine(directory) as uneven:
+        for first, second in (("economy", "max"), ("max", "economy")):
+            assert_isolated(uneven, directory, first, second)
+        tiers = ("economy", "max", "economy", "max")
+        outputs = uneven.generate(prompts(4), [greedy(tier) for tier in tiers], use_tqdm=False)
         for tier, output in zip(tiers, outputs, strict=True):
             check_against_reference(directory, tier, output)
 

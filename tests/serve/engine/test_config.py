@@ -1,0 +1,52 @@
+"""What a population cannot be served with is refused at start, with a sentence that says why."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from population.errors import ChorusError
+
+pytestmark = pytest.mark.filterwarnings("default")  # vLLM's own, while it is imported
+
+
+def configuration(**changes: Any) -> Any:
+    parallel = {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "enable_dbo": False}
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(**parallel | changes.pop("parallel", {})),
+        **{"lora_config": None, "kv_transfer_config": None, "speculative_config": None} | changes,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"lora_config": object()}, "LoRA adapters"),
+        ({"kv_transfer_config": object()}, "KV transfer"),
+        ({"speculative_config": object()}, "speculative decoding"),
+        ({"parallel": {"pipeline_parallel_size": 2}}, "pipeline parallelism"),
+        ({"parallel": {"decode_context_parallel_size": 2}}, "context parallelism"),
+        ({"parallel": {"enable_dbo": True}}, "dual-batch overlap"),
+    ],
+)
+def test_what_cannot_work_is_refused_and_says_why(changes: dict[str, Any], says: str) -> None:
+    from serve.engine.config import _refuse
+
+    _refuse(configuration())
+    with pytest.raises(ChorusError, match=says):
+        _refuse(configuration(**changes))
+
+
+def test_attention_that_is_not_full_is_refused_by_layer() -> None:
+    import torch
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+    from serve.engine.attention import _own_kv_cache
+
+    spec = SlidingWindowSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32, sliding_window=64)
+    layer = SimpleNamespace(layer_name="member_1.model.layers.0", get_kv_cache_spec=lambda config: spec)
+    _own_kv_cache(layer, 1)
+    with pytest.raises(
+        ChorusError, match=r"member 1, layer member_1.model.layers.0: its KV cache is a SlidingWindowSpec"
+    ):
+        layer.get_kv_cache_spec(None)

@@ -62,7 +62,8 @@ class RedisStore:
         self._num_gateways = 1
         self._is_up = True
         self._try_again_at = 0.0
-        self._known_engines: list[str] = []
+        self._seen_engines: dict[str, float] = {}
+        """When each was last found there, or could not be looked for."""
 
     @property
     def is_up(self) -> bool:
@@ -88,13 +89,16 @@ class RedisStore:
         await self._ask(lambda: self._redis.zadd(self._prefix + "engines", {url: time.time()}))
 
     async def engines(self) -> list[str]:
-        """See `Store`. Without Redis: those that were known last; their own health says whether they live."""
+        """See `Store`. Those known before stay while Redis is away, and until they had time to announce themselves to one that
+        comes back empty; their own health says whether they live."""
         found = await self._ask(
             lambda: self._redis.zrangebyscore(self._prefix + "engines", time.time() - _FRESH_S, "+inf")
         )
-        if found is not None:
-            self._known_engines = [str(url) for url in found]
-        return self._known_engines
+        now = time.monotonic()
+        for url in self._seen_engines if found is None else map(str, found):
+            self._seen_engines[url] = now
+        self._seen_engines = {url: seen for url, seen in self._seen_engines.items() if now - seen < _FRESH_S}
+        return list(self._seen_engines)
 
     async def save_model(self, url: str, state: dict[str, Any]) -> None:
         """See `Store`."""

@@ -144,6 +144,25 @@ def test_without_redis_a_quota_is_the_gateways_share_and_with_it_again_the_whole
     in_redis(redis, story)
 
 
+def test_engines_are_known_on_while_redis_is_away_and_until_they_had_time_to_announce_themselves(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.gateway.redis_store._FRESH_S", 3.0)
+
+    async def story(store: RedisStore) -> None:
+        await store.announce("http://e")
+        assert await store.engines() == ["http://e"]
+        redis.kill()
+        await asyncio.sleep(3.5)
+        assert await store.engines() == ["http://e"]
+        redis.start()  # empty
+        assert await store.engines() == ["http://e"]
+        await asyncio.sleep(3.5)
+        assert await store.engines() == []
+
+    in_redis(redis, story)
+
+
 def test_a_frozen_redis_holds_nothing_up_for_long(redis: RedisServer) -> None:
     async def story(store: RedisStore) -> None:
         await store.take(BUCKET, 1.0)

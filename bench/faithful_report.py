@@ -234,14 +234,20 @@ def pools(method: str, *, chosen: bool, fitted: bool) -> tuple[Of, Of]:
         if key not in trained.cache:
             heldout_MN = np.concatenate([trained.fitness_MN, trained.selection_MN], axis=1)[list(rows)]
             weights_M = fit_weights(heldout_MN).weights_M if fitted else np.full(len(rows), 1 / len(rows))
-            trained.cache[key] = pooled(trained.run, [wikitext.members(trained.run)[row] for row in rows], weights_M)
+            names = [wikitext.members(trained.run)[row] for row in rows]
+            trained.cache[key] = pooled(trained.run, names, weights_M, kept="fitted" if fitted else "equal")
         return np.asarray(trained.cache[key][idx])
 
     return lambda seed: of(seed, 0), lambda seed: of(seed, 1)
 
 
-def pooled(run: Run, members: list[tuple[int, int]], weights_M: Losses) -> tuple[Losses, Losses]:
-    """Losses on the test tokens: of the weighted mean of the members' probabilities, and of that of their logits."""
+def pooled(run: Run, members: list[tuple[int, int]], weights_M: Losses, *, kept: str) -> Losses:
+    """Losses (2, N) on the test tokens: of the weighted mean of the members' probabilities, and of that of their logits. They stay
+    beside the run.
+    """
+    path = run.directory / "scores" / f"pools-{kept}-{'-'.join(member_name(*member) for member in members)}.npy"
+    if path.exists():
+        return np.asarray(np.load(path))
     weights_M11 = torch.from_numpy(weights_M).float()[:, None, None]
     linear, logits = [], []
     for log_p_MNV, targets_N in distributions(run, members, "test"):
@@ -249,7 +255,9 @@ def pooled(run: Run, members: list[tuple[int, int]], weights_M: Losses) -> tuple
         linear.append(-torch.logsumexp(own_MN + weights_M11[..., 0].log(), dim=0))
         mean_NV = (log_p_MNV * weights_M11).sum(dim=0)
         logits.append(torch.logsumexp(mean_NV, dim=-1) - mean_NV.gather(1, targets_N[:, None])[:, 0])
-    return torch.cat(linear).double().numpy(), torch.cat(logits).double().numpy()
+    both_2N: Losses = torch.stack([torch.cat(linear), torch.cat(logits)]).double().numpy()
+    np.save(path, both_2N)
+    return both_2N
 
 
 def divergences(run: Run) -> tuple[float, float]:

@@ -3,7 +3,6 @@
 import math
 import random
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,15 +53,6 @@ def train_until(run: Run, records: int, moments: random.Random) -> bool:
 
 def digests(run: Run) -> list[dict[str, str]]:
     return [member.sha256 for member in manifest.load(run.directory).members]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Steps this small only lose by a second thread, and a lot where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,7 @@ class Exchange:
         self._stall_s = stall_s
         self._patience = asyncio.Timeout(None)
         self._is_sending = False
+        self._ends_at_deadline = False
         self._has_words = False
         self._blocked_s = 0.0
 
@@ -106,15 +107,18 @@ class Exchange:
     def _wait_on(self) -> None:
         loop = asyncio.get_running_loop()
         when = None if self._deadline is None else loop.time() + self._deadline - LEAD_S - time.perf_counter()
+        self._ends_at_deadline = when is not None
         if self._has_words:
             stalled_at = loop.time() + self._stall_s
-            when = stalled_at if when is None else min(when, stalled_at)
+            self._ends_at_deadline = when is not None and when <= stalled_at
+            when = when if self._ends_at_deadline else stalled_at
         if not self._patience.expired():
             self._patience.reschedule(when)
 
     def _why(self) -> Stop:
         if not self.grant.engine.is_up:
             return Stop.LOST
-        if self._deadline is not None and time.perf_counter() >= self._deadline - LEAD_S - 0.001:
+        # Not by the clock: uvloop's timers have whole milliseconds, so a wait may end more than one before its time.
+        if self._ends_at_deadline:
             return Stop.DEADLINE
         return Stop.STUCK if self._is_sending else Stop.STALLED

@@ -1,0 +1,38 @@
+"""Why a wait ended: told by what it waited for, not by a clock that may say that it is not yet time."""
+
+import asyncio
+import time
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from serve.gateway.admission import Grant
+from serve.gateway.exchange import LEAD_S, Exchange, Stop, StoppedError
+
+
+async def why(*, deadline_s: float | None, stall_s: float, early_s: float = 0.0) -> Stop:
+    """Why a wait ends in which one word comes and then nothing; its timer fires so much early."""
+    flights = SimpleNamespace(note_first=lambda flight: None)
+    engine = SimpleNamespace(is_up=True, waiting=set(), heard_at=0.0, flights=flights)
+    grant = cast(Grant, SimpleNamespace(engine=engine, flight=cast(Any, SimpleNamespace(first_at=None, num_tokens=0))))
+    deadline = None if deadline_s is None else time.perf_counter() + deadline_s
+    try:
+        async with Exchange(grant, deadline=deadline, stall_s=stall_s) as exchange:
+            exchange.heard(1)
+            (patience,) = engine.waiting
+            patience.reschedule(patience.when() - early_s)
+            await asyncio.sleep(10)
+    except StoppedError as stopped:
+        return stopped.why
+    raise AssertionError("the wait did not end")
+
+
+@pytest.mark.parametrize("early_s", [0.0, 0.02])
+def test_a_deadline_is_a_deadline_though_uvloops_timers_end_a_little_early(early_s: float) -> None:
+    assert asyncio.run(why(deadline_s=LEAD_S + 0.03, stall_s=5, early_s=early_s)) is Stop.DEADLINE
+
+
+@pytest.mark.parametrize("deadline_s", [30, None])
+def test_silence_is_a_stall_though_a_deadline_lies_ahead(deadline_s: float | None) -> None:
+    assert asyncio.run(why(deadline_s=deadline_s, stall_s=0.05)) is Stop.STALLED

@@ -244,6 +244,19 @@ def test_gpus_are_asked_for_and_used() -> None:
     assert not any("tensor-parallel" in word for word in cpu["args"])
 
 
+def test_engines_on_cpus_have_threads_for_what_they_request_and_may_be_told_otherwise() -> None:
+    def environment(name: str) -> dict[str, Any]:
+        container = pick(rendered(name), "StatefulSet")["spec"]["template"]["spec"]["containers"][0]
+        names = [each["name"] for each in container["env"]]
+        assert len(set(names)) == len(names)
+        return {each["name"]: each.get("value", each.get("valueFrom")) for each in container["env"]}
+
+    assert environment("default")["OMP_NUM_THREADS"] == {"resourceFieldRef": {"resource": "requests.cpu"}}
+    assert environment("default")["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert environment("cpu")["OMP_NUM_THREADS"] == "15"
+    assert "OMP_NUM_THREADS" not in environment("gpu")
+
+
 def test_network_policies_select_every_pod_and_open_no_engine() -> None:
     objects = rendered("default")
     policies = [each for each in objects if each["kind"] == "NetworkPolicy"]

@@ -125,6 +125,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"gateway": {"image": {"digest": "sha256:abc"}}}, "digest"),
     ({"gateway": {"image": {"pullPolicy": "Sometimes"}}}, "pullPolicy"),
     ({"gateway": {"maxQueue": -1}}, "maxQueue"),
+    ({"gateway": {"echoPart": 1.5}}, "echoPart"),
+    ({"gateway": {"tracesEndpoint": "collector:4318"}}, "tracesEndpoint"),
     ({"gateway": {"extraArgs": ["--port=80"]}}, "extraArgs"),
     ({"gateway": {"existingKeysSecret": "Not A Name"}}, "existingKeysSecret"),
     ({"gateway": {"resources": {"requests": {"memory": "a lot"}}}}, "memory"),
@@ -238,6 +240,7 @@ def test_gpus_are_asked_for_and_used() -> None:
     container = pick(rendered("two-gpus"), "StatefulSet")["spec"]["template"]["spec"]["containers"][0]
     assert container["resources"]["limits"] == {"memory": "96Gi", "nvidia.com/gpu": 2}
     assert "--tensor-parallel-size=2" in container["args"]
+    assert '--additional-config={"chorus_member_parallel": true}' in container["args"]
     assert container["image"] == "chorus/engine-cuda:0.1.0"
     cpu = pick(rendered("cpu"), "StatefulSet")["spec"]["template"]["spec"]["containers"][0]
     assert "nvidia.com/gpu" not in cpu["resources"]["limits"]

@@ -194,6 +194,17 @@ MODELS = _object({"object": {"type": "string", "const": "list"}, "data": {"type"
 MODEL = _MODEL
 TOKENS = _object({"tokens": {"type": "array", "items": {"type": "integer"}}})
 TEXT = _object({"prompt": {"type": "string"}})
+_NUMBERS: Schema = {"type": "array", "items": {"type": ["number", "null"]}}
+DISAGREEMENT = _object(
+    {
+        "tier": {"type": "string"},
+        "members": {"type": "array", "items": {"type": "string"}},
+        "weights": {"type": "array", "items": {"type": "number"}},
+        "disagreement_nats": _NUMBERS,
+        "logprobs": {"type": "array", "items": _NUMBERS},
+    }
+)
+"""What mixing gains at each token, and each member's log-probability of it."""
 PROMPT: Schema = {
     "anyOf": [
         {"type": "string", "minLength": 1},

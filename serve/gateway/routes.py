@@ -7,7 +7,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import PlainTextResponse
 
 from population.assemble import chorus_version
-from serve.gateway import document, upstream
+from serve.gateway import disagreement, document, upstream
 from serve.gateway.calls import Call
 from serve.gateway.dependencies import ChatCall, CompletionCall, TheGateway, TheOffer, ThePassage, TokenCall
 from serve.gateway.errors import ApiError, unavailable
@@ -53,6 +53,17 @@ async def complete(call: CompletionCall, passage: ThePassage) -> Response:
 async def chat(call: ChatCall, passage: ThePassage) -> Response:
     """Answer a conversation with the mixture of the request's tier."""
     return _relay("/v1/chat/completions", call, passage)
+
+
+@router.post(
+    "/v1/population/disagreement",
+    openapi_extra=document.takes({"prompt": document.TOKEN_IDS}, required="prompt"),
+    responses=document.answers(document.DISAGREEMENT, *_ENGINE_ERRORS),
+    tags=["population"],
+)
+async def show_disagreement(call: CompletionCall, passage: ThePassage) -> dict[str, Any]:
+    """How much the members of a tier disagree about each token of a text, given as token ids."""
+    return await disagreement.find(call, passage)
 
 
 @router.post(

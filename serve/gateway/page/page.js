@@ -3,7 +3,10 @@
 
 const at = (id) => document.getElementById(id);
 const TINT_AT = Math.log(100); // a token of probability 1/100 or less has the full tint
+const DISAGREE_AT = 1; // nats: so does one at which mixing gains that much over the members' mean
 let running = null;
+let written = []; // of each shown token: its span and its ids
+let promptIds = [];
 
 function headers() {
   const key = at("key").value.trim();
@@ -34,6 +37,7 @@ function request() {
     temperature: Number(at("temperature").value),
     logprobs: 0,
     stream: true,
+    return_token_ids: true,
     stream_options: { include_usage: true },
   };
   if (at("tier").value) body.budget = at("tier").value;
@@ -69,12 +73,14 @@ function tint(span, logprob) {
 function showTokens(choice) {
   const known = choice.logprobs;
   const texts = known && known.tokens && known.tokens.join("") === choice.text ? known.tokens : [choice.text];
+  const ids = choice.token_ids || [];
   texts.forEach((text, idx) => {
     const span = document.createElement("span");
     span.className = "token";
     span.textContent = text;
     if (known && known.token_logprobs) tint(span, known.token_logprobs[idx]);
     at("answer").append(span);
+    written.push({ span, ids: texts.length === ids.length ? [ids[idx]] : idx ? [] : ids });
   });
   return known && known.tokens ? known.tokens.length : 1;
 }
@@ -95,6 +101,29 @@ function showPopulation(found) {
   }));
 }
 
+// What each member alone makes of the answer: tokens are then tinted by how much they disagree.
+async function showDisagreement(tier) {
+  const ids = written.flatMap((token) => token.ids);
+  if (!promptIds.length || !ids.length) return;
+  const answer = await fetch("v1/population/disagreement", {
+    method: "POST", headers: headers(), body: JSON.stringify({ prompt: [...promptIds, ...ids], budget: tier }),
+  });
+  if (!answer.ok) return; // the tint by probability stays
+  const found = await answer.json();
+  let position = promptIds.length;
+  for (const { span, ids: own } of written) {
+    const gaps = found.disagreement_nats.slice(position, position + own.length);
+    if (gaps.length) {
+      const gap = Math.max(...gaps);
+      span.style.backgroundColor = `rgba(var(--tint), ${(0.7 * Math.min(1, gap / DISAGREE_AT)).toFixed(3)})`;
+      const each = found.members.map((member, idx) => `${member} ${Math.exp(found.logprobs[idx][position]).toPrecision(2)}`);
+      span.title += `; members: ${each.join(", ")}; disagreement ${gap.toFixed(3)} nats`;
+    }
+    position += own.length;
+  }
+  at("legend").textContent = "Tint: how much the members disagreed about the token (full at 1 nat)";
+}
+
 async function complete() {
   running = new AbortController();
   at("send").disabled = true;
@@ -106,8 +135,11 @@ async function complete() {
   prompt.className = "prompt";
   prompt.textContent = at("prompt").value;
   at("answer").replaceChildren(prompt);
+  written = [];
+  promptIds = [];
+  at("legend").textContent = "Tint: how unlikely the mixture found the token (full at one in a hundred)";
   const beganAt = performance.now();
-  let firstAt = 0, tokens = 0, finish = null;
+  let firstAt = 0, tokens = 0, finish = null, population = null;
   const answer = await fetch("v1/completions", {
     method: "POST", headers: headers(), body: JSON.stringify(request()), signal: running.signal,
   });
@@ -117,8 +149,9 @@ async function complete() {
   }
   for await (const event of events(answer)) {
     if (event.error) throw new Error(`${event.error.code}: ${event.error.message}`);
-    if (event.population) showPopulation(event.population);
+    if (event.population) showPopulation(population = event.population);
     for (const choice of event.choices || []) {
+      if (choice.prompt_token_ids) promptIds = choice.prompt_token_ids;
       if (choice.text) tokens += showTokens(choice);
       finish = choice.finish_reason || finish;
     }
@@ -130,6 +163,7 @@ async function complete() {
     const passed = (performance.now() - firstAt) / 1000;
     if (tokens > 1 && passed > 0) at("speed").textContent = ((tokens - 1) / passed).toFixed(1);
   }
+  if (population && population.members.length > 1) await showDisagreement(population.tier);
   at("state").textContent = `done: ${tokens} tokens, ${finish || "no end"}`;
 }
 

@@ -46,6 +46,8 @@ class ScriptedEngine:
         self.is_stuck = False
         """Whether it says that it is well, and works on nothing."""
         self.num_tokens = 0
+        self.member_logprobs: dict[str, list[float]] = {}
+        """What members say of every prompt but its first token, where they are asked alone."""
         self.echo = False
         """Whether it answers each request with its own prompt."""
         self.bodies: list[dict[str, Any]] = []
@@ -73,6 +75,10 @@ class ScriptedEngine:
         body = await self._note(scope, receive)
         if self.echo:
             await self._echo(send, body)
+            return
+        if (member := body.get("vllm_xargs", {}).get("chorus_member")) is not None:
+            logprobs = {"token_logprobs": [None, *self.member_logprobs[member]]}
+            await _send_whole(send, 200, json.dumps({"choices": [{"logprobs": logprobs}]}).encode())
             return
         if self.break_before_answer:
             self.break_before_answer -= 1

@@ -93,14 +93,17 @@ def in_browser(url: str, profile: Path, story: Any) -> None:
 
 def token(word: str, logprob: float, finish: str | None = None) -> bytes:
     logprobs = {"tokens": [word], "token_logprobs": [logprob], "top_logprobs": None, "text_offset": [0]}
-    return event("", choices=[{"index": 0, "text": word, "logprobs": logprobs, "finish_reason": finish}])
+    ids = {"token_ids": [7], "prompt_token_ids": [1, 2]}
+    return event("", choices=[{"index": 0, "text": word, "logprobs": logprobs, "finish_reason": finish, **ids}])
 
 
-def test_the_page_streams_an_answer_tinted_by_probability_with_its_members_and_deadline(
+def test_the_page_streams_an_answer_tinted_by_disagreement_with_its_members_and_deadline(
     tiny: Population, tmp_path: Path
 ) -> None:
     words = [token("def", -0.01), 0.05, token(" <b>", -2.0), 0.05, token(" x", -9.0, "length"), USAGE, DONE]
     with gateway_before(ScriptedEngine(words), tiny, keys=Keys(text=text(entry("alice", ALICE)))) as pair:
+        # They agree about the prompt's second token and the first of the answer, then less and less.
+        pair.engine.member_logprobs = {"t0-c00": [-1.0, -0.5, -2.0, -9.0], "t0-c01": [-1.0, -0.5, -1.0, -1.0]}
 
         async def story(page: Page) -> None:
             await page.until("document.getElementById('offer').textContent.includes('API key')")
@@ -115,12 +118,13 @@ def test_the_page_streams_an_answer_tinted_by_probability_with_its_members_and_d
             await page.until("state.textContent.startsWith('done')")
             shown = await page.evaluate("[...document.querySelectorAll('.token')].map(t => [t.textContent, t.title])")
             assert [each[0] for each in shown] == ["def", " <b>", " x"]
-            assert shown[0][1] == "probability 0.990"
+            assert shown[0][1] == "probability 0.990; members: t0-c00 0.61, t0-c01 0.61; disagreement 0.000 nats"
             alphas = await page.evaluate(
                 "[...document.querySelectorAll('.token')].map(t => Number(t.style.backgroundColor.match(/([\\d.]+)\\)$/)[1]))"
             )
-            assert alphas == sorted(alphas)
-            assert alphas[-1] == pytest.approx(0.7)
+            assert alphas[0] == 0
+            assert 0 < alphas[1] < alphas[2] == pytest.approx(0.7)
+            assert "disagreed" in await page.evaluate("document.getElementById('legend').textContent")
             assert await page.evaluate("state.textContent") == "done: 3 tokens, length"
             assert (await page.evaluate("deadline.textContent")).startswith("met")
             assert await page.evaluate("served.textContent") == "standard"
@@ -128,7 +132,9 @@ def test_the_page_streams_an_answer_tinted_by_probability_with_its_members_and_d
             assert await page.evaluate("members.innerText.includes('t0-c01')")
 
         in_browser(pair.url, tmp_path / "profile", story)
-        sent = pair.engine.bodies[-1]
+        sent, *alone = [body for body in pair.engine.bodies if "prompt" in body]
+        assert [body["vllm_xargs"] for body in alone] == [{"chorus_member": "t0-c00"}, {"chorus_member": "t0-c01"}]
+        assert alone[0]["prompt"] == [1, 2, 7, 7]
         assert sent["vllm_xargs"]["chorus_tier"] == "standard"
         assert "chorus_time_budget_ms" in sent["vllm_xargs"]
 

@@ -1,0 +1,114 @@
+"""How much the members of a tier disagree about each token of a text.
+
+Each member is asked alone for its log-probabilities of the text, through an echoed prompt: of a text that the tier has just written
+most is in the members' caches.
+
+M members, N tokens
+"""
+
+import asyncio
+import json
+import math
+from typing import Any
+
+from serve.gateway import quotas, upstream
+from serve.gateway.calls import Call
+from serve.gateway.engines import Engine
+from serve.gateway.errors import ApiError, bad_request
+from serve.gateway.proxy import Passage
+from serve.gateway.splice import Usage
+from serve.gateway.terms import Size
+
+MEMBER_ARGUMENT = "chorus_member"
+"""Key of an engine's extra arguments that names one member, to be asked alone."""
+_LOWEST = -1e4
+"""Stands for the logarithm of nothing, which JSON has no number for."""
+
+
+def jensen_gaps(log_p_MN: list[list[float]], weights_M: list[float]) -> list[float]:
+    """log sum_m w_m p_m - sum_m w_m log p_m of each token (N), in nats, at least 0: by how much mixing beats its members there.
+
+    Zero where all members give the token the same probability. Its mean over a text is the members' mean loss less the loss of
+    their linear mixture (the ambiguity of Krogh and Vedelsby 1995, for the logarithmic loss).
+    """
+    gaps = []
+    for log_p_M in zip(*log_p_MN, strict=True):
+        top = max(log_p_M)
+        mixed = top + math.log(
+            sum(weight * math.exp(log_p - top) for weight, log_p in zip(weights_M, log_p_M, strict=True))
+        )
+        mean = sum(weight * log_p for weight, log_p in zip(weights_M, log_p_M, strict=True))
+        gaps.append(max(0.0, mixed - mean))
+    return gaps
+
+
+async def find(call: Call, passage: Passage) -> dict[str, Any]:
+    """The gaps of a prompt of token ids, under the tier that the call asks for; the first token has none.
+
+    Takes its turn among the requests, and is charged as so many prompts as the tier has members.
+
+    Raises:
+        ApiError: the prompt is something else than token ids, or as `Relay`.
+    """
+    tokens, tier = _token_ids(call), call.choice.tier
+    size = Size(prompt_tokens=len(tokens) * len(tier.members), max_tokens=1)
+    taken = await quotas.charge(passage.store, passage.tenant, size, size.prompt_tokens)
+    used = Usage(prompt_tokens=0, completion_tokens=0)
+    try:
+        grant = await passage.admission.admit(call, passage.tenant, [tier], arrived_at=passage.record.began_at)
+        try:
+            asked = [_ask(passage, grant.engine, member, tokens) for member in tier.members]
+            log_p_MN = await asyncio.gather(*asked)
+            used = Usage(prompt_tokens=size.prompt_tokens, completion_tokens=len(tier.members))
+        finally:
+            passage.admission.release(grant)
+    finally:
+        await asyncio.shield(quotas.settle(passage.store, taken, used))
+    return {
+        "tier": tier.name,
+        "members": tier.members,
+        "weights": tier.weights,
+        "disagreement_nats": [None, *jensen_gaps(log_p_MN, list(tier.weights))],
+        "logprobs": [[None, *log_p_N] for log_p_N in log_p_MN],
+    }
+
+
+def _token_ids(call: Call) -> list[int]:
+    prompt = json.loads(call.fields)["prompt"]
+    if isinstance(prompt, list) and len(prompt) >= 2 and all(type(token) is int for token in prompt):
+        return prompt
+    raise bad_request(
+        "the text is expected as `prompt`, a list of two or more token ids: as /tokenize gives them, or an answer that was asked "
+        "for with `return_token_ids`.",
+        code="invalid_value",
+        param="prompt",
+    )
+
+
+async def _ask(passage: Passage, engine: Engine, member: str, tokens: list[int]) -> list[float]:
+    """A member's log-probabilities of all tokens but the first.
+
+    An engine takes prompts shorter than its context only, so the last token is not echoed but generated, as the only one allowed.
+    """
+    body = {
+        "model": passage.offer.population.name,
+        "prompt": tokens[:-1],
+        "echo": True,
+        "logprobs": 0,
+        "max_tokens": 1,
+        "allowed_token_ids": tokens[-1:],
+        "ignore_eos": True,
+        "temperature": 0,
+        "vllm_xargs": {MEMBER_ARGUMENT: member},
+    }
+    answer = await upstream.fetch(
+        passage.session, engine, "/v1/completions", json.dumps(body).encode(), passage.headers
+    )
+    try:
+        found = json.loads(answer)["choices"][0]["logprobs"]["token_logprobs"][1:]
+        if len(found) != len(tokens) - 1:
+            raise ValueError(f"{len(found)} log-probabilities")
+        return [max(_LOWEST, float(log_p)) for log_p in found]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        message = f"the engine did not answer with log-probabilities of {len(tokens) - 1} tokens ({error})."
+        raise ApiError(500, message, code="engine_error") from None

@@ -205,6 +205,7 @@ def plan(options: argparse.Namespace, costs: Costs) -> None:
         prompt=options.prompt,
         answer=options.answer,
         seed=options.seed,
+        is_fixed=options.fixed,
     )
     print(f"{len(requests)} requests in {options.seconds:g} s; {costs}\n")
     print(
@@ -234,6 +235,7 @@ def main() -> None:
     parser.add_argument("--tiers", default="1=1", help="Members and shares: 1=0.7,8=0.3.")
     parser.add_argument("--prompt", type=int, default=200, help="Mean tokens of a prompt.")
     parser.add_argument("--answer", type=int, default=200, help="Mean tokens of an answer.")
+    parser.add_argument("--fixed", action="store_true", help="All prompts and answers have their mean length.")
     parser.add_argument("--budget-ms", type=float, default=10_000, help="Time in which answers should be complete.")
     parser.add_argument("--attainment", type=float, default=0.99, help="Share of the answers that should be in time.")
     parser.add_argument("--max-sequences", type=int, default=64, help="As of the gateway.")

@@ -75,15 +75,15 @@ class Build:
     def __init__(self, directory: Path, *, mirror: str) -> None:
         self._directory = directory
         self._mirror = mirror
-        self._stages = parse((ROOT / "Dockerfile").read_text())
+        self.stages = parse((ROOT / "Dockerfile").read_text())
 
     def stage(self, name: str) -> Path:
         """The root of a stage, built if need be."""
         root = self._directory / name
         if (root / ".built").exists():
             return root
-        stage = self._stages[name]
-        parent = self.stage(stage.base) if stage.base in self._stages else self._system()
+        stage = self.stages[name]
+        parent = self.stage(stage.base) if stage.base in self.stages else self._system()
         shutil.rmtree(root, ignore_errors=True)
         subprocess.run(["cp", "-a", "--reflink=auto", str(parent), str(root)], check=True)
         (root / ".built").unlink(missing_ok=True)
@@ -104,10 +104,10 @@ class Build:
 
     def environment(self, name: str) -> dict[str, str]:
         """What ENV set, here and in the stages before."""
-        stage = self._stages[name]
+        stage = self.stages[name]
         known = (
             self.environment(stage.base)
-            if stage.base in self._stages
+            if stage.base in self.stages
             else {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"}
         )
         for each in stage.instructions:
@@ -210,7 +210,7 @@ def size_mib(root: Path) -> float:
 def run_until_healthy(build: Build, name: str, population: Path, arguments: list[str], timeout_s: float) -> float:
     """Run the image's entry point as `docker run --read-only --tmpfs /tmp -v POPULATION:/population:ro` would; seconds it took."""
     root = build.stage(name)
-    stage = build._stages[name]
+    stage = build.stages[name]
     user = (stage.last("USER") or "").split(":")[0]
     entry, check = json.loads(stage.last("ENTRYPOINT") or "[]"), stage.last("HEALTHCHECK") or ""
     settings = " ".join(shlex.quote(f"{key}={value}") for key, value in build.environment(name).items())
@@ -260,8 +260,9 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--mirror", default="http://deb.debian.org/debian")
     parser.add_argument("--population", type=Path, help="Run the image with it, too.")
-    parser.add_argument("arguments", nargs="*", help="Of the image's command, after --.")
-    options = parser.parse_args()
+    parser.epilog = "What follows -- is given to the image's command."
+    ours, _, theirs = (" ".join(sys.argv[1:])).partition(" -- ")
+    options = parser.parse_args(shlex.split(ours))
     if os.geteuid() != 0:
         sys.exit("needs root: for debootstrap, chroot and mounts")
     options.directory.mkdir(parents=True, exist_ok=True)
@@ -269,7 +270,7 @@ def main() -> None:
     root = build.stage(options.target)
     print(f"{options.target}: {size_mib(root):.0f} MiB under /opt/chorus")
     if options.population is not None:
-        took_s = run_until_healthy(build, options.target, options.population.resolve(), options.arguments, 300)
+        took_s = run_until_healthy(build, options.target, options.population.resolve(), shlex.split(theirs), 300)
         print(f"{options.target}: healthy after {took_s:.1f} s, read-only, as its user")
 
 

@@ -261,8 +261,9 @@ def main() -> None:
     parser.add_argument("--mirror", default="http://deb.debian.org/debian")
     parser.add_argument("--population", type=Path, help="Run the image with it, too.")
     parser.epilog = "What follows -- is given to the image's command."
-    ours, _, theirs = (" ".join(sys.argv[1:])).partition(" -- ")
-    options = parser.parse_args(shlex.split(ours))
+    words = [*sys.argv[1:], "--"]
+    at = words.index("--")
+    options, theirs = parser.parse_args(words[:at]), words[at + 1 : -1]
     if os.geteuid() != 0:
         sys.exit("needs root: for debootstrap, chroot and mounts")
     options.directory.mkdir(parents=True, exist_ok=True)
@@ -270,7 +271,7 @@ def main() -> None:
     root = build.stage(options.target)
     print(f"{options.target}: {size_mib(root):.0f} MiB under /opt/chorus")
     if options.population is not None:
-        took_s = run_until_healthy(build, options.target, options.population.resolve(), shlex.split(theirs), 300)
+        took_s = run_until_healthy(build, options.target, options.population.resolve(), theirs, 300)
         print(f"{options.target}: healthy after {took_s:.1f} s, read-only, as its user")
 
 

@@ -1,5 +1,6 @@
 """The chart's rules, as promtool judges them: sound, and each alert fires when it should and not before."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.charts.rendering import NAMESPACE, RELEASE, ROOT, Object, pick, render
+from tests.charts.rendering import CHART, NAMESPACE, RELEASE, ROOT, Object, pick, render
 
 RUNBOOKS = ROOT / "docs" / "runbooks"
 STORIES = yaml.safe_load(Path(__file__).with_name("alerts.yaml").read_text())
@@ -99,6 +100,24 @@ def test_every_alert_has_a_runbook_and_every_runbook_an_alert(rules: Object) -> 
         for heading in ("What it means", "Look", "Do"):
             assert f"\n## {heading}\n" in text, f"{name}: {heading}"
     assert {path.stem for path in RUNBOOKS.glob("*.md")} == set(alerts)
+
+
+def test_what_runbooks_point_at_is_there() -> None:
+    board = json.loads((CHART / "files" / "dashboard.json").read_text())
+    titles = {panel["title"] for panel in board["panels"]}
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    pages = [*RUNBOOKS.glob("*.md"), ROOT / "docs" / "operations.md"]
+    for page in pages:
+        text = page.read_text()
+        for link in re.findall(r"\]\(([^)#]+)\)", text):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+        for title in re.findall(r"(?<![*\w])\*([A-Z][^*\n]+)\*(?!\*)", text):
+            assert title in titles, f"{page.name}: no panel {title!r}"
+        for path in re.findall(r"`([a-zA-Z]+\.[A-Za-z.]+)`", text):
+            place = values
+            for name in path.split(".") if path.split(".")[0] in values and not path.endswith(".json") else ():
+                assert name in place, f"{page.name}: no value {path}"
+                place = place[name]
 
 
 def test_no_rule_looks_at_another_release(rules: Object) -> None:

@@ -207,8 +207,11 @@ def _read_stdlib() -> Iterator[Document]:
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if not _STDLIB_LEFT_OUT.intersection(relative.parts):
-            yield Document(name=str(relative), text=path.read_text(encoding="utf-8", errors="replace"))
+        if _STDLIB_LEFT_OUT.intersection(relative.parts):
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if text.strip():  # an empty __init__.py is no mistake here
+            yield Document(name=str(relative), text=text)
 
 
 def _read_folder(root: Path, split_on: str | None, text_field: str) -> Iterator[Document]:

@@ -45,6 +45,7 @@ def prepared_run(data: Path, directory: Path, **changes: object) -> Run:
     settings = Settings(**{**vars(BASE), **changes})  # type: ignore[arg-type]
     if runs.check_out(directory, settings):
         return Run.load(directory)
+    runs.save(directory, settings, None)  # first, so that a kill before the end leaves what can be gone on with
     texts = _deal(data)
     tokenizer = train_tokenizer(texts["train"], settings.vocab_size or 0, directory, context_length=128)
     splits = {

@@ -12,12 +12,15 @@ from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from population.manifest import Tier
 from serve.gateway.calls import Call
+from serve.gateway.demand import Demand
 from serve.gateway.engines import Engine
 from serve.gateway.errors import ApiError
 from serve.gateway.flights import Flight
+from serve.gateway.latency import Work
 from serve.gateway.plans import NotNow, Plan, Wish, at_floor, least_s, plan
 from serve.gateway.tenants import Tenant
 
@@ -83,6 +86,7 @@ class Admission:
         """Member tokens granted to each tenant that waits or has run lately, over its share."""
         self._clock = 0.0
         self._ends: deque[float] = deque(maxlen=32)
+        self._demand = Demand()
 
     @property
     def num_waiting(self) -> int:
@@ -99,6 +103,7 @@ class Admission:
                 503 if there is no engine.
         """
         ask = self._ask(call, tenant, tiers, arrived_at, avoid)
+        self._note(ask)
         if not self._num_waiting and (grant := self._try(ask, pressure=0.0)):
             return grant
         self._enqueue(ask)
@@ -182,6 +187,25 @@ class Admission:
             is_hopeless=is_hopeless,
         )
 
+    def _note(self, ask: Ask) -> None:
+        size, now = ask.wish.size, time.perf_counter()
+        is_free = len(ask.wish.tiers) > 1
+        engines = self._engines(ask.call, ask.avoid)
+        prompt_tokens = engines[0].model.prompt_tokens(tokens=size.prompt_tokens, characters=size.prompt_characters)
+        members = None if is_free else len(ask.wish.tiers[0].members)
+        self._demand.note(size, prompt_tokens=prompt_tokens, members=members, now=now)
+
+    def _most_members(
+        self, engine: Engine, num_engines: int, now: float
+    ) -> Callable[[Sequence[int], Work, float], float]:
+        return partial(
+            self._demand.most_members,
+            engine.model,
+            probability=self.limits.probability,
+            num_engines=num_engines,
+            now=now,
+        )
+
     def _try(self, ask: Ask, *, pressure: float) -> Grant | None:
         """Begin on the best engine that takes it; None if none does now.
 
@@ -202,6 +226,7 @@ class Admission:
                 probability=self.limits.probability,
                 max_sequences=self.limits.max_sequences,
                 pressure=pressure,
+                most_members=self._most_members(engine, len(engines), now),
             )
             if isinstance(found, Plan):
                 return self._grant(ask, engine, found, now, is_promised=not ask.is_hopeless)
@@ -226,6 +251,8 @@ class Admission:
             expected_token_s=found.token_s,
         )
         engine.flights.begin(flight)
+        if ask.wish.finish_by is not None and len(ask.wish.tiers) > 1:
+            self._demand.note_granted(len(found.tier.members))
         self._charge(ask, found)
         return Grant(engine=engine, flight=flight, waited_s=now - ask.arrived_at, is_promised=is_promised)
 

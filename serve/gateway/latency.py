@@ -75,13 +75,15 @@ class LatencyModel:
         """Expected seconds to the last token, admitted beside `before`, running as part of `during`."""
         return self.first_s(before, work) + max(0, work.max_tokens - 1) * self.token_s(during)
 
-    def margin(self, probability: float, expected_s: float) -> float:
+    def margin(self, probability: float, expected_s: float, *, can_shrink: bool = True) -> float:
         """The factor on `expected_s` with which a promise is kept with `probability`: a quantile of how answers came out lately.
 
         Which quantile is itself learned from the promises (adaptive conformal inference, Gibbs and Candès 2021): the engine's drops
-        rescue many that would have been late, and a plain quantile would refuse or shrink more than needed.
+        rescue many that would have been late, and a plain quantile would refuse or shrink more than needed. Who is at its floor
+        cannot be rescued.
         """
-        level = min(_HIGHEST, max(_LOWEST, probability + self._shift))
+        shift = self._shift if can_shrink else max(0.0, self._shift)
+        level = min(_HIGHEST, max(_LOWEST, probability + shift))
         return self._surprises.factor(level, expected_s)
 
     def observe_promise(self, *, kept: bool, probability: float) -> None:

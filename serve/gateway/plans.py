@@ -1,11 +1,13 @@
 """Whether a request can begin on an engine now, and at which tier. Pure decisions; `admission` applies them.
 
-With a deadline: the largest tier at which the request is expected in time, with the set probability, and at which everybody else
-who has a deadline could still be in time if taken down to a tier of that size. The last condition shares what there is: gains
-fall with every further member, so several requests at a middling tier are worth more than one large among small ones.
+With a deadline: of the tiers that are not too large for what is being asked for lately (`demand`), the largest at which the request
+is expected in time, with the set probability, and at which everybody else who has a deadline could still be in time if taken down
+to a tier of that size. That shares what there is: gains fall with every further member, so several requests at a middling tier are
+worth more than one large among small ones.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -13,6 +15,9 @@ from population.manifest import Tier
 from serve.gateway.flights import Flights
 from serve.gateway.latency import LatencyModel, Load, Work
 from serve.gateway.terms import Size
+
+_AT_FLOOR = 0.8
+"""Probability with which a request must be expected in time to begin at its floor, where the only choice is to begin or to wait."""
 
 
 class NotNow(Enum):
@@ -58,8 +63,12 @@ def plan(
     probability: float,
     max_sequences: int,
     pressure: float = 0.0,
+    most_members: Callable[[Sequence[int], Work, float], float] = lambda sizes, work, left_s: math.inf,
 ) -> Plan | NotNow:
-    """How `wish` begins now. `pressure`, from 0 to 1, takes away the largest tiers in proportion."""
+    """How `wish` begins now. `pressure`, from 0 to 1, takes away the largest tiers in proportion.
+
+    `most_members` says, for the sizes of the tiers, the work and the time left, how large a tier may be as things go.
+    """
     # A request of more sequences than fit at all begins alone: the engine queues what it cannot run.
     if flights.num_sequences and flights.num_sequences + wish.size.num_sequences > max_sequences:
         return NotNow.FULL
@@ -68,10 +77,18 @@ def plan(
     if wish.finish_by is None or not model.is_seeded:
         return _expect(tiers[0], works[0], wish, flights, model)
     left_s = wish.finish_by - now
+    most = most_members([len(tier.members) for tier in tiers], works[0], left_s)
     for tier, work in zip(tiers, works, strict=True):
+        if len(tier.members) > most and tier is not tiers[-1]:
+            continue
         found = _expect(tier, work, wish, flights, model)
-        fits = found.total_s * model.margin(probability, found.total_s) <= left_s
-        if fits and not _makes_others_late(flights, model, tier, wish.size.num_sequences, now, probability):
+        if tier is tiers[-1]:
+            margin = model.margin(_AT_FLOOR, found.total_s, can_shrink=False)
+        else:
+            margin = model.margin(probability, found.total_s)
+        if found.total_s * margin <= left_s and not _makes_others_late(
+            flights, model, tier, wish.size.num_sequences, now, probability
+        ):
             return found
     if model.total_s(Load(), _alone(tiers[-1], wish.size), works[-1]) > left_s:
         return NotNow.LATE
@@ -109,7 +126,12 @@ def _alone(tier: Tier, size: Size) -> Load:
 
 
 def _makes_others_late(
-    flights: Flights, model: LatencyModel, tier: Tier, num_sequences: int, now: float, probability: float
+    flights: Flights,
+    model: LatencyModel,
+    tier: Tier,
+    num_sequences: int,
+    now: float,
+    probability: float,
 ) -> bool:
     """Whether somebody who could be in time without the new request could not with it, were all as small as `tier`."""
     others = [

@@ -1,0 +1,111 @@
+"""How much is being asked for lately, and how many members everybody could have if all had the same number.
+
+What runs now says little about the next second: beside an idle engine the largest tier always fits, and whoever comes next pays for
+it. Gains fall with every further member, so it is better to serve all at the two tiers around the number that can be kept up, in
+such a proportion that the mean is that number.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+
+from serve.gateway.latency import LatencyModel, Load, Work
+from serve.gateway.terms import Size
+
+_MEMORY_S = 5.0
+_FULL = 0.95
+"""Part of an engine's time above which nothing can be kept up."""
+_BURSTS = 1.3
+"""Requests come in bursts: what is kept up must be kept up at so much more than the mean."""
+_PROMPT = 256
+"""Tokens over which a prompt's cost is taken from the model."""
+_HALVINGS = 6
+_LEAST_CREDIT, _MOST_CREDIT = -20.0, 4.0
+
+
+class Demand:
+    """Rates of tokens asked for, as exponentially weighted means over some seconds."""
+
+    def __init__(self) -> None:
+        self._free = self._rows = self._prompt = 0.0
+        """Tokens per second that any tier may give; rows per second of those that only one may; tokens of prompts per second."""
+        self._at = time.perf_counter()
+        self._steady = math.inf
+        self._credit = 0.0
+        """Members that requests had less than could be kept up, summed over them."""
+
+    def note(self, size: Size, *, prompt_tokens: float, members: int | None, now: float) -> None:
+        """A request was made. `members` if only a tier of so many may serve it."""
+        self._fade(now)
+        if members is None:
+            self._free += size.total_tokens / _MEMORY_S
+        else:
+            self._rows += size.total_tokens * members / _MEMORY_S
+        self._prompt += prompt_tokens / _MEMORY_S
+
+    def most_members(
+        self,
+        model: LatencyModel,
+        sizes: Sequence[int],
+        work: Work,
+        left_s: float,
+        *,
+        probability: float,
+        num_engines: int,
+        now: float,
+    ) -> float:
+        """How many members a request may have that should end in `left_s`, where there are tiers of `sizes`."""
+        steady = self._steady_members(model, sizes, work, left_s, probability, num_engines, now)
+        self._steady = steady
+        above = [size for size in sizes if size > steady]
+        return min(above) if above and self._credit >= 0 else steady
+
+    def note_granted(self, members: int) -> None:
+        """A request that might have had more or fewer got so many."""
+        if self._steady < math.inf:
+            self._credit = min(_MOST_CREDIT, max(_LEAST_CREDIT, self._credit + self._steady - members))
+
+    def _steady_members(
+        self,
+        model: LatencyModel,
+        sizes: Sequence[int],
+        work: Work,
+        left_s: float,
+        probability: float,
+        num_engines: int,
+        now: float,
+    ) -> float:
+        low, high = float(min(sizes)), float(max(sizes))
+
+        def fits(members: float) -> bool:
+            token_s = self._token_s(model, members, num_engines=num_engines, now=now)
+            total_s = work.max_tokens * token_s
+            return total_s <= left_s and total_s * model.margin(probability, total_s) <= left_s
+
+        if fits(high):
+            return high
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    def _token_s(self, model: LatencyModel, members: float, *, num_engines: int, now: float) -> float:
+        """Seconds per token if everybody who may had so many members; infinite if an engine cannot keep that up.
+
+        With a step of a + b rows and sequences that come at a given rate, Little's law gives rows = rate * step, hence
+        step = a / (1 - b rate).
+        """
+        self._fade(now)
+        base_s = model.token_s(Load(members=members))
+        row_s = model.token_s(Load(members=members, rows=1)) - base_s
+        size = max(1, round(members))
+        short, long = (Work(members=size, prompt_tokens=tokens, max_tokens=1) for tokens in (0, _PROMPT))
+        prompt_s = (model.first_s(Load(), long) - model.first_s(Load(), short)) / _PROMPT
+        busy = row_s * (self._free * members + self._rows) + prompt_s * self._prompt
+        busy *= _BURSTS / max(1, num_engines)
+        return base_s / (1.0 - busy) if busy < _FULL else math.inf
+
+    def _fade(self, now: float) -> None:
+        kept = math.exp(-max(0.0, now - self._at) / _MEMORY_S)
+        self._free, self._rows, self._prompt = self._free * kept, self._rows * kept, self._prompt * kept
+        self._at = max(self._at, now)

@@ -1,0 +1,67 @@
+"""The choice of tiers under load, in virtual time: the gateway's own decisions before an engine that costs what it costs."""
+
+import asyncio
+import statistics
+from dataclasses import dataclass
+
+import pytest
+
+from population.manifest import Population
+from tests.serve.gateway.virtual import Outcome, World, in_virtual_time
+
+BARS = {0.5: 0.99, 1.0: 0.95, 2.0: 0.90}
+SEEDS = (1, 2, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Of the requests of a run."""
+
+    attainment: float
+    """Part of those admitted that ended in time."""
+    refused: float
+    members: float
+    """Mean over the tokens of those in time."""
+
+    @classmethod
+    def of(cls, outcomes: list[Outcome]) -> "Figures":
+        in_time = [each for each in outcomes if each.is_in_time]
+        num_refused = sum(each.is_refused for each in outcomes)
+        return cls(
+            attainment=len(in_time) / (len(outcomes) - num_refused),
+            refused=num_refused / len(outcomes),
+            members=statistics.fmean(each.members for each in in_time) if in_time else 0.0,
+        )
+
+
+async def under_load(population: Population, factor: float, tier: str | None) -> Figures:
+    """Poisson arrivals at a multiple of the largest tier's capacity, each with twice the time that it takes alone."""
+    outcomes: list[Outcome] = []
+    for seed in SEEDS:
+        world = World(population, seed=seed)
+        working = world.working()
+        alone_s = statistics.median(each.seconds for each in await world.crowd(1, 3, budget_s=None, tier="max"))
+        capacity = len(await world.crowd(16, 10, budget_s=None, tier="max")) / 10
+        outcomes += await world.arrivals(factor * capacity, 20, budget_s=2 * alone_s, tier=tier, told=tier is None)
+        for task in working:
+            task.cancel()
+        await asyncio.gather(*working, return_exceptions=True)
+    return Figures.of(outcomes)
+
+
+@pytest.mark.parametrize("factor", BARS)
+def test_deadlines_are_kept_with_more_members_than_any_fixed_tier_that_keeps_them(
+    tiny: Population, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    ours = in_virtual_time(monkeypatch, under_load(tiny, factor, None))
+    fixed = {tier.budget: in_virtual_time(monkeypatch, under_load(tiny, factor, tier.name)) for tier in tiny.tiers}
+    print(factor, ours, fixed)
+    assert ours.attainment >= BARS[factor]
+    assert ours.refused < 0.2
+    as_good = [budget for budget, figures in fixed.items() if figures.attainment >= ours.attainment]
+    assert ours.members > max(as_good, default=0)
+
+
+def test_what_happens_in_virtual_time_happens_again(tiny: Population, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (in_virtual_time(monkeypatch, under_load(tiny, 1.0, None)) for _ in range(2))
+    assert first == second

@@ -1,0 +1,239 @@
+"""Time that passes only where it is waited for, and an engine in it: minutes of load in a second, and the same each time.
+
+The engine takes steps as a real one does (a fixed part for each member that runs, and a part for each row), batches whatever has
+come, and drops members from what will be late. What decides is the gateway's own: admission, plans, the learned model, the squeeze.
+"""
+
+import asyncio
+import json
+import random
+import selectors
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from population.manifest import Population
+from serve.gateway.admission import Admission, Grant, Limits
+from serve.gateway.calls import read_call
+from serve.gateway.engines import Engine
+from serve.gateway.errors import ApiError
+from serve.gateway.exchange import Exchange
+from serve.gateway.splice import Usage
+from serve.gateway.tenants import ANYONE
+from serve.gateway.tiers import default_tier, tiers_between
+
+
+class _Idle(selectors.SelectSelector):
+    """Nothing ever happens outside: a wait is over at once, and the clock has moved on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        assert timeout is not None, "everybody waits for somebody else"
+        self.now += max(0.0, timeout)
+        return []
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    def __init__(self, idle: _Idle) -> None:
+        self._idle = idle
+        super().__init__(idle)
+
+    def time(self) -> float:
+        return self._idle.now
+
+
+def in_virtual_time(monkeypatch: pytest.MonkeyPatch, story: Awaitable[Any]) -> Any:
+    """Run `story` to its end on a clock of its own."""
+    idle = _Idle()
+    loop = _Loop(idle)
+    with monkeypatch.context() as patch:
+        for name in ("perf_counter", "monotonic"):
+            patch.setattr(time, name, lambda: idle.now)
+        try:
+            return loop.run_until_complete(story)
+        finally:
+            loop.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Seconds of a step: as measured with members of 3 layers and width 128 on two cores, in round figures."""
+
+    step_s: float = 0.0005
+    member_s: float = 0.0007
+    row_s: float = 0.00016
+    prompt_row_s: float = 0.00002
+    scatter: float = 0.1
+    """Standard deviation of a step's logarithm."""
+    hiccup: float = 0.0005
+    """Probability of a step that takes 50 ms more."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Run:
+    """One request on the engine."""
+
+    members: int
+    floor: int
+    prompt_tokens: int
+    max_tokens: int
+    finish_at: float | None
+    members_per_token: list[int] = field(default_factory=list)
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def tokens_left(self) -> int:
+        return self.max_tokens - len(self.members_per_token)
+
+
+class VirtualEngine:
+    """Steps in virtual time. It knows its own costs: how a real one learns them is tested there."""
+
+    def __init__(self, costs: Costs, dice: random.Random) -> None:
+        self._costs = costs
+        self._dice = dice
+        self._running: list[Run] = []
+        self._work = asyncio.Event()
+
+    async def answer(self, run: Run) -> None:
+        self._running.append(run)
+        self._work.set()
+        await run.done.wait()
+
+    async def steps(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._work.wait()
+            for run in self._running:
+                while (
+                    run.members > run.floor
+                    and run.finish_at is not None
+                    and (loop.time() + run.tokens_left * self._step_s() > run.finish_at)
+                ):
+                    run.members -= 1
+            batch = list(self._running)
+            prompts = sum(run.prompt_tokens * run.members for run in batch if not run.members_per_token)
+            seconds = (self._step_s() + self._costs.prompt_row_s * prompts) * self._dice.lognormvariate(
+                0, self._costs.scatter
+            )
+            await asyncio.sleep(seconds + 0.05 * (self._dice.random() < self._costs.hiccup))
+            for run in batch:
+                run.members_per_token.append(run.members)
+                if not run.tokens_left:
+                    self._running.remove(run)
+                    run.done.set()
+            if not self._running:
+                self._work.clear()
+
+    def _step_s(self) -> float:
+        rows = sum(run.members for run in self._running)
+        most = max((run.members for run in self._running), default=0)
+        return self._costs.step_s + self._costs.member_s * most + self._costs.row_s * rows
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What became of a request."""
+
+    is_refused: bool = False
+    seconds: float = 0.0
+    budget_s: float
+    members: float = 0.0
+    """Mean over its tokens."""
+
+    @property
+    def is_in_time(self) -> bool:
+        return not self.is_refused and self.seconds <= self.budget_s
+
+
+class World:
+    """A gateway's decisions before one virtual engine."""
+
+    def __init__(self, population: Population, *, costs: Costs | None = None, seed: int = 0) -> None:
+        self._population = population
+        self.dice = random.Random(seed)
+        self.engine = VirtualEngine(costs or Costs(), self.dice)
+        session: Any = None
+        self.known = Engine(session, url="virtual", is_supervised=False, probe_interval_s=1, probe_timeout_s=1)
+        self.known.mark_up()
+        self.admission = Admission(Limits(), lambda call, avoid: [self.known])
+
+    async def ask(
+        self, *, budget_s: float | None, tier: str | None = None, max_tokens: int = 48, told: bool = True
+    ) -> Outcome:
+        """One request, as the proxy would pass it on."""
+        now = time.perf_counter
+        fields: dict[str, Any] = {"prompt": "def x " * self.dice.randint(8, 16), "max_tokens": max_tokens}
+        if tier is not None:
+            fields["budget"] = tier
+        if budget_s is not None and told:
+            fields["latency_budget_ms"] = 1000 * budget_s
+        population = self._population
+        call = read_call(json.dumps(fields).encode(), "completion", population, default_tier(population))
+        arrived_at, outcome = now(), Outcome(budget_s=budget_s or 1e9)
+        tiers = tiers_between(population, call.floor, call.choice.tier)
+        try:
+            grant = await self.admission.admit(call, ANYONE, tiers, arrived_at=arrived_at)
+        except ApiError:
+            outcome.is_refused, outcome.seconds = True, now() - arrived_at
+            return outcome
+        run = self._run(grant, fields)
+        await self.engine.answer(run)
+        outcome.seconds, outcome.members = now() - arrived_at, sum(run.members_per_token) / max_tokens
+        self._learn(grant, run, is_met=outcome.is_in_time, had_budget="latency_budget_ms" in fields)
+        self.admission.release(grant)
+        return outcome
+
+    def _run(self, grant: Grant, fields: dict[str, Any]) -> Run:
+        flight = grant.flight
+        finish_at = None
+        if flight.finish_by is not None:
+            left_s = flight.finish_by - time.perf_counter()
+            finish_at = time.perf_counter() + self.known.squeeze.told_s(left_s)
+        return Run(
+            members=flight.tier.budget,
+            floor=flight.floor.budget,
+            prompt_tokens=len(fields["prompt"]) // 2,
+            max_tokens=fields["max_tokens"],
+            finish_at=finish_at,
+        )
+
+    def _learn(self, grant: Grant, run: Run, *, is_met: bool, had_budget: bool) -> None:
+        if had_budget and grant.is_promised:
+            self.known.squeeze.observe(late=not is_met)
+            self.known.model.observe_promise(kept=is_met, probability=self.admission.limits.probability)
+        was_dropped = run.members_per_token[-1] < grant.tier.budget
+        usage = Usage(prompt_tokens=run.prompt_tokens, completion_tokens=run.max_tokens)
+        Exchange(grant, deadline=None, stall_s=60).teach(
+            usage, streamed=False, was_dropped=was_dropped, characters=2 * run.prompt_tokens
+        )
+
+    async def crowd(self, num_streams: int, seconds: float, **ask: Any) -> list[Outcome]:
+        """So many at once, one after the other, for so long."""
+        end_at, found = time.perf_counter() + seconds, list[Outcome]()
+
+        async def stream() -> None:
+            while time.perf_counter() < end_at:
+                found.append(await self.ask(**ask))
+
+        await asyncio.gather(*(stream() for _ in range(num_streams)))
+        return found
+
+    async def arrivals(self, rate_per_s: float, seconds: float, **ask: Any) -> list[Outcome]:
+        """Poisson arrivals."""
+        end_at, tasks = time.perf_counter() + seconds, []
+        while True:
+            await asyncio.sleep(self.dice.expovariate(rate_per_s))
+            if time.perf_counter() >= end_at:
+                return list(await asyncio.gather(*tasks))
+            tasks.append(asyncio.create_task(self.ask(**ask)))
+
+    def working(self) -> list["asyncio.Task[None]"]:
+        """What has to run beside the requests."""
+        return [asyncio.create_task(self.engine.steps()), asyncio.create_task(self.admission.keep())]

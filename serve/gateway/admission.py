@@ -25,7 +25,9 @@ from serve.gateway.plans import NotNow, Plan, Wish, at_floor, least_s, plan
 from serve.gateway.tenants import Tenant
 
 _TICK_S = 0.02
-_LOOK_AT = 16  # waiting requests that are looked at in one go, for each tenant
+_LOOK_AT = 8  # waiting requests that are looked at in one go, for each tenant
+_LONG_S, _REST = 0.001, 4.0
+"""After a look that took longer, so many times as long passes before the next: a long queue must not keep us from answering."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,8 @@ class Admission:
         self._clock = 0.0
         self._ends: deque[float] = deque(maxlen=32)
         self._demand = Demand()
+        self._look_again_at = 0.0
+        self._later: asyncio.TimerHandle | None = None
 
     @property
     def num_waiting(self) -> int:
@@ -135,7 +139,21 @@ class Admission:
                 self.look()
 
     def look(self) -> None:
-        """Let in whoever can begin now."""
+        """Let in whoever can begin now; a little later, if looking took long just before."""
+        began_at = time.perf_counter()
+        if began_at < self._look_again_at:
+            if self._later is None:
+                self._later = asyncio.get_running_loop().call_later(self._look_again_at - began_at, self._look_again)
+            return
+        self._look_at_all()
+        took_s = time.perf_counter() - began_at
+        self._look_again_at = began_at + (1 + _REST) * took_s if took_s > _LONG_S else 0.0
+
+    def _look_again(self) -> None:
+        self._later = None
+        self.look()
+
+    def _look_at_all(self) -> None:
         for ask in self._in_turn():
             try:
                 grant = self._try(ask, pressure=self._pressure())

@@ -60,6 +60,8 @@ _CAUSES = {
     503: "No engine answers.",
     504: "The time budget cannot be kept, and the request wants to fail then.",
 }
+_EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+"""The data is a part of the answer as JSON, or `[DONE]`."""
 _RETRY: Schema = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
 
 
@@ -67,7 +69,7 @@ def answers(body: Schema, *statuses: int, streams: bool = False) -> dict[int | s
     """What a route answers: `body` if all is well, else an error with one of `statuses`."""
     content: Schema = {"application/json": {"schema": body}}
     if streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _EVENT}
     found: dict[int | str, dict[str, Any]] = {200: {"description": "As asked.", "content": content}}
     for status in statuses:
         found[status] = {"description": _CAUSES[status], "content": {"application/json": {"schema": _ERROR}}}

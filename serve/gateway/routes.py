@@ -68,7 +68,7 @@ async def show_disagreement(call: CompletionCall, passage: ThePassage) -> dict[s
 
 @router.post(
     "/tokenize",
-    openapi_extra=document.takes({"prompt": {"type": "string"}, "messages": document.MESSAGES}),
+    openapi_extra=document.takes({"prompt": {"type": "string"}, "messages": {"type": "array"}}),
     responses=document.answers(document.TOKENS, *_TOKEN_ERRORS),
     tags=["tokens"],
 )
@@ -79,7 +79,7 @@ async def tokenize(call: TokenCall, passage: ThePassage) -> Response:
 
 @router.post(
     "/detokenize",
-    openapi_extra=document.takes({"tokens": document.TOKEN_IDS}, required="tokens"),
+    openapi_extra=document.takes({"tokens": {"type": "array"}}, required="tokens"),
     responses=document.answers(document.TEXT, *_TOKEN_ERRORS),
     tags=["tokens"],
 )

@@ -40,7 +40,7 @@ class Limits:
     """Requests that wait; more are refused with 429."""
     queue_timeout_s: float = 30.0
     """Longest wait of a request without a deadline."""
-    probability: float = 0.97
+    probability: float = 0.98
     """With which a request must be expected in time to be admitted at a tier."""
 
 

@@ -10,7 +10,7 @@ class Squeeze:
     Approximates that quantile step by step (Robbins and Monro): a late answer raises it by much, one in time lowers it by little.
     """
 
-    def __init__(self, *, misses: float = 0.02) -> None:
+    def __init__(self, *, misses: float = 0.015) -> None:
         self._misses = misses
         self.part = 0.08
 

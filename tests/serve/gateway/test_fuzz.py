@@ -17,7 +17,7 @@ from tests.serve.gateway.scripted import ScriptedEngine
 from tests.serve.gateway.test_keys import ALICE, BOB, entry, text
 
 ROUTES = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
-EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+EXAMPLES = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
 scalars = (
     st.none()

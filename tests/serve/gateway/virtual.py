@@ -53,7 +53,7 @@ def in_virtual_time(monkeypatch: pytest.MonkeyPatch, story: Awaitable[Any]) -> A
     idle = _Idle()
     loop = _Loop(idle)
     with monkeypatch.context() as patch:
-        for name in ("perf_counter", "monotonic"):
+        for name in ("perf_counter", "monotonic", "thread_time"):
             patch.setattr(time, name, lambda: idle.now)
         try:
             return loop.run_until_complete(story)

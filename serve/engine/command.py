@@ -1,11 +1,12 @@
 """`chorus engine`: an engine by itself, as a container runs it. Neither torch nor vLLM is loaded before it becomes the engine."""
 
+import json
 import os
 import re
 import sys
 import time
-import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 import click
@@ -25,8 +26,6 @@ _DEFAULT_ENVIRONMENT = {
 _OURS = ("--model", "--host", "--port", "--uds", "--served-model-name")
 _BUSY = re.compile(rb"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 _POLL_S = 0.5
-_QUIET_POLLS = 3
-"""Looks in a row at which nothing runs: between two requests of one client an engine is idle for a moment, too."""
 
 
 @click.group()
@@ -87,24 +86,43 @@ def drain(url: str, after_s: float, timeout_s: float) -> None:
     """
     time.sleep(after_s)
     deadline = time.monotonic() + timeout_s
-    quiet = 0
-    while quiet < _QUIET_POLLS:
+    while True:
         busy = _num_requests(url)
+        # The engine counts its requests when a step ends: one that came meanwhile shows when a request of our own has gone through.
+        if busy == 0 and _complete_one(url, timeout_s=max(1.0, deadline - time.monotonic())):
+            time.sleep(_POLL_S)
+            busy = _num_requests(url)
+            if busy == 0:
+                click.echo("nothing runs on the engine")
+                return
         if busy is None:
             click.echo("the engine is gone")
             return
-        quiet = 0 if busy else quiet + 1
         if time.monotonic() > deadline:
-            click.echo(f"{busy:g} requests still run after {timeout_s:g} s", err=True)
+            click.echo(f"requests still run after {timeout_s:g} s", err=True)
             sys.exit(1)
         time.sleep(_POLL_S)
-    click.echo("nothing runs on the engine")
 
 
 def _num_requests(url: str) -> float | None:
-    """Requests that run or wait on the engine; None if it does not answer."""
+    """Requests that ran or waited on the engine at the end of its latest step; None if it does not answer."""
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/metrics", timeout=15) as answer:
             return sum(map(float, _BUSY.findall(answer.read())))
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
+    except (OSError, HTTPException):
         return None
+
+
+def _complete_one(url: str, *, timeout_s: float) -> bool:
+    """Have the engine generate one token; whether it did."""
+    url = url.rstrip("/")
+    try:
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=15) as answer:
+            model = json.load(answer)["data"][0]["id"]
+        body = json.dumps({"model": model, "prompt": [0], "max_tokens": 1}).encode()
+        request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            answer.read()
+    except (OSError, HTTPException, ValueError, LookupError):
+        return False
+    return True

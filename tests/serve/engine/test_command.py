@@ -1,6 +1,7 @@
 """`chorus engine`: what it becomes, and how it waits for requests to end. The live engine is asked in tests/charts."""
 
 import http.server
+import json
 import os
 import sys
 import threading
@@ -45,7 +46,9 @@ class Engine:
 
     def __init__(self) -> None:
         self.running = 0.0
-        self.num_asked = 0
+        self.shown = True
+        """Whether a step has ended since the latest request came: until then the metrics do not show it."""
+        self.asked: list[str] = []
         self.url = ""
 
 
@@ -55,16 +58,26 @@ def busy() -> Iterator[Engine]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            state.num_asked += 1
+            if self.path == "/v1/models":
+                self._answer(b'{"data": [{"id": "tiny"}]}')
+                return
             lines = [
                 "# TYPE vllm:num_requests_running gauge",
-                f'vllm:num_requests_running{{engine="0",model_name="tiny"}} {state.running}',
+                f'vllm:num_requests_running{{engine="0",model_name="tiny"}} {state.running if state.shown else 0.0}',
                 'vllm:num_requests_waiting{engine="0",model_name="tiny"} 0.0',
                 'vllm:num_requests_waiting_by_reason{engine="0",reason="capacity"} 5.0',
             ]
+            self._answer("\n".join(lines).encode())
+
+        def do_POST(self) -> None:
+            state.asked.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            state.shown = True
+            self._answer(b"{}")
+
+        def _answer(self, body: bytes) -> None:
             self.send_response(200)
             self.end_headers()
-            self.wfile.write("\n".join(lines).encode())
+            self.wfile.write(body)
 
         def log_message(self, *args: object) -> None:
             """Nothing."""
@@ -86,13 +99,22 @@ def test_draining_waits_for_the_last_request(busy: Engine) -> None:
     result = run("drain", busy.url, "--after", "0", "--timeout", "20")
     assert result.exit_code == 0
     assert 1.5 < time.monotonic() - began < 10
+    assert json.loads(busy.asked[-1]) == {"model": "tiny", "prompt": [0], "max_tokens": 1}
+
+
+def test_a_request_in_its_first_step_is_waited_for_though_no_metric_shows_it_yet(busy: Engine) -> None:
+    busy.running, busy.shown = 1.0, False
+    began = time.monotonic()
+    threading.Timer(2.0, lambda: setattr(busy, "running", 0.0)).start()
+    assert run("drain", busy.url, "--after", "0", "--timeout", "20").exit_code == 0
+    assert time.monotonic() - began > 2.0
 
 
 def test_draining_gives_up_after_its_time_and_says_so(busy: Engine) -> None:
     busy.running = 2.0
     result = run("drain", busy.url, "--after", "0", "--timeout", "0.5")
     assert result.exit_code == 1
-    assert "2 requests still run" in result.output
+    assert "requests still run" in result.output
 
 
 def test_an_engine_that_is_gone_needs_no_wait() -> None:

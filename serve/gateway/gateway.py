@@ -58,6 +58,8 @@ class Gateway:
             self.tracing = Tracing(settings.otlp_traces_endpoint, population=self.population_name)
         self.session: aiohttp.ClientSession
         self._tasks: set[asyncio.Task[None]] = set()
+        self._keepers: set[asyncio.Task[None]] = set()
+        """Those that keep an engine of our own."""
         self._on_up = on_up
         self._on_failure = on_failure
 
@@ -97,11 +99,14 @@ class Gateway:
                     )
                 yield
             finally:
+                for task in self._tasks:
+                    task.cancel()
                 # Again and again: a library that is cancelled at the moment its own time runs out may take the one for the other.
+                # But whoever keeps an engine of ours is cancelled once: it then gives the engine its time to stop.
                 while self._tasks:
-                    for task in self._tasks:
-                        task.cancel()
                     await asyncio.wait(self._tasks, timeout=1)
+                    for task in self._tasks - self._keepers:
+                        task.cancel()
                 await self.store.close()
                 if self.tracing is not None:
                     await asyncio.to_thread(self.tracing.close)
@@ -140,7 +145,10 @@ class Gateway:
         )
         engine.on_restart = self.metrics.count_restart
         self.pool.engines = [*self.pool.engines, engine]
-        return self._begin(self._keep(engine))
+        keeper = self._begin(self._keep(engine))
+        if engine.is_supervised:
+            self._keepers.add(keeper)
+        return keeper
 
     async def _keep(self, engine: Engine) -> None:
         supervision = self.settings.engine

@@ -138,7 +138,7 @@ class Supervisor:
         assert process.stdin is not None
         process.stdin.close()
         try:
-            async with asyncio.timeout(self._settings.stop_timeout_s + 10):
+            async with asyncio.timeout(self._settings.stop_timeout_s + 5):
                 await process.wait()
         except TimeoutError:
             logger.warning("the engine did not stop in time and is killed")

@@ -95,7 +95,7 @@ class ScriptedEngine:
         answering.result()
 
     async def _echo(self, send: Any, body: dict[str, Any]) -> None:
-        whole = event(str(body["prompt"]))
+        whole = event(str(body.get("prompt")))
         events = whole + USAGE + DONE if body.get("stream") else whole[6:-2]
         kind = b"text/event-stream" if body.get("stream") else b"application/json"
         await asyncio.sleep(0.01)

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from population.manifest import Population
@@ -65,6 +65,7 @@ def check(answer: httpx.Response) -> None:
 @example("/v1/completions", b'{"prompt": "a", "n": 1e400}')
 @example("/v1/completions", b"\xff\xfe{\x00}\x00")
 def test_bytes_that_are_no_request_are_refused(guarded: Pair, route: str, body: bytes) -> None:
+    assume(body.strip() != b"{}")  # which is a request, to cut nothing into tokens
     answer = send(guarded, route, body, {"Authorization": f"Bearer {BOB}"})
     check(answer)
     assert answer.status_code != 200

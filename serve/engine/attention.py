@@ -19,6 +19,8 @@ class CurrentStep(SimpleNamespace):
     """
 
     step: Step | None = None
+    takes_any_scale: bool = False
+    """Whether logits may be given as they are: no request of the batch has penalties, which act on normalised log-probabilities."""
 
 
 def claim_layers(model: Any, member: int, current: CurrentStep) -> list[str]:

@@ -134,18 +134,27 @@ def _pool_probabilities(plan: "_Plan", logits_of: Callable[[int, Tensor | None],
     (bench/LOG.md). Rows of one member keep its log-probabilities as they are.
     """
     pooled_RV: Tensor | None = None
+    scratch_RV: Tensor | None = None
     alone: list[tuple[Tensor, Tensor]] = []
     for share in plan.shares:
         logits_rV = logits_of(share.member, share.rows)
         if share.is_everything:
             return torch.log_softmax(logits_rV, dim=-1, dtype=torch.float32)
-        if pooled_RV is None:
-            pooled_RV = torch.zeros(len(plan.is_log_R), logits_rV.shape[1], device=logits_rV.device)
-        p_rV = torch.softmax(logits_rV, dim=-1, dtype=torch.float32).mul_(share.weight_r1)
-        if share.rows is None:
-            pooled_RV.add_(p_rV)
+        if pooled_RV is None and share.rows is None:
+            pooled_RV = torch.softmax(logits_rV, dim=-1, dtype=torch.float32).mul_(share.weight_r1)
         else:
-            pooled_RV.index_add_(0, share.rows, p_rV)
+            if pooled_RV is None:
+                pooled_RV = torch.zeros(len(plan.is_log_R), logits_rV.shape[1], device=logits_rV.device)
+            if scratch_RV is None:  # one for all members: fresh memory costs more than what is done in it
+                scratch_RV = torch.empty_like(pooled_RV)
+            p_rV = torch.softmax(logits_rV, dim=-1, dtype=torch.float32, out=scratch_RV[: len(logits_rV)])
+            if share.weight is None:
+                p_rV.mul_(share.weight_r1)
+            alpha = 1.0 if share.weight is None else share.weight
+            if share.rows is None:
+                pooled_RV.add_(p_rV, alpha=alpha)
+            else:
+                pooled_RV.index_add_(0, share.rows, p_rV, alpha=alpha)
         if share.alone is not None:
             rows = share.alone if share.rows is None else share.rows[share.alone]
             alone.append((rows, torch.log_softmax(logits_rV[share.alone], dim=-1, dtype=torch.float32)))
@@ -168,6 +177,8 @@ class _Share:
     rows: Tensor | None
     """The rows it answers; None for all."""
     weight_r1: Tensor
+    weight: float | None
+    """The weight in all of its rows; None where they differ."""
     is_log_r1: Tensor | None
     """Which of them are log-pooled; None if none is."""
     is_everything: bool
@@ -210,6 +221,7 @@ def _plan(headers: bytes, num_rows: int, width: int) -> _Plan:
                 member=member,
                 rows=rows,
                 weight_r1=weight_r1,
+                weight=float(weight_r1[0]) if bool((weight_r1 == weight_r1[0]).all()) else None,
                 is_log_r1=is_log_r1 if is_log_r1.any() else None,
                 is_everything=rows is None and bool((weight_r1 == 1).all()),
                 alone=is_alone_r.nonzero().flatten() if is_alone_r.any() else None,

@@ -121,7 +121,12 @@ class PopulationForCausalLM(nn.Module):
         return columns
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Log-probabilities (R, V) of each row's mixture, float32; rows are any selection of what `forward` last returned."""
+        """Log-probabilities (R, V) of each row's mixture, float32; rows are any selection of what `forward` last returned.
+
+        Where one member answers them all and nobody in the batch is penalised, its logits as they are: what vLLM does with them is
+        the same at any additive constant but for penalties, and a log-softmax costs a twentieth of a small member's step
+        (bench/LOG.md).
+        """
         start = self.stopwatch.mark()
 
         def logits_of(idx: int, rows: Tensor | None) -> Tensor:
@@ -134,13 +139,18 @@ class PopulationForCausalLM(nn.Module):
             self.stopwatch.add(MIXING, asked, sign=-1)
             return logits
 
-        if self._common is not None:
+        if self._common is not None and self._is_member_alone(self._common) and self.current.takes_any_scale:
+            mixed_RV = logits_of(self._common.members[0], None)
+        elif self._common is not None:
             mixed_RV = mix_alike(self._common, len(hidden_states), logits_of, self._exchange, adds_up=self._adds_up)
         else:
             header_RH = hidden_states[:, : self._header_columns].contiguous().view(torch.float32).cpu()
             mixed_RV = mix(header_RH, logits_of, self._exchange, adds_up=self._adds_up)
         self.stopwatch.add(MIXING, start)
         return mixed_RV
+
+    def _is_member_alone(self, mixture: Mixture) -> bool:
+        return len(mixture.members) == 1 and mixture.temperature == 1.0 and self._exchange is None
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load weights named `members.{idx}.{name}`, each by its member's own rules."""

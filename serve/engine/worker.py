@@ -68,6 +68,7 @@ class PopulationRunner(GPUModelRunner):
             # A rank that runs nothing in this step still prepares a batch: vLLM knows no step without a group.
             self._running_groups = self._all_groups.only(self._step.running or here[:1])
         self.model.current.step = self._step
+        self.model.current.takes_any_scale = self.input_batch.no_penalties
         self._running_groups.show(self)
         return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
 

@@ -258,7 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", choices=["gateway", "engine-cpu", "engine-cuda"])
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--mirror", default="http://deb.debian.org/debian")
+    parser.add_argument("--mirror", required=True, help="address of a mirror of Debian, as debootstrap takes it")
     parser.add_argument("--population", type=Path, help="Run the image with it, too.")
     parser.epilog = "What follows -- is given to the image's command."
     words = [*sys.argv[1:], "--"]

@@ -1,6 +1,6 @@
 """Builds a target of the Dockerfile without a container engine: its instructions, stage by stage, each in a root of its own.
 
-    sudo python -m bench.images gateway /var/tmp/images
+    sudo python -m bench.images gateway /var/tmp/images --mirror MIRROR
 
 The base image is stood in for by what debootstrap makes of the same Debian, with its own Python 3.11 where the image has one; so
 this shows that every RUN and COPY works on a clean system and that the image is complete, not that the base image itself is sound.

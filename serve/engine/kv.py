@@ -7,11 +7,13 @@ vLLM's coordinator asks one manager per group for blocks. Ours asks those of a r
 blocks, and caches and finds none. Which request has which members is noted by our scheduler.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator, replay_boundaries
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -72,33 +74,69 @@ def _plain(spec: MemberAttentionSpec) -> FullAttentionSpec:
     return FullAttentionSpec(**{field.name: getattr(spec, field.name) for field in fields(FullAttentionSpec)})
 
 
+@dataclass(kw_only=True, slots=True)
+class _Holding:
+    """What one request has in the cache."""
+
+    managers: tuple[tuple[int, Any], ...]
+    """Groups of its members, each with its manager."""
+    slots: int = 0
+    """Tokens for which all of them have blocks."""
+    offered: int = 0
+    """Blocks that all of them were asked to cache."""
+
+
 class MemberCoordinator(KVCacheCoordinator):
     """Goes before vLLM's own coordinator and asks, for each request, only the managers of its members.
 
     vLLM's would ask the manager of every group four times per request and step: on a population of ten that cost a fifth of a
-    step of sixteen one-member requests (bench/LOG.md).
+    step of sixteen one-member requests (bench/LOG.md). And as a request's members fill their blocks in step, none of them is asked
+    at all while the last blocks have room: in all steps but one of each block's length.
     """
 
-    member_sets: dict[str, tuple[int, ...]]
-    """The members of each live request; the scheduler writes it."""
-    searching: tuple[int, ...]
-    """Members of the request for which the prefix cache is being searched: that search names no request."""
     groups_of: dict[int, tuple[int, ...]]
     """The groups of each member."""
+    searching: str
+    """The request for which the prefix cache is being searched: that search does not name it."""
+    _held: dict[str, _Holding]
     _no_blocks: tuple[tuple[()], ...]
 
     @classmethod
-    def adopt(cls, coordinator: KVCacheCoordinator, groups_of: dict[int, tuple[int, ...]]) -> Self:
-        """Give vLLM's coordinator our methods: vLLM offers no hook to choose its class."""
-        own = type(f"Member{type(coordinator).__name__}", (cls, type(coordinator)), {})
-        adopted: Any = coordinator
-        adopted.__class__ = own
-        adopted.member_sets = {}
-        adopted.searching = ()
+    def adopt(cls, kv_cache_manager: Any, groups_of: dict[int, tuple[int, ...]]) -> Self:
+        """Give the coordinator of vLLM's manager our methods: vLLM offers no hook to choose its class."""
+        adopted: Any = kv_cache_manager.coordinator
+        adopted.__class__ = type(f"Member{type(adopted).__name__}", (cls, type(adopted)), {})
         adopted.groups_of = groups_of
+        adopted.searching = ""
+        adopted._held = {}
         adopted._no_blocks = ((),) * len(adopted.single_type_managers)
+        kv_cache_manager.empty_kv_cache_blocks = _NoBlocks(kv_cache_manager.empty_kv_cache_blocks.blocks)
         population_coordinator: Self = adopted
         return population_coordinator
+
+    def assign(self, request_id: str, members: Sequence[int]) -> None:
+        """A new request has these members."""
+        self._held[request_id] = _Holding(managers=self._managers(members))
+
+    def drop(self, request_id: str, member: int) -> None:
+        """Give back the blocks of a member that leaves a running request.
+
+        From now on its managers are not asked for this request: no later request can find KV of the tokens that the member does not
+        see. What it cached before was written, and stays.
+        """
+        holding, leaving = self._held[request_id], self._managers([member])
+        holding.managers = tuple(each for each in holding.managers if each not in leaving)
+        for _, manager in leaving:
+            manager.free(request_id)
+
+    def forget(self, request_id: str) -> None:
+        """The request is over, and its blocks are free."""
+        del self._held[request_id]
+
+    def _managers(self, members: Sequence[int]) -> tuple[tuple[int, Any], ...]:
+        return tuple(
+            (group, self.single_type_managers[group]) for member in members for group in self.groups_of[member]
+        )
 
     def find_longest_cache_hit(
         self, block_hashes: Any, max_cache_hit_length: int
@@ -108,9 +146,8 @@ class MemberCoordinator(KVCacheCoordinator):
         if not self.block_pool.enable_caching:
             return tuple(found), 0, 0
         length = max_cache_hit_length
-        groups = [group for member in self.searching for group in self.groups_of[member]]
-        for group in groups:
-            manager = self.single_type_managers[group]
+        managers = self._held[self.searching].managers
+        for group, manager in managers:
             (found[group],), length = manager.find_longest_cache_hit(
                 block_hashes=block_hashes,
                 max_length=length,
@@ -120,8 +157,8 @@ class MemberCoordinator(KVCacheCoordinator):
                 drop_eagle_block=group in self.eagle_group_ids,
                 alignment_tokens=self.scheduler_block_size,
             )
-        for group in groups:
-            del found[group][cdiv(length, self.single_type_managers[group].block_size) :]
+        for group, manager in managers:
+            del found[group][cdiv(length, manager.block_size) :]
         return tuple(found), length, 0
 
     def get_num_blocks_to_allocate(
@@ -134,49 +171,92 @@ class MemberCoordinator(KVCacheCoordinator):
         **kwargs: Any,
     ) -> int:
         """Blocks that the request's members need."""
+        holding = self._held[request_id]
+        if num_tokens <= holding.slots:
+            return 0
         return sum(
-            self.single_type_managers[group].get_num_blocks_to_allocate(
-                request_id, num_tokens, new_computed_blocks[group], *args, **kwargs
-            )
-            for group in self._groups(request_id)
+            manager.get_num_blocks_to_allocate(request_id, num_tokens, new_computed_blocks[group], *args, **kwargs)
+            for group, manager in holding.managers
         )
+
+    def allocate_new_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Any,
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        skip_zeroing_group_ids: tuple[int, ...] = (),
+    ) -> None:
+        """Give a request that begins the cached blocks that were found for its members. External ones are refused at start."""
+        managers = self._held[request_id].managers
+        if any(request_id in manager.num_cached_block for _, manager in managers):
+            return
+        for group, manager in managers:
+            manager.add_local_computed_blocks(
+                request_id, new_computed_blocks[group], num_local_computed_tokens, num_external_computed_tokens
+            )
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int, num_encoder_tokens: int = 0
     ) -> tuple[Any, ...]:
-        """Blocks for the request's members, and none in the other groups."""
+        """Blocks for the request's members, and none in the other groups; nothing at all if nobody needs one."""
+        holding = self._held[request_id]
+        if num_tokens <= holding.slots:
+            return ()
         blocks: list[Any] = list(self._no_blocks)
-        for group in self._groups(request_id):
-            blocks[group] = self.single_type_managers[group].allocate_new_blocks(
-                request_id, num_tokens, num_tokens_main_model
-            )
+        for group, manager in holding.managers:
+            blocks[group] = manager.allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        holding.slots = min(
+            len(manager.req_to_blocks[request_id]) * manager.block_size for _, manager in holding.managers
+        )
         return tuple(blocks)
 
     def cache_blocks(self, request: Any, num_computed_tokens: int) -> None:
         """Make the full blocks of the request's members known to later requests; nothing of a member that it lacks."""
         if not self.block_pool.enable_caching:
             return
+        holding = self._held[request.request_id]
+        num_full = num_computed_tokens // self.block_pool.hash_block_size
+        if num_full == holding.offered:
+            return
         boundaries = replay_boundaries(
             request.num_prompt_tokens, self.scheduler_block_size, use_eagle=bool(self.eagle_group_ids)
         )
-        for group in self._groups(request.request_id):
-            self.single_type_managers[group].cache_blocks(
+        for group, manager in holding.managers:
+            manager.cache_blocks(
                 request,
                 self.get_num_cacheable_tokens(num_computed_tokens, group),
                 retention_interval=self.retention_interval,
                 replay_boundaries=boundaries,
             )
+        holding.offered = num_full
 
-    def free_member(self, request_id: str, member: int) -> None:
-        """Give back the blocks of a member that leaves a running request."""
-        for group in self.groups_of[member]:
-            self.single_type_managers[group].free(request_id)
+    def free(self, request_id: str) -> None:
+        """Free the blocks of a request that is over or preempted."""
+        holding = self._held[request_id]
+        holding.slots = holding.offered = 0
+        for _, manager in holding.managers:
+            manager.free(request_id)
 
-    def _groups(self, request_id: str) -> list[int]:
-        return [group for member in self.member_sets[request_id] for group in self.groups_of[member]]
+    def pop_blocks_for_free(self, request_id: str) -> list[Any]:
+        """The same, but the caller frees them, when no step that runs can write to them any more."""
+        holding = self._held[request_id]
+        holding.slots = holding.offered = 0
+        return [block for _, manager in holding.managers for block in manager.pop_blocks_for_free(request_id)]
 
     def remove_skipped_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: full attention skips no block."""
+
+    def new_step_starts(self) -> None:
+        """Nothing: the managers of full attention do not ask."""
+
+
+class _NoBlocks(KVCacheBlocks):
+    """What a request gets in nearly every step. vLLM looks through all groups to see that it is nothing."""
+
+    def get_block_ids(self, allow_none: bool = False, **kwargs: Any) -> Any:
+        """None, or an empty list for each group."""
+        return None if allow_none else super().get_block_ids(**kwargs)
 
 
 def register_spec() -> None:

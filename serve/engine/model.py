@@ -2,10 +2,11 @@
 
 Sampling, penalties, grammar masks, `logprobs` and echoed prompt log-probabilities are vLLM's own and act on the mixture.
 
-M members, T token rows, R rows that need logits, V vocabulary, H columns: hidden columns of the members that run, header columns
+M members, T token rows, R rows that need logits, V vocabulary, D a member's width, H columns: hidden ones of the members that run, header
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ from serve.engine.mixing import Exchange, header_width, mix, mix_alike, uniform_
 from serve.engine.mixture import Mixture
 from serve.engine.parallel import Ranks, SpreadRanks
 from serve.engine.stopwatch import MIXING, Stopwatch
+
+
+@dataclass(slots=True)
+class _Returned:
+    """What the last `forward` returned, for `compute_logits`. Not attributes of the module, which takes its time to set one."""
+
+    columns: dict[int, slice] = field(default_factory=dict)
+    """Where each member's columns are."""
+    common: Mixture | None = None
+    """The mixture of all rows."""
 
 
 class PopulationForCausalLM(nn.Module):
@@ -53,9 +64,7 @@ class PopulationForCausalLM(nn.Module):
                 device=torch.device(device),
             )
         self._widths = [config.get_text_config().hidden_size for config in configs]
-        # What the last `forward` returned, for `compute_logits`: where each member's columns are, and the mixture of all its rows.
-        self._columns: dict[int, slice] = {}
-        self._common: Mixture | None = None
+        self._returned = _Returned()
         self._dtype = vllm_config.model_config.dtype
         # A float32 header travels as raw bits among hidden columns of a smaller dtype: bf16 would round the weights.
         self._header_columns = header_width(self.num_members) * 4 // self._dtype.itemsize
@@ -78,10 +87,11 @@ class PopulationForCausalLM(nn.Module):
         in rows that it does not run: nothing reads them. Where all have the same mixture, one member's rows are its own output.
         """
         step = self.current.step
-        self._common = None if step is None else step.common
-        if step is not None and self._common is not None:
+        returned = self._returned
+        returned.common = None if step is None else step.common
+        if step is not None and returned.common is not None:
             running = step.running
-            self._columns = self._lay_out(running, start=0)
+            returned.columns = self._lay_out(running, start=0)
             hidden = [self._run(idx, input_ids, positions) for idx in running]
             if (
                 not hidden
@@ -90,9 +100,11 @@ class PopulationForCausalLM(nn.Module):
             return hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1)
 
         num_tokens = len(input_ids)
-        header_TH = uniform_headers(num_tokens, self.num_members) if step is None else step.header_TH
+        header_TH = None if step is None else step.header_TH
+        if header_TH is None:
+            header_TH = uniform_headers(num_tokens, self.num_members)
         running = self.ranks.members if step is None else step.running
-        self._columns = self._lay_out(running, start=self._header_columns)
+        columns = returned.columns = self._lay_out(running, start=self._header_columns)
         width = self._header_columns + sum(self._widths[idx] for idx in running)
         hidden_TH = torch.empty(num_tokens, width, dtype=self._dtype, device=input_ids.device)
         hidden_TH[: len(header_TH), : self._header_columns] = header_TH.to(input_ids.device).view(self._dtype)
@@ -100,10 +112,10 @@ class PopulationForCausalLM(nn.Module):
         for idx in running:
             rows = None if step is None else step.rows[idx]
             if rows is None:
-                hidden_TH[:, self._columns[idx]] = self._run(idx, input_ids, positions)
+                hidden_TH[:, columns[idx]] = self._run(idx, input_ids, positions)
             else:
                 hidden_rH = self._run(idx, input_ids[rows.tokens], positions[..., rows.tokens])
-                hidden_TH[rows.tokens, self._columns[idx]] = hidden_rH
+                hidden_TH[rows.tokens, columns[idx]] = hidden_rH
         return hidden_TH
 
     def _run(self, idx: int, input_ids: Tensor, positions: Tensor) -> Tensor:
@@ -127,27 +139,32 @@ class PopulationForCausalLM(nn.Module):
         the same at any additive constant but for penalties, and a log-softmax costs a twentieth of a small member's step
         (bench/LOG.md).
         """
+        common = self._returned.common
+        if common is not None and self._is_member_alone(common) and self.current.takes_any_scale:
+            return self._logits_of(common.members[0], hidden_states)
         start = self.stopwatch.mark()
 
         def logits_of(idx: int, rows: Tensor | None) -> Tensor:
             asked = self.stopwatch.mark()
-            columns = hidden_states[:, self._columns[idx]]
-            columns = columns if rows is None else columns[rows.to(columns.device)]
-            with self.ranks.alone():
-                logits: Tensor = self._members[idx].compute_logits(columns)
-            self.stopwatch.add(idx, asked)
+            hidden_RD = hidden_states[:, self._returned.columns[idx]]
+            logits_RV = self._logits_of(idx, hidden_RD if rows is None else hidden_RD[rows.to(hidden_RD.device)])
             self.stopwatch.add(MIXING, asked, sign=-1)
-            return logits
+            return logits_RV
 
-        if self._common is not None and self._is_member_alone(self._common) and self.current.takes_any_scale:
-            mixed_RV = logits_of(self._common.members[0], None)
-        elif self._common is not None:
-            mixed_RV = mix_alike(self._common, len(hidden_states), logits_of, self._exchange, adds_up=self._adds_up)
+        if common is not None:
+            mixed_RV = mix_alike(common, len(hidden_states), logits_of, self._exchange, adds_up=self._adds_up)
         else:
             header_RH = hidden_states[:, : self._header_columns].contiguous().view(torch.float32).cpu()
             mixed_RV = mix(header_RH, logits_of, self._exchange, adds_up=self._adds_up)
         self.stopwatch.add(MIXING, start)
         return mixed_RV
+
+    def _logits_of(self, idx: int, hidden_RD: Tensor) -> Tensor:
+        start = self.stopwatch.mark()
+        with self.ranks.alone():
+            logits_RV: Tensor = self._members[idx].compute_logits(hidden_RD)
+        self.stopwatch.add(idx, start)
+        return logits_RV
 
     def _is_member_alone(self, mixture: Mixture) -> bool:
         return len(mixture.members) == 1 and mixture.temperature == 1.0 and self._exchange is None

@@ -37,9 +37,9 @@ class Step:
     """One step of the engine: who runs what, and the header of every token row."""
 
     rows: tuple[MemberRows | None, ...]
-    """For each member its part of the batch; None where that is the whole batch."""
-    header_TH: Tensor
-    """(num_tokens, M + 2) float32, see `mixing.make_headers`."""
+    """For each member that runs any row its part of the batch; None where that is the whole batch."""
+    header_TH: Tensor | None
+    """(num_tokens, M + 2) float32, see `mixing.make_headers`; None where all requests have the same mixture."""
     running: tuple[int, ...]
     """Members here that run any row, ascending."""
     common: Mixture | None
@@ -60,6 +60,13 @@ def plan_step(
         num_scheduled_tokens: (num_requests,) tokens that this step computes for each request.
         here: the members that this rank holds; None for all.
     """
+    if all(mixture == mixtures[0] for mixture in mixtures):
+        return Step(
+            rows=(None,) * num_members,
+            header_TH=None,
+            running=tuple(member for member in mixtures[0].members if here is None or member in here),
+            common=mixtures[0],
+        )
     is_active_RM = np.zeros((len(mixtures), num_members), dtype=bool)
     for row, mixture in enumerate(mixtures):
         is_active_RM[row, list(mixture.members)] = True
@@ -77,7 +84,7 @@ def plan_step(
         rows=tuple(rows),
         header_TH=header_TH.to(device),
         running=tuple(m for m in np.flatnonzero(is_active_RM.any(0)).tolist() if here is None or m in here),
-        common=mixtures[0] if all(mixture == mixtures[0] for mixture in mixtures) else None,
+        common=None,
     )
 
 

@@ -21,7 +21,10 @@ from serve.engine.mixture import TIER_ARGUMENT, Mixture, Prior
 
 logger = init_logger(__name__)
 
-_OBSERVE_EVERY = 4  # steps: what they cost changes slowly, and looking costs some ten microseconds
+# Steps between two looks at what one costs: that changes slowly, and a look takes some hundred microseconds. Nobody needs to know
+# while no request has a time budget, but the first that has one finds a step cost that is learned.
+_OBSERVE_EVERY = 4
+_OBSERVE_IDLY_EVERY = 32
 
 
 class PopulationScheduler(Scheduler):
@@ -36,7 +39,7 @@ class PopulationScheduler(Scheduler):
         self._mixtures: dict[str, Mixture] = {}
         self._deadlines: dict[str, Deadline] = {}
         self._changed: set[str] = set()
-        self._kv = MemberCoordinator.adopt(self.kv_cache_manager.coordinator, groups_of)
+        self._kv = MemberCoordinator.adopt(self.kv_cache_manager, groups_of)
         self._step_cost = StepCost()
         self._step_started = 0.0
         self._num_steps = 0
@@ -48,7 +51,7 @@ class PopulationScheduler(Scheduler):
             arguments = (request.sampling_params and request.sampling_params.extra_args) or {}
             mixture = self._resolve(request.request_id, arguments)
             self._mixtures[request.request_id] = mixture
-            self._kv.member_sets[request.request_id] = mixture.members
+            self._kv.assign(request.request_id, mixture.members)
             if (budget_ms := arguments.get(BUDGET_ARGUMENT)) is not None:
                 floor = arguments.get(FLOOR_ARGUMENT, self._prior.tiers[0])
                 self._deadlines[request.request_id] = Deadline(
@@ -71,7 +74,8 @@ class PopulationScheduler(Scheduler):
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Learn what the step cost, then let vLLM take over its tokens."""
         self._num_steps += 1
-        if scheduler_output.num_scheduled_tokens and self._num_steps % _OBSERVE_EVERY == 0:
+        every = _OBSERVE_EVERY if self._deadlines else _OBSERVE_IDLY_EVERY
+        if scheduler_output.num_scheduled_tokens and self._num_steps % every == 0:
             seconds = time.monotonic() - self._step_started
             self._step_cost.observe(self._load(scheduler_output.num_scheduled_tokens), seconds)
         if self.log_stats and scheduler_output.num_scheduled_tokens:
@@ -115,10 +119,7 @@ class PopulationScheduler(Scheduler):
             return False
         member, smaller = found
         self._mixtures[request.request_id] = smaller
-        # From now on the member's manager is not asked for this request: no later request can find KV of the tokens
-        # that the member does not see. What it cached before was written, and stays.
-        self._kv.member_sets[request.request_id] = smaller.members
-        self._kv.free_member(request.request_id, member)
+        self._kv.drop(request.request_id, member)
         self._changed.add(request.request_id)
         reason = "late" if late else "forecast"
         self.counts.count_drop(reason)
@@ -137,7 +138,7 @@ class PopulationScheduler(Scheduler):
         )
 
     def _get_local_prefix_cache_hit(self, request: Any) -> Any:
-        self._kv.searching = self._kv.member_sets[request.request_id]
+        self._kv.searching = request.request_id
         return super()._get_local_prefix_cache_hit(request)
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -149,7 +150,7 @@ class PopulationScheduler(Scheduler):
     def _free_blocks(self, request: Any) -> None:
         super()._free_blocks(request)
         del self._mixtures[request.request_id]
-        del self._kv.member_sets[request.request_id]
+        self._kv.forget(request.request_id)
         self._deadlines.pop(request.request_id, None)
         self._changed.discard(request.request_id)
 

@@ -15,11 +15,12 @@ class Stopwatch:
     def __init__(self, num_members: int, device: torch.device) -> None:
         self._seconds = [0.0] * (num_members + 1)
         self._device = device
+        self._is_cpu = device.type == "cpu"
         self._spans: list[tuple[int, Any, Any, int]] = []
 
     def mark(self) -> Any:
         """A moment, to be given to `add`."""
-        if self._device.type == "cpu":
+        if self._is_cpu:
             return time.perf_counter()
         event = torch.Event(device=self._device, enable_timing=True)
         event.record()
@@ -28,7 +29,7 @@ class Stopwatch:
     def add(self, account: int, since: Any, *, sign: int = 1) -> None:
         """Add the time since a moment to an account, or take it away from there."""
         now = self.mark()
-        if self._device.type == "cpu":
+        if self._is_cpu:
             self._seconds[account] += sign * (now - since)
         else:
             self._spans.append((account, since, now, sign))

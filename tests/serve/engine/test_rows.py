@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from serve.engine.mixture import Mixture
@@ -19,10 +19,20 @@ requests = st.lists(st.tuples(st.sets(st.integers(0, 3), min_size=1), st.integer
 
 @settings(max_examples=200, deadline=None)
 @given(requests)
+@example([({1, 2}, 3), ({1, 2}, 1)])
 def test_each_member_gets_exactly_the_rows_of_its_requests(batch: list[tuple[set[int], int]]) -> None:
     lengths = np.array([length for _, length in batch], dtype=np.int32)
     step = plan_step([mixture_of(members) for members, _ in batch], lengths, 4, torch.device("cpu"))
     owners = [row for row, length in enumerate(lengths) for _ in range(length)]
+    runners = set().union(*(members for members, _ in batch))
+    assert set(step.running) == runners
+    if all(members == batch[0][0] for members, _ in batch):
+        assert step.common == mixture_of(batch[0][0])
+        assert step.header_TH is None
+        assert step.rows == (None,) * 4
+        return
+    assert step.common is None
+    assert step.header_TH is not None
     assert step.header_TH.shape == (len(owners), 6)
     for token, row in enumerate(owners):
         assert {m for m in range(4) if step.header_TH[token, m] > 0} == batch[row][0]

@@ -2,7 +2,8 @@
 
 Sampling, penalties, grammar masks, `logprobs` and echoed prompt log-probabilities are vLLM's own and act on the mixture.
 
-M members, T token rows, R rows that need logits, V vocabulary, D a member's width, H columns: hidden ones of the members that run, header
+M members, T token rows, R rows that need logits, V vocabulary, D a member's width, H columns: hidden ones of the members that run,
+and header columns
 """
 
 from collections.abc import Iterable, Sequence

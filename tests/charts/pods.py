@@ -9,6 +9,7 @@ where it would have listened on all.
 import random
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from tests.charts.rendering import ROOT
 
@@ -49,6 +51,11 @@ class Network:
     def add(self, name: str, address: str) -> None:
         """The address is ready behind a service's name."""
         self._names.setdefault(name, []).append(address)
+        self._write()
+
+    def remove(self, name: str, address: str) -> None:
+        """The address is no longer behind a service's name."""
+        self._names[name].remove(address)
         self._write()
 
     def ready(self, name: str) -> list[str]:
@@ -128,6 +135,26 @@ class Pod:
                 assert time.monotonic() < deadline, f"{self.name}: {probe} fails for too long"
                 time.sleep(0.3)
         return time.monotonic() - began
+
+    def terminate(self) -> int:
+        """As the kubelet would: the hook, then SIGTERM, all within the pod's grace period. Its exit status."""
+        deadline = time.monotonic() + self.spec["terminationGracePeriodSeconds"]
+        hook = self.container.get("lifecycle", {}).get("preStop")
+        if hook is not None:
+            self.run(hook["exec"]["command"], timeout_s=deadline - time.monotonic())
+        self.process.terminate()
+        return self.process.wait(deadline - time.monotonic())
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to every process of the container at once."""
+        first = psutil.Process(self.process.pid)
+        for each in (*first.children(recursive=True), first):
+            each.send_signal(number)
+
+    def die(self) -> None:
+        """As for want of memory."""
+        self.signal(signal.SIGKILL)
+        self.process.wait(20)
 
     def kill(self) -> None:
         """The end of a test, however it ended."""

@@ -1,131 +1,26 @@
-"""The rendered chart, running: Redis, two engines and a gateway as its pods would, watched by a real Prometheus with its rules.
+"""The rendered chart, running, watched by a real Prometheus with its rules."""
 
-One cluster for the module.
-"""
-
-import itertools
 import json
 import math
-import re
-import shutil
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import yaml
 
-from population import manifest
-from population.manifest import Loss
-from tests.charts.pods import Network, Pod, can_isolate
-from tests.charts.rendering import NAMESPACE, RELEASE, Object, pick, render
-from tests.live import ENGINE_ARGUMENTS, free_port, wait_for
-
-VALUES: dict[str, Any] = {
-    "longestRequestSeconds": 60,
-    "gateway": {"replicas": {"min": 1, "max": 1}, "drainSeconds": 3, "echoPart": 1},
-    "engine": {
-        "replicas": {"min": 2, "max": 2},
-        "kvCacheGiB": 1,
-        "startupSeconds": 600,
-        "drainSeconds": 8,  # gateways look every 5 s
-        "args": list(ENGINE_ARGUMENTS),
-        "extraEnv": [{"name": "OMP_NUM_THREADS", "value": "1"}],
-    },
-    "metrics": {"podMonitor": True, "rules": True, "intervalSeconds": 1},
-}
-ENGINES = f"{RELEASE}-chorus-engine.{NAMESPACE}.svc"
-GATEWAYS = f"{RELEASE}-chorus-gateway.{NAMESPACE}.svc"
-REDIS = f"{RELEASE}-chorus-redis.{NAMESPACE}.svc"
+from tests.charts.cluster import GATEWAYS, Cluster, ask
+from tests.charts.pods import can_isolate
+from tests.charts.rendering import NAMESPACE, RELEASE, pick
+from tests.live import free_port, wait_for
 
 pytestmark = [
     pytest.mark.skipif(not can_isolate(), reason="pods need a mount namespace: run as root"),
     pytest.mark.timeout(900),
 ]
-
-
-class Cluster:
-    """The pods of the chart that run, behind the names of their services."""
-
-    def __init__(self, directory: Path, population: Path) -> None:
-        self.objects = render(**VALUES)
-        self.network = Network(directory)
-        self.pods: dict[str, Pod] = {}
-        self._directory = directory
-        self._claims = {"chorus-population": population}
-        self._count = itertools.count()
-
-    def spec(self, kind: str, component: str) -> Object:
-        found: Object = pick(self.objects, kind, component)["spec"]["template"]["spec"]
-        return found
-
-    def start(self, name: str, kind: str, component: str) -> Pod:
-        """A new pod; it is not behind its service yet."""
-        directory = self._directory / f"{name}-{next(self._count)}"
-        pod = Pod(
-            name=name, spec=self.spec(kind, component), network=self.network, directory=directory, claims=self._claims
-        )
-        self.pods[name] = pod
-        pod.start()
-        return pod
-
-    @property
-    def url(self) -> str:
-        """A gateway that is ready."""
-        return f"http://{self.network.ready(GATEWAYS)[0]}:8000"
-
-    def stop(self) -> None:
-        for pod in self.pods.values():
-            pod.kill()
-
-
-@pytest.fixture(scope="module")
-def cluster(tiny_population: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    directory = tmp_path_factory.mktemp("cluster")
-    for each in (directory, directory.parent):
-        each.chmod(0o755)  # pods run as somebody else
-    population = directory / "population"
-    shutil.copytree(tiny_population, population)
-    for path in population.rglob(
-        "*"
-    ):  # safetensors writes files that only their owner may read; pods are somebody else
-        path.chmod(path.stat().st_mode | 0o044 | (0o011 if path.is_dir() else 0))
-    found = manifest.load(population)
-    losses = (4.6, 4.4, 4.3)
-    tiers = tuple(
-        tier.model_copy(update={"test_loss": Loss(nats=nats, low=nats - 0.1, high=nats + 0.1, num_tokens=999)})
-        for tier, nats in zip(found.tiers, losses, strict=True)
-    )
-    manifest.save(found.model_copy(update={"tiers": tiers, "prior_version": 1}), population)
-    cluster = Cluster(directory, population)
-    try:
-        cluster.start("redis", "Deployment", "redis")
-        engines = [cluster.start(f"engine-{idx}", "StatefulSet", "engine") for idx in range(2)]
-        gateway = cluster.start("gateway-0", "Deployment", "gateway")
-        cluster.pods["redis"].wait_until_ready()
-        cluster.network.add(REDIS, cluster.pods["redis"].address)
-        for engine in engines:
-            engine.wait_until_ready()
-            cluster.network.add(ENGINES, engine.address)
-        gateway.wait_until_ready()
-        cluster.network.add(GATEWAYS, gateway.address)
-        wait_for("both engines", lambda: num_engines_up(cluster.url) == 2, timeout_s=60)
-        yield cluster
-    finally:
-        cluster.stop()
-
-
-def num_engines_up(url: str) -> int:
-    return len(re.findall(r"^chorus_gateway_engine_up\{.*\} 1\.0$", httpx.get(f"{url}/metrics").text, re.MULTILINE))
-
-
-def ask(url: str, **fields: Any) -> httpx.Response:
-    body = {"prompt": "def main(", "max_tokens": 8, "ignore_eos": True, **fields}
-    return httpx.post(f"{url}/v1/completions", json=body, timeout=60)
 
 
 def test_every_probe_passes_under_the_rendered_security_context(cluster: Cluster) -> None:

@@ -59,7 +59,8 @@ class _Attempt:
     assembly: Assembly | None
     splicer: EventSplicer
     has_answered: bool = False
-    """Whether the engine has begun to answer: from then on nothing is tried again."""
+    """Whether anything of the answer's body has come: from then on nothing is tried again. The head of a stream comes when nothing
+    is computed yet."""
 
     @property
     def engine(self) -> Engine:
@@ -173,11 +174,12 @@ class Relay(Response):
             budget_s = grant.engine.squeeze.told_s(grant.flight.finish_by - time.perf_counter())
         body = call.body(grant.tier, budget_s=budget_s, floor=grant.flight.floor)
         answer = await upstream.send(self._passage.session, grant.engine, self._path, body, self._passage.headers)
-        attempt.has_answered = True
+        is_stream = answer.status == 200 and answer.content_type == _EVENT_STREAM
+        attempt.has_answered = not is_stream
         try:
             if answer.status != 200:
                 raise await self._refusal(attempt, answer)
-            if answer.content_type == _EVENT_STREAM:
+            if is_stream:
                 await self._stream(attempt, answer, send)
             else:
                 await self._whole(attempt, await answer.read(), send)
@@ -201,6 +203,7 @@ class Relay(Response):
     async def _stream(self, attempt: _Attempt, answer: aiohttp.ClientResponse, send: Send) -> None:
         splicer, exchange = attempt.splicer, attempt.exchange
         async for data in answer.content.iter_any():
+            attempt.has_answered = True
             if not (events := splicer.feed(data)):
                 continue
             exchange.heard(events.count(b"\n\n"))

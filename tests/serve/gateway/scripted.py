@@ -54,6 +54,8 @@ class ScriptedEngine:
         self.headers: list[dict[str, str]] = []
         self.break_before_answer = 0
         """So many requests from now on lose their connection before the first byte."""
+        self.break_after_head = 0
+        """So many from now on lose it when only the answer's head has been sent."""
         self.client_left = threading.Event()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -83,6 +85,14 @@ class ScriptedEngine:
         if self.break_before_answer:
             self.break_before_answer -= 1
             send.__self__.transport.abort()  # uvicorn's own; ASGI has no word for it
+            return
+        if self.break_after_head:
+            self.break_after_head -= 1
+            headers = [(b"content-type", self.content_type.encode())]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": b"", "more_body": True})
+            await asyncio.sleep(0.05)
+            send.__self__.transport.abort()
             return
         answering = asyncio.create_task(self._answer(send))
         leaving = asyncio.create_task(receive())

@@ -127,6 +127,18 @@ def test_a_connection_lost_before_the_first_byte_is_tried_once_more(pair: Pair) 
     assert len(pair.engine.bodies) == 2
 
 
+def test_a_stream_that_is_lost_between_its_head_and_its_first_byte_is_tried_once_more(pair: Pair) -> None:
+    pair.engine.steps = [event("a"), event("b"), DONE]
+    pair.engine.break_after_head = 1
+    answer = complete(pair, stream=True)
+    assert answer.status_code == 200
+    assert [part["choices"][0]["text"] for part in events(answer.text)] == ["a", "b"]
+    assert len(pair.engine.bodies) == 2
+    pair.engine.break_after_head = 2
+    assert complete(pair, stream=True).status_code == 503
+    assert len(pair.engine.bodies) == 4
+
+
 def test_a_second_loss_is_a_503_that_says_when_to_come_back(pair: Pair) -> None:
     pair.engine.break_before_answer = 2
     answer = complete(pair)

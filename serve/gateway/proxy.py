@@ -126,7 +126,8 @@ class Relay(Response):
                 await self._try(grant, send)
             except _LostError:
                 grant.engine.breaker.note_failure()
-                is_well = await grant.engine.check()
+                # Who is known to be down is not asked: a frozen one would keep the request for as long as a probe may take.
+                is_well = grant.engine.is_up and await grant.engine.check()
                 others = [each for each in self._passage.pool.engines if each is not grant.engine and each.is_up]
                 if is_last or not (is_well or others):
                     raise upstream.lost(grant.engine) from None
@@ -264,7 +265,8 @@ class Relay(Response):
             attempt.engine.suspect()
             await self._end_broken(send, why.value)
         else:
-            await attempt.engine.check()
+            if attempt.engine.is_up:
+                await attempt.engine.check()
             raise upstream.lost(attempt.engine)
 
     async def _truncate(self, attempt: _Attempt, send: Send) -> None:

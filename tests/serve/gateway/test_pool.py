@@ -159,6 +159,19 @@ def test_an_engine_that_freezes_is_left_and_its_streams_end_loudly(tiny: Populat
         wait_for("both again", lambda: all(engine.is_up for engine in cluster.gateway.engines), timeout_s=10)
 
 
+def test_what_a_frozen_engine_was_asked_is_asked_elsewhere_as_soon_as_it_is_given_up(tiny: Population) -> None:
+    probe_timeout_s = 2.0
+    with cluster_of_two(tiny, probe_timeout_s=probe_timeout_s, stall_timeout_s=60.0) as cluster:
+        cluster.ask()
+        frozen, other = cluster.busy()
+        frozen.is_frozen = True
+        asked_at = time.monotonic()
+        assert cluster.ask(max_tokens=5).status_code == 200
+        assert other.bodies[-1]["max_tokens"] == 5
+        assert time.monotonic() - asked_at < 2 * probe_timeout_s, "it was looked at once more, in vain"
+        frozen.is_frozen = False
+
+
 def test_an_engine_that_says_it_is_well_and_computes_nothing_is_left_until_it_works_again(tiny: Population) -> None:
     with cluster_of_two(tiny, probe_timeout_s=0.5, stall_timeout_s=1.0) as cluster:
         cluster.ask()

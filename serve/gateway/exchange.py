@@ -13,6 +13,8 @@ from serve.gateway.splice import Usage
 LEAD_S = 0.01
 """What is cut at a deadline is cut so much before it, so that it arrives in time."""
 _NOTICEABLE_S = 0.05
+_SLACK = 0.05
+"""Part of the longest silence by which it may be overrun, so that not every event sets the timer anew."""
 
 
 class Stop(Enum):
@@ -44,6 +46,7 @@ class Exchange:
         self._ends_at_deadline = False
         self._has_words = False
         self._blocked_s = 0.0
+        self._set_at = 0.0
 
     @contextmanager
     def sending(self) -> Iterator[None]:
@@ -73,9 +76,11 @@ class Exchange:
         if flight.first_at is None:
             self.grant.engine.flights.note_first(flight)
         flight.num_tokens += num_events
-        self.grant.engine.heard_at = time.monotonic()
-        self._has_words = True
-        self._wait_on()
+        now = self.grant.engine.heard_at = time.monotonic()
+        if not self._has_words or now - self._set_at > _SLACK * self._stall_s:
+            self._has_words = True
+            self._set_at = now
+            self._wait_on()
 
     def teach(self, usage: Usage | None, *, streamed: bool, was_dropped: bool, characters: int) -> None:
         """The answer is complete: its times go into the engine's model.
@@ -109,7 +114,7 @@ class Exchange:
         when = None if self._deadline is None else loop.time() + self._deadline - LEAD_S - time.perf_counter()
         self._ends_at_deadline = when is not None
         if self._has_words:
-            stalled_at = loop.time() + self._stall_s
+            stalled_at = loop.time() + (1 + _SLACK) * self._stall_s
             self._ends_at_deadline = when is not None and when <= stalled_at
             when = when if self._ends_at_deadline else stalled_at
         if not self._patience.expired():

@@ -84,6 +84,16 @@ def test_requests_before_the_engine_is_up_get_503_with_a_time(
         wait_for("ready", watched.ready, timeout_s=30)
 
 
+def test_the_engine_gives_way_to_its_gateway(tiny: Population, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with watching(tiny, tmp_path, monkeypatch) as watched:
+        wait_for("ready", watched.ready, timeout_s=30)
+        engine = watched.engine()
+        assert engine.nice() > psutil.Process().nice()
+        group, own = (Path(f"/proc/{pid}/autogroup") for pid in (engine.pid, "self"))
+        if own.exists() and own.read_text():  # sessions are scheduled as groups here
+            assert int(group.read_text().split()[-1]) > int(own.read_text().split()[-1])
+
+
 @pytest.mark.parametrize("victim", ["engine", "guard"])
 def test_a_killed_engine_turns_ready_red_breaks_its_streams_loudly_and_comes_back(
     tiny: Population, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str

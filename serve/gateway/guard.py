@@ -37,8 +37,8 @@ def _give_way() -> None:
     """Let everybody else on this machine have the processor first: the gateway needs little of it, but at once.
 
     An engine on CPUs keeps all of them busy even while it waits (OpenMP's threads spin). A gateway beside it waited milliseconds
-    for each of its events, and most of the throughput was lost (bench/LOG.md). Where sessions are scheduled as groups, niceness counts
-    only within each, and the group has its own.
+    for each of its events, and most of the throughput was lost (bench/LOG.md). Where sessions are scheduled as groups, niceness
+    counts only within each, and the group has its own.
     """
     os.nice(_NICENESS)
     with contextlib.suppress(OSError):

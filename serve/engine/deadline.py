@@ -4,8 +4,12 @@ Pure decisions: what a step costs (learned from the steps that ran), whether a r
 here on. `scheduler` applies them. The rule is Clipper's (Crankshaw et al., NSDI 2017): at the deadline, answer with what is there.
 """
 
-from collections.abc import Iterable
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from serve.engine.mixture import Mixture
 from serve.least_squares import LeastSquares
@@ -15,14 +19,18 @@ BUDGET_ARGUMENT = "chorus_time_budget_ms"
 FLOOR_ARGUMENT = "chorus_floor"
 """Key of a request's `vllm_xargs`: the tier below which no members are dropped; the cheapest by default."""
 
+_PATIENCE = 0.05
+"""Part of what is still to come by which it may be expected late: a member that left does not come back, but a crowd goes away."""
+_NOT_BEHIND = 3.0
+"""How much more a member counts that leaves a request which is in time, for the sake of others."""
 _FORGETTING = 0.98
-_SCALES = (1.0, 1.0, 16.0, 16_384.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepLoad:
     """What makes a step long."""
 
+    requests: int = 0
     active_members: int = 0
     """Members that run at all: each costs a forward's fixed overhead."""
     member_rows: int = 0
@@ -30,44 +38,82 @@ class StepLoad:
     member_context: int = 0
     """Cached tokens that attention reads, counted once for each member."""
 
-    @classmethod
-    def of(cls, requests: Iterable[tuple[Mixture, int, int]]) -> "StepLoad":
-        """The load of a step over requests given as (mixture, token rows, context length)."""
-        members: set[int] = set()
-        rows = context = 0
-        for mixture, num_tokens, length in requests:
-            members.update(mixture.members)
-            rows += num_tokens * len(mixture.members)
-            context += length * len(mixture.members)
-        return cls(active_members=len(members), member_rows=rows, member_context=context)
+
+class StepTally:
+    """The load of a step, request by request, and without a member once it leaves one."""
+
+    def __init__(self) -> None:
+        self._requests_of: Counter[int] = Counter()
+        self._requests = self._rows = self._context = 0
+
+    def add(self, members: Sequence[int], *, rows: int, context: int) -> None:
+        """A request of these members computes so many token rows after a context of so many tokens."""
+        self._requests += 1
+        self._requests_of.update(members)
+        self._rows += rows * len(members)
+        self._context += context * len(members)
+
+    def drop(self, member: int, *, rows: int, context: int) -> None:
+        """The member leaves a request that was added with these rows and this context."""
+        self._requests_of[member] -= 1
+        if not self._requests_of[member]:
+            del self._requests_of[member]
+        self._rows -= rows
+        self._context -= context
+
+    def copy(self) -> "StepTally":
+        """One that can be changed by itself."""
+        return copy.deepcopy(self)
+
+    def load(self) -> StepLoad:
+        """The load as it is now."""
+        return StepLoad(
+            requests=self._requests,
+            active_members=len(self._requests_of),
+            member_rows=self._rows,
+            member_context=self._context,
+        )
 
 
 class StepCost:
     """Seconds per step as a linear function of its load, learned from the steps that ran.
+
+    What members take and what is left of a step are learned apart. Steps of one set of members, all there may be for hours,
+    cannot tell a member's cost from a step's, and then nothing would seem to be gained by running fewer: whoever is a little
+    behind would lose all (bench/LOG.md).
 
     Starts from nothing: `predict` gives None until enough steps have run. First steps after a start are left out: they load code
     and warm caches, and what they take must not drop members from every request of the next minute.
     """
 
     def __init__(self, *, warm_up: int = 4, min_steps: int = 8) -> None:
-        self._model = LeastSquares(_SCALES, forgetting=_FORGETTING)
+        self._members = LeastSquares((1.0, 16.0, 16_384.0), forgetting=_FORGETTING)
+        self._rest = LeastSquares((1.0, 16.0), forgetting=_FORGETTING)
         self._warm_up = warm_up
         self._min_steps = min_steps
 
-    def observe(self, load: StepLoad, seconds: float) -> None:
-        """Learn from a step that took `seconds`."""
+    def observe(self, load: StepLoad, seconds: float, *, members_s: float) -> None:
+        """Learn from a step that took `seconds`, of which `members_s` were spent in members and in mixing them."""
         if self._warm_up:
             self._warm_up -= 1
             return
-        self._model.observe(_features(load), seconds)
+        members_s = min(members_s, seconds)
+        self._members.observe(_of_members(load), members_s)
+        self._rest.observe(_of_the_rest(load), seconds - members_s)
 
     def predict(self, load: StepLoad) -> float | None:
         """Seconds that a step of that load takes, never below zero; None while too few steps were seen."""
-        return None if self._model.count < self._min_steps else self._model.predict(_features(load))
+        if self._members.count < self._min_steps:
+            return None
+        return self._members.predict(_of_members(load)) + self._rest.predict(_of_the_rest(load))
 
 
-def _features(load: StepLoad) -> tuple[float, ...]:
-    return 1.0, load.active_members, load.member_rows, load.member_context
+def _of_members(load: StepLoad) -> tuple[float, ...]:
+    return load.active_members, load.member_rows, load.member_context
+
+
+def _of_the_rest(load: StepLoad) -> tuple[float, ...]:
+    return 1.0, load.requests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +132,124 @@ class Deadline:
 
     finish_at: float
     """In `time.time()` seconds."""
-    floor: frozenset[int]
-    """Members that are never dropped."""
+    way_down: tuple[tuple[int, Mixture], ...]
+    """The members that may leave, in their order, each with the mixture that is left."""
     drops: list[Drop] = field(default_factory=list)
 
-    def is_kept(self, now: float, remaining_tokens: int, step_s: float | None) -> bool:
-        """Whether the request finishes in time at `step_s` per token; while that is unknown, whether there is time left at all."""
-        return now + remaining_tokens * (step_s or 0.0) <= self.finish_at
+    @property
+    def may_leave(self) -> tuple[tuple[int, Mixture], ...]:
+        """What of `way_down` is still ahead."""
+        return self.way_down[len(self.drops) :]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Runner:
+    """A request with a time budget, as far as keeping it goes."""
+
+    left_s: float
+    """Until its deadline."""
+    remaining_tokens: int
+    num_members: int
+    may_leave: tuple[int, ...]
+    """Members, in the order in which they would leave."""
+    context: int
+    """Cached tokens."""
+
+    @property
+    def slowest_s(self) -> float:
+        """Seconds of a step with which it still ends in time."""
+        return self.left_s / max(1, self.remaining_tokens) / (1 - _PATIENCE)
+
+
+def choose_drops(runners: Sequence[Runner], tally: StepTally, step_s: Callable[[StepLoad], float]) -> list[int]:
+    """How many members each runner drops now, so that as many as possible end in time with as many members as possible.
+
+    A step is no shorter while anybody needs its last members. Where members cost more than their rows, those who are behind would
+    go to their floors for nothing beside one who is not (bench/LOG.md). So two ways are weighed: only those who are behind drop, or
+    all do, those with most members first. Better is the one that keeps more in time, and then the one that costs less: the sum of
+    what each loses in the logarithm of its members (gains fall with every further one), more for those who are not behind.
+
+    Args:
+        runners: requests that have a time budget and run in the next step.
+        tally: everything that runs in it.
+        step_s: seconds of a step of that load.
+    """
+    if not runners or min(runner.slowest_s for runner in runners) >= step_s(tally.load()):
+        return [0] * len(runners)
+    at_floor = tally.copy()
+    for runner in runners:
+        for member in runner.may_leave:
+            at_floor.drop(member, rows=1, context=runner.context)
+    fastest_s = step_s(at_floor.load())
+    ways = [_Way(runners, tally, step_s, fastest_s) for _ in range(2)]
+    ways[0].own_down()
+    ways[1].all_down()
+    return max(ways, key=_Way.score).drops
+
+
+class _Way:
+    """Drops under consideration."""
+
+    def __init__(
+        self, runners: Sequence[Runner], tally: StepTally, step_s: Callable[[StepLoad], float], fastest_s: float
+    ) -> None:
+        self.drops = [0] * len(runners)
+        self._runners = runners
+        self._tally = tally.copy()
+        self._predict = step_s
+        self._step_s = self._step_before_s = step_s(tally.load())
+        # From the most urgent on. Who would be late even if everybody were at the floor goes there, and holds nobody else up.
+        order = sorted(range(len(runners)), key=lambda idx: runners[idx].slowest_s)
+        self._order = [idx for idx in order if runners[idx].slowest_s >= fastest_s]
+        for idx in order[: len(order) - len(self._order)]:
+            while self._can_drop(idx):
+                self._drop(idx)
+
+    def own_down(self) -> None:
+        """Those who are behind drop, level by level, each until it is in time."""
+        self._down(lambda runner: runner.slowest_s)
+
+    def all_down(self) -> None:
+        """All drop, level by level, until the most urgent is in time."""
+        most_urgent_s = min((self._runners[idx].slowest_s for idx in self._order), default=math.inf)
+        self._down(lambda runner: most_urgent_s)
+
+    def score(self) -> tuple[int, float]:
+        """How many end in time, and less for what is lost for that."""
+        in_time = sum(runner.slowest_s >= self._step_s for runner in self._runners)
+        lost = 0.0
+        for runner, drops in zip(self._runners, self.drops, strict=True):
+            share = 1.0 if runner.slowest_s < self._step_before_s else _NOT_BEHIND
+            lost += share * math.log(runner.num_members / (runner.num_members - drops))
+        return in_time, -lost
+
+    def _down(self, slowest_s: Callable[[Runner], float]) -> None:
+        most = max((self._runners[idx].num_members for idx in self._order), default=0)
+        for level in range(most, 1, -1):
+            for idx in self._order:
+                runner = self._runners[idx]
+                has_level = runner.num_members - self.drops[idx] == level
+                if has_level and self._can_drop(idx) and slowest_s(runner) < self._step_s:
+                    self._drop(idx)
+
+    def _can_drop(self, idx: int) -> bool:
+        return self.drops[idx] < len(self._runners[idx].may_leave)
+
+    def _drop(self, idx: int) -> None:
+        runner = self._runners[idx]
+        self._tally.drop(runner.may_leave[self.drops[idx]], rows=1, context=runner.context)
+        self.drops[idx] += 1
+        self._step_s = self._predict(self._tally.load())
+
+
+@lru_cache(maxsize=256)
+def way_down(mixture: Mixture, floor: frozenset[int], fitted: tuple[Mixture, ...]) -> tuple[tuple[int, Mixture], ...]:
+    """The members that can leave one after the other down to `floor`, each with the mixture that is left without it."""
+    steps: list[tuple[int, Mixture]] = []
+    while (step := without_member(mixture, floor, fitted)) is not None:
+        steps.append(step)
+        mixture = step[1]
+    return tuple(steps)
 
 
 def without_member(mixture: Mixture, floor: frozenset[int], fitted: Iterable[Mixture]) -> tuple[int, Mixture] | None:

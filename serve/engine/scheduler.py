@@ -5,7 +5,7 @@ It resolves tiers when requests arrive, and at each token boundary drops members
 
 import time
 from collections.abc import Mapping
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,18 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from population import manifest
 from population.errors import ChorusError
-from serve.engine.deadline import BUDGET_ARGUMENT, FLOOR_ARGUMENT, Deadline, Drop, StepCost, StepLoad, without_member
+from serve.engine.deadline import (
+    BUDGET_ARGUMENT,
+    FLOOR_ARGUMENT,
+    Deadline,
+    Drop,
+    Runner,
+    StepCost,
+    StepLoad,
+    StepTally,
+    choose_drops,
+    way_down,
+)
 from serve.engine.kv import MemberCoordinator, groups_by_member
 from serve.engine.metrics import DROP_REASONS, StepCounts, attach
 from serve.engine.mixture import TIER_ARGUMENT, Mixture, Prior
@@ -53,10 +64,12 @@ class PopulationScheduler(Scheduler):
             self._mixtures[request.request_id] = mixture
             self._kv.assign(request.request_id, mixture.members)
             if (budget_ms := arguments.get(BUDGET_ARGUMENT)) is not None:
-                floor = arguments.get(FLOOR_ARGUMENT, self._prior.tiers[0])
+                name = arguments.get(FLOOR_ARGUMENT, self._prior.tiers[0])
+                floor = self._resolve(request.request_id, {TIER_ARGUMENT: name})
+                fitted = tuple(self._prior.mixture(tier) for tier in self._prior.tiers)
                 self._deadlines[request.request_id] = Deadline(
                     finish_at=request.arrival_time + budget_ms / 1000,
-                    floor=frozenset(self._resolve(request.request_id, {TIER_ARGUMENT: floor}).members),
+                    way_down=way_down(mixture, frozenset(floor.members), fitted),
                 )
         super().add_request(request)
 
@@ -77,7 +90,8 @@ class PopulationScheduler(Scheduler):
         every = _OBSERVE_EVERY if self._deadlines else _OBSERVE_IDLY_EVERY
         if scheduler_output.num_scheduled_tokens and self._num_steps % every == 0:
             seconds = time.monotonic() - self._step_started
-            self._step_cost.observe(self._load(scheduler_output.num_scheduled_tokens), seconds)
+            load = self._load(scheduler_output.num_scheduled_tokens)
+            self._step_cost.observe(load, seconds, members_s=sum(model_runner_output.seconds))
         if self.log_stats and scheduler_output.num_scheduled_tokens:
             self.counts.count_step(
                 self._rows_by_set(scheduler_output.num_scheduled_tokens), model_runner_output.seconds
@@ -100,42 +114,43 @@ class PopulationScheduler(Scheduler):
         return rows
 
     def _keep_deadlines(self) -> None:
-        """Drop members, smallest weight first, until each running request is predicted to finish in time or is at its floor."""
-        now = time.time()
-        for request in self.running:
-            deadline = self._deadlines.get(request.request_id)
-            if deadline is None:
-                continue
-            remaining = request.max_tokens - request.num_output_tokens
-            while not deadline.is_kept(now, remaining, self._predicted_step_s()):
-                if not self._drop_one(request, deadline, late=now > deadline.finish_at):
-                    break
+        """Drop members so that requests end in time. Those that begin with this step need not begin with what they cannot keep."""
+        tally, now = StepTally(), time.time()
+        requests, runners = list[Any](), list[Runner]()
+        for request in chain(self.running, islice(self.waiting, max(0, self.max_num_running_reqs - len(self.running)))):
+            members, context = self._mixtures[request.request_id].members, request.num_computed_tokens
+            tally.add(members, rows=1, context=context)
+            if (deadline := self._deadlines.get(request.request_id)) is not None:
+                requests.append(request)
+                runners.append(
+                    Runner(
+                        left_s=deadline.finish_at - now,
+                        remaining_tokens=request.max_tokens - request.num_output_tokens,
+                        num_members=len(members),
+                        may_leave=tuple(member for member, _ in deadline.may_leave),
+                        context=context,
+                    )
+                )
+        drops = choose_drops(runners, tally, lambda load: self._step_cost.predict(load) or 0.0)
+        for request, runner, count in zip(requests, runners, drops, strict=True):
+            for _ in range(count):
+                self._drop_one(request, "late" if runner.left_s < 0 else "forecast")
 
-    def _drop_one(self, request: Any, deadline: Deadline, *, late: bool) -> bool:
-        mixture = self._mixtures[request.request_id]
-        fitted = [self._prior.mixture(tier) for tier in self._prior.tiers]
-        found = without_member(mixture, deadline.floor, fitted)
-        if found is None:
-            return False
-        member, smaller = found
-        self._mixtures[request.request_id] = smaller
+    def _drop_one(self, request: Any, reason: str) -> None:
+        deadline = self._deadlines[request.request_id]
+        member, self._mixtures[request.request_id] = deadline.may_leave[0]
         self._kv.drop(request.request_id, member)
         self._changed.add(request.request_id)
-        reason = "late" if late else "forecast"
         self.counts.count_drop(reason)
         deadline.drops.append(Drop(member=member, at_token=request.num_output_tokens, reason=DROP_REASONS[reason]))
-        return True
-
-    def _predicted_step_s(self) -> float | None:
-        """Seconds of a step in which every running request computes one token."""
-        return self._step_cost.predict(self._load({request.request_id: 1 for request in self.running}))
 
     def _load(self, num_scheduled_tokens: dict[str, int]) -> StepLoad:
-        return StepLoad.of(
-            (self._mixtures[request_id], num_tokens, self.requests[request_id].num_computed_tokens)
-            for request_id, num_tokens in num_scheduled_tokens.items()
-            if request_id in self.requests
-        )
+        tally = StepTally()
+        for request_id, num_tokens in num_scheduled_tokens.items():
+            if request_id in self.requests:
+                members = self._mixtures[request_id].members
+                tally.add(members, rows=num_tokens, context=self.requests[request_id].num_computed_tokens)
+        return tally.load()
 
     def _get_local_prefix_cache_hit(self, request: Any) -> Any:
         self._kv.searching = request.request_id

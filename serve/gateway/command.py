@@ -34,10 +34,8 @@ import click
 )
 @click.option(
     "--max-sequences",
-    default=64,
-    show_default=True,
     type=click.IntRange(1),
-    help="Sequences on one engine at once; more wait in the gateway.",
+    help="Sequences on one engine at once; more wait in the gateway. By default what --max-num-seqs says after --, else 64.",
 )
 @click.option(
     "--max-queue", default=256, show_default=True, type=click.IntRange(0), help="Requests that wait; more get 429."
@@ -85,7 +83,7 @@ def serve(
     default_tier: str | None,
     keys_path: Path | None,
     redis: str | None,
-    max_sequences: int,
+    max_sequences: int | None,
     max_queue: int,
     drain_delay: float,
     drain_timeout: float,
@@ -118,6 +116,9 @@ def serve(
         logs_json=log_format == "json",
         otlp_traces_endpoint=otlp_traces_endpoint,
         echo_part=echo_part,
-        limits=Limits(max_sequences=max_sequences, max_queue=max_queue),
+        limits=Limits(
+            max_sequences=max_sequences or launch.max_num_seqs(engine_arguments) or Limits.max_sequences,
+            max_queue=max_queue,
+        ),
         drain=launch.Drain(delay_s=drain_delay, timeout_s=drain_timeout),
     )

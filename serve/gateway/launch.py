@@ -1,12 +1,13 @@
 """From a population directory to a server that runs until it is told to stop."""
 
+import argparse
 import contextlib
 import os
 import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -97,6 +98,17 @@ def load(directory: Path, *, with_weights: bool = True) -> Population:
     if with_weights:
         manifest.verify(population, directory)
     return population if population.tiers else population.with_uniform_tiers()
+
+
+def max_num_seqs(engine_arguments: Sequence[str]) -> int | None:
+    """How many sequences an engine with these arguments runs at once; None if they do not say."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--max-num-seqs", "--max_num_seqs", type=int)
+    try:
+        found: int | None = parser.parse_known_args(engine_arguments)[0].max_num_seqs
+    except argparse.ArgumentError:
+        return None  # the engine will say what is wrong
+    return found
 
 
 class Run:

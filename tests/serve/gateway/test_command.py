@@ -94,6 +94,13 @@ def test_engine_arguments_need_an_engine_of_our_own(tiny_population: Path) -> No
     assert "--engine" in result.output
 
 
+def test_an_engine_of_our_own_says_how_many_sequences_it_runs() -> None:
+    assert launch.max_num_seqs(["--dtype", "float32", "--max-num-seqs", "16"]) == 16
+    assert launch.max_num_seqs(["--max_num_seqs=8"]) == 8
+    assert launch.max_num_seqs(["--max-num-batched-tokens", "512"]) is None
+    assert launch.max_num_seqs(["--max-num-seqs", "many"]) is None
+
+
 def test_a_population_without_tiers_is_served_under_uniform_ones(own_copy: Path, tiny: Population) -> None:
     manifest.save(tiny.model_copy(update={"tiers": ()}), own_copy)
     loaded = launch.load(own_copy)

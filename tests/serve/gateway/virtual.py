@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from population.manifest import Population
+from serve.engine.deadline import Runner, StepLoad, StepTally, choose_drops
 from serve.gateway.admission import Admission, Grant, Limits
 from serve.gateway.calls import read_call
 from serve.gateway.engines import Engine
@@ -74,6 +75,10 @@ class Costs:
     hiccup: float = 0.0005
     """Probability of a step that takes 50 ms more."""
 
+    def of(self, load: StepLoad) -> float:
+        """Seconds of a step of that load, as a rule."""
+        return self.step_s + self.member_s * load.active_members + self.row_s * load.member_rows
+
 
 @dataclass(kw_only=True, eq=False)
 class Run:
@@ -110,13 +115,7 @@ class VirtualEngine:
         loop = asyncio.get_running_loop()
         while True:
             await self._work.wait()
-            for run in self._running:
-                while (
-                    run.members > run.floor
-                    and run.finish_at is not None
-                    and (loop.time() + run.tokens_left * self._step_s() > run.finish_at)
-                ):
-                    run.members -= 1
+            self._keep_deadlines(loop.time())
             batch = list(self._running)
             prompts = sum(run.prompt_tokens * run.members for run in batch if not run.members_per_token)
             seconds = (self._step_s() + self._costs.prompt_row_s * prompts) * self._dice.lognormvariate(
@@ -131,10 +130,29 @@ class VirtualEngine:
             if not self._running:
                 self._work.clear()
 
+    def _keep_deadlines(self, now: float) -> None:
+        tally, runs, runners = StepTally(), list[Run](), list[Runner]()
+        for run in self._running:
+            tally.add(range(run.members), rows=1, context=0)
+            if run.finish_at is not None:
+                runs.append(run)
+                runners.append(
+                    Runner(
+                        left_s=run.finish_at - now,
+                        remaining_tokens=run.tokens_left,
+                        num_members=run.members,
+                        may_leave=tuple(range(run.members - 1, run.floor - 1, -1)),
+                        context=0,
+                    )
+                )
+        for run, count in zip(runs, choose_drops(runners, tally, self._costs.of), strict=True):
+            run.members -= count
+
     def _step_s(self) -> float:
-        rows = sum(run.members for run in self._running)
-        most = max((run.members for run in self._running), default=0)
-        return self._costs.step_s + self._costs.member_s * most + self._costs.row_s * rows
+        tally = StepTally()
+        for run in self._running:
+            tally.add(range(run.members), rows=1, context=0)
+        return self._costs.of(tally.load())
 
 
 @dataclass(kw_only=True)

@@ -12,11 +12,10 @@ from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 
 from population.manifest import Tier
 from serve.gateway.calls import Call
-from serve.gateway.demand import Demand
+from serve.gateway.demand import Demand, Supply
 from serve.gateway.engines import Engine
 from serve.gateway.errors import ApiError
 from serve.gateway.flights import Flight
@@ -217,13 +216,13 @@ class Admission:
     def _most_members(
         self, engine: Engine, num_engines: int, now: float
     ) -> Callable[[Sequence[int], Work, float], float]:
-        return partial(
-            self._demand.most_members,
-            engine.model,
+        supply = Supply(
+            model=engine.model,
+            num_engines=max(1, num_engines),
+            max_sequences=self.limits.max_sequences,
             probability=self.limits.probability,
-            num_engines=num_engines,
-            now=now,
         )
+        return lambda sizes, work, left_s: self._demand.most_members(supply, sizes, work, left_s, now)
 
     def _try(self, ask: Ask, *, pressure: float) -> Grant | None:
         """Begin on the best engine that takes it; None if none does now.

@@ -8,6 +8,7 @@ such a proportion that the mean is that number.
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from serve.gateway.latency import LatencyModel, Load, Work
 from serve.gateway.terms import Size
@@ -23,12 +24,24 @@ _HALVINGS = 6
 _LEAST_CREDIT, _MOST_CREDIT = -20.0, 4.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Supply:
+    """What there is to serve requests."""
+
+    model: LatencyModel
+    num_engines: int
+    max_sequences: int
+    """That run on each engine at once."""
+    probability: float
+    """With which a time budget is to be kept."""
+
+
 class Demand:
     """Rates of tokens asked for, as exponentially weighted means over some seconds."""
 
     def __init__(self) -> None:
-        self._free = self._rows = self._prompt = 0.0
-        """Tokens per second that any tier may give; rows per second of those that only one may; tokens of prompts per second."""
+        self._free = self._fixed = self._rows = self._prompt = 0.0
+        """Tokens per second that any tier may give, and that only one may; rows per second of the latter; tokens of prompts."""
         self._at = time.perf_counter()
         self._steady = math.inf
         self._credit = 0.0
@@ -40,22 +53,14 @@ class Demand:
         if members is None:
             self._free += size.total_tokens / _MEMORY_S
         else:
+            self._fixed += size.total_tokens / _MEMORY_S
             self._rows += size.total_tokens * members / _MEMORY_S
         self._prompt += prompt_tokens / _MEMORY_S
 
-    def most_members(
-        self,
-        model: LatencyModel,
-        sizes: Sequence[int],
-        work: Work,
-        left_s: float,
-        *,
-        probability: float,
-        num_engines: int,
-        now: float,
-    ) -> float:
+    def most_members(self, supply: Supply, sizes: Sequence[int], work: Work, left_s: float, now: float) -> float:
         """How many members a request may have that should end in `left_s`, where there are tiers of `sizes`."""
-        steady = self._steady_members(model, sizes, work, left_s, probability, num_engines, now)
+        self._fade(now)
+        steady = self._steady_members(supply, sizes, work, left_s)
         self._steady = steady
         above = [size for size in sizes if size > steady]
         return min(above) if above and self._credit >= 0 else steady
@@ -65,22 +70,16 @@ class Demand:
         if self._steady < math.inf:
             self._credit = min(_MOST_CREDIT, max(_LEAST_CREDIT, self._credit + self._steady - members))
 
-    def _steady_members(
-        self,
-        model: LatencyModel,
-        sizes: Sequence[int],
-        work: Work,
-        left_s: float,
-        probability: float,
-        num_engines: int,
-        now: float,
-    ) -> float:
+    def _steady_members(self, supply: Supply, sizes: Sequence[int], work: Work, left_s: float) -> float:
         low, high = float(min(sizes)), float(max(sizes))
+        most_running = supply.max_sequences * supply.num_engines / _BURSTS
 
         def fits(members: float) -> bool:
-            token_s = self._token_s(model, members, num_engines=num_engines, now=now)
+            token_s = self._token_s(supply, members)
             total_s = work.max_tokens * token_s
-            return total_s <= left_s and total_s * model.margin(probability, total_s) <= left_s
+            if total_s > left_s or (self._free + self._fixed) * token_s > most_running:
+                return False
+            return total_s * supply.model.margin(supply.probability, total_s) <= left_s
 
         if fits(high):
             return high
@@ -89,23 +88,24 @@ class Demand:
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low
 
-    def _token_s(self, model: LatencyModel, members: float, *, num_engines: int, now: float) -> float:
+    def _token_s(self, supply: Supply, members: float) -> float:
         """Seconds per token if everybody who may had so many members; infinite if an engine cannot keep that up.
 
         With a step of a + b rows and sequences that come at a given rate, Little's law gives rows = rate * step, hence
         step = a / (1 - b rate).
         """
-        self._fade(now)
+        model = supply.model
         base_s = model.token_s(Load(members=members))
         row_s = model.token_s(Load(members=members, rows=1)) - base_s
         size = max(1, round(members))
         short, long = (Work(members=size, prompt_tokens=tokens, max_tokens=1) for tokens in (0, _PROMPT))
         prompt_s = (model.first_s(Load(), long) - model.first_s(Load(), short)) / _PROMPT
         busy = row_s * (self._free * members + self._rows) + prompt_s * self._prompt
-        busy *= _BURSTS / max(1, num_engines)
+        busy *= _BURSTS / max(1, supply.num_engines)
         return base_s / (1.0 - busy) if busy < _FULL else math.inf
 
     def _fade(self, now: float) -> None:
         kept = math.exp(-max(0.0, now - self._at) / _MEMORY_S)
-        self._free, self._rows, self._prompt = self._free * kept, self._rows * kept, self._prompt * kept
+        self._free, self._fixed = self._free * kept, self._fixed * kept
+        self._rows, self._prompt = self._rows * kept, self._prompt * kept
         self._at = max(self._at, now)

@@ -173,14 +173,16 @@ class Outcome:
 class World:
     """A gateway's decisions before one virtual engine."""
 
-    def __init__(self, population: Population, *, costs: Costs | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, population: Population, *, costs: Costs | None = None, limits: Limits | None = None, seed: int = 0
+    ) -> None:
         self._population = population
         self.dice = random.Random(seed)
         self.engine = VirtualEngine(costs or Costs(), self.dice)
         session: Any = None
         self.known = Engine(session, url="virtual", is_supervised=False, probe_interval_s=1, probe_timeout_s=1)
         self.known.mark_up()
-        self.admission = Admission(Limits(), lambda call, avoid: [self.known])
+        self.admission = Admission(limits or Limits(), lambda call, avoid: [self.known])
 
     async def ask(
         self, *, budget_s: float | None, tier: str | None = None, max_tokens: int = 48, told: bool = True

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from serve.gateway.latency import LatencyModel, Load, Work
 from serve.gateway.terms import Size
 
-_MEMORY_S = 5.0
+_MEMORY_S = 2.0
 _FULL = 0.95
 """Part of an engine's time above which nothing can be kept up."""
-_BURSTS = 1.3
+_BURSTS = 1.15
 """Requests come in bursts: what is kept up must be kept up at so much more than the mean."""
 _PROMPT = 256
 """Tokens over which a prompt's cost is taken from the model."""

@@ -112,8 +112,14 @@ def least_s(wish: Wish, model: LatencyModel) -> float:
 
 
 def _expect(tier: Tier, work: Work, wish: Wish, flights: Flights, model: LatencyModel) -> Plan:
-    during = flights.load(adding=tier, num_sequences=wish.size.num_sequences)
-    return Plan(tier=tier, work=work, first_s=model.first_s(flights.load(), work), token_s=model.token_s(during))
+    before = flights.load_within(len(tier.members)) if wish.finish_by is not None else flights.load()
+    during = _beside(before, tier, wish.size.num_sequences)
+    return Plan(tier=tier, work=work, first_s=model.first_s(before, work), token_s=model.token_s(during))
+
+
+def _beside(load: Load, tier: Tier, num_sequences: int) -> Load:
+    added = len(tier.members)
+    return Load(members=max(load.members, added), rows=load.rows + added * num_sequences)
 
 
 def _work(tier: Tier, size: Size, model: LatencyModel) -> Work:
@@ -140,8 +146,7 @@ def _makes_others_late(
     if not others:
         return False
     without = flights.load_within(len(tier.members))
-    added = len(tier.members)
-    with_it = Load(members=max(without.members, added), rows=without.rows + added * num_sequences)
+    with_it = _beside(without, tier, num_sequences)
     before_s, after_s = model.token_s(without), model.token_s(with_it)
     margin = model.margin(probability, before_s * sum(tokens for tokens, _ in others) / len(others))
     return any(tokens * before_s * margin <= left_s < tokens * after_s * margin for tokens, left_s in others)

@@ -18,6 +18,8 @@ BUDGET_ARGUMENT = "chorus_time_budget_ms"
 """Key of a request's `vllm_xargs`: milliseconds from its arrival in which it should finish."""
 FLOOR_ARGUMENT = "chorus_floor"
 """Key of a request's `vllm_xargs`: the tier below which no members are dropped; the cheapest by default."""
+MOST_ARGUMENT = "chorus_most_members"
+"""Key of a request's `vllm_xargs`: with a time budget, it begins with no more members than this."""
 
 _PATIENCE = 0.05
 """Part of what is still to come by which it may be expected late: a member that left does not come back, but a crowd goes away."""

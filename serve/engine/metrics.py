@@ -18,8 +18,12 @@ from population import manifest
 from population.assemble import ARCHITECTURE
 from serve.engine.stopwatch import MIXING
 
-DROP_REASONS = {"late": "the time budget is spent", "forecast": "the time budget would be missed"}
-"""Why members leave a running request: the metric's label, and the words of the request's own report."""
+DROP_REASONS = {
+    "start": "the request asked to begin with fewer",
+    "late": "the time budget is spent",
+    "forecast": "the time budget would be missed",
+}
+"""Why members leave a request: the metric's label, and the words of the request's own report."""
 
 _SEND_EVERY_S = 0.25
 

@@ -5,17 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from population.errors import ChorusError
-from serve.engine.deadline import BUDGET_ARGUMENT, FLOOR_ARGUMENT
+from serve.engine.deadline import BUDGET_ARGUMENT, FLOOR_ARGUMENT, MOST_ARGUMENT
 from serve.engine.mixture import MEMBER_ARGUMENT, TIER_ARGUMENT, Prior
 
-_ARGUMENTS = (TIER_ARGUMENT, MEMBER_ARGUMENT, BUDGET_ARGUMENT, FLOOR_ARGUMENT)
+_ARGUMENTS = (TIER_ARGUMENT, MEMBER_ARGUMENT, BUDGET_ARGUMENT, FLOOR_ARGUMENT, MOST_ARGUMENT)
 
 
 def check(arguments: dict[str, Any], prior: Prior) -> None:
     """Check a request's `vllm_xargs`.
 
     Raises:
-        ChorusError: a tier or member does not exist, the time budget is not a positive number, or a key that is ours is misspelt.
+        ChorusError: a tier or member does not exist, a number is out of range, or a key that is ours is misspelt.
     """
     if unknown := sorted(key for key in arguments if key.startswith("chorus_") and key not in _ARGUMENTS):
         raise ChorusError(f"vllm_xargs: unknown {', '.join(unknown)}; there are {', '.join(_ARGUMENTS)}")
@@ -29,6 +29,9 @@ def check(arguments: dict[str, Any], prior: Prior) -> None:
     budget_ms = arguments.get(BUDGET_ARGUMENT, 1)
     if isinstance(budget_ms, bool) or not isinstance(budget_ms, int | float) or not 0 < budget_ms < float("inf"):
         raise ChorusError(f"vllm_xargs.{BUDGET_ARGUMENT}: {budget_ms!r} is not a positive number of milliseconds")
+    most = arguments.get(MOST_ARGUMENT, 1)
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise ChorusError(f"vllm_xargs.{MOST_ARGUMENT}: {most!r} is not a number of members from 1 on")
 
 
 def check_every_request(model: str) -> None:

@@ -17,6 +17,7 @@ from population.errors import ChorusError
 from serve.engine.deadline import (
     BUDGET_ARGUMENT,
     FLOOR_ARGUMENT,
+    MOST_ARGUMENT,
     Deadline,
     Drop,
     Runner,
@@ -61,16 +62,10 @@ class PopulationScheduler(Scheduler):
         if request.request_id not in self._mixtures:
             arguments = (request.sampling_params and request.sampling_params.extra_args) or {}
             mixture = self._resolve(request.request_id, arguments)
+            if BUDGET_ARGUMENT in arguments:
+                mixture = self._begin_deadline(request, mixture, arguments)
             self._mixtures[request.request_id] = mixture
             self._kv.assign(request.request_id, mixture.members)
-            if (budget_ms := arguments.get(BUDGET_ARGUMENT)) is not None:
-                name = arguments.get(FLOOR_ARGUMENT, self._prior.tiers[0])
-                floor = self._resolve(request.request_id, {TIER_ARGUMENT: name})
-                fitted = tuple(self._prior.mixture(tier) for tier in self._prior.tiers)
-                self._deadlines[request.request_id] = Deadline(
-                    finish_at=request.arrival_time + budget_ms / 1000,
-                    way_down=way_down(mixture, frozenset(floor.members), fitted),
-                )
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
@@ -113,6 +108,22 @@ class PopulationScheduler(Scheduler):
                 rows[mixture.members] = rows.get(mixture.members, 0) + num_tokens
         return rows
 
+    def _begin_deadline(self, request: Any, mixture: Mixture, arguments: Mapping[str, Any]) -> Mixture:
+        """Note a request's time budget; the mixture that it begins with."""
+        name = arguments.get(FLOOR_ARGUMENT, self._prior.tiers[0])
+        floor = self._resolve(request.request_id, {TIER_ARGUMENT: name})
+        fitted = tuple(self._prior.mixture(tier) for tier in self._prior.tiers)
+        deadline = Deadline(
+            finish_at=request.arrival_time + arguments[BUDGET_ARGUMENT] / 1000,
+            way_down=way_down(mixture, frozenset(floor.members), fitted),
+        )
+        self._deadlines[request.request_id] = deadline
+        most = arguments.get(MOST_ARGUMENT, len(mixture.members))
+        while len(mixture.members) > most and deadline.may_leave:
+            member, mixture = deadline.may_leave[0]
+            self._note_drop(deadline, member, at_token=0, reason="start")
+        return mixture
+
     def _keep_deadlines(self) -> None:
         """Drop members so that requests end in time. Those that begin with this step need not begin with what they cannot keep."""
         tally, now = StepTally(), time.time()
@@ -141,8 +152,11 @@ class PopulationScheduler(Scheduler):
         member, self._mixtures[request.request_id] = deadline.may_leave[0]
         self._kv.drop(request.request_id, member)
         self._changed.add(request.request_id)
+        self._note_drop(deadline, member, at_token=request.num_output_tokens, reason=reason)
+
+    def _note_drop(self, deadline: Deadline, member: int, *, at_token: int, reason: str) -> None:
         self.counts.count_drop(reason)
-        deadline.drops.append(Drop(member=member, at_token=request.num_output_tokens, reason=DROP_REASONS[reason]))
+        deadline.drops.append(Drop(member=member, at_token=at_token, reason=DROP_REASONS[reason]))
 
     def _load(self, num_scheduled_tokens: dict[str, int]) -> StepLoad:
         tally = StepTally()

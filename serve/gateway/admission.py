@@ -270,7 +270,7 @@ class Admission:
         )
         engine.flights.begin(flight)
         if ask.wish.finish_by is not None and len(ask.wish.tiers) > 1:
-            self._demand.note_granted(len(found.tier.members))
+            self._demand.note_granted(found.work.members)
         self._charge(ask, found)
         return Grant(engine=engine, flight=flight, waited_s=now - ask.arrived_at, is_promised=is_promised)
 

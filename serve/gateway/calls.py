@@ -19,6 +19,7 @@ RESERVED_PREFIX = "chorus_"
 TIER_ARGUMENT = "chorus_tier"
 BUDGET_ARGUMENT = "chorus_time_budget_ms"
 FLOOR_ARGUMENT = "chorus_floor"
+MOST_ARGUMENT = "chorus_most_members"
 MAX_BUDGET_MS = 24 * 3600 * 1000
 _OURS = ("budget", "latency_budget_ms", "on_deadline", "min_budget")
 
@@ -79,14 +80,26 @@ class Call:
     affinity: bytes = b""
     """The beginning of the prompt: requests that share it are best served by the same engine."""
 
-    def body(self, tier: Tier | None = None, *, budget_s: float | None = None, floor: Tier | None = None) -> bytes:
-        """The engine's request: answered by `tier`, in `budget_s` from its arrival there, with no fewer members than `floor`."""
+    def body(
+        self,
+        tier: Tier | None = None,
+        *,
+        budget_s: float | None = None,
+        floor: Tier | None = None,
+        most_members: int | None = None,
+    ) -> bytes:
+        """The engine's request: answered by `tier`, in `budget_s` from its arrival there, with no fewer members than `floor`.
+
+        With a budget it may begin with no more than `most_members` of the tier's.
+        """
         if not self.is_served_by_a_tier:
             return self.fields
         extra = {**self.extra, TIER_ARGUMENT: (tier or self.choice.tier).name}
         if budget_s is not None:
             extra[BUDGET_ARGUMENT] = max(1, round(1000 * budget_s))
             extra[FLOOR_ARGUMENT] = (floor or self.floor).name
+            if most_members is not None:
+                extra[MOST_ARGUMENT] = most_members
         return b'{"vllm_xargs":' + _to_json(extra) + b"," + self.fields[1:]
 
 

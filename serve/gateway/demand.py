@@ -63,7 +63,7 @@ class Demand:
         steady = self._steady_members(supply, sizes, work, left_s)
         self._steady = steady
         above = [size for size in sizes if size > steady]
-        return min(above) if above and self._credit >= 0 else steady
+        return min(above) if above and steady not in sizes and self._credit >= 0 else steady
 
     def note_granted(self, members: int) -> None:
         """A request that might have had more or fewer got so many."""
@@ -71,32 +71,37 @@ class Demand:
             self._credit = min(_MOST_CREDIT, max(_LEAST_CREDIT, self._credit + self._steady - members))
 
     def _steady_members(self, supply: Supply, sizes: Sequence[int], work: Work, left_s: float) -> float:
-        low, high = float(min(sizes)), float(max(sizes))
+        """The largest size that all could have and, between it and the next one, the largest mean of a mixture of both.
+
+        While anybody has the larger size, each step runs all its members: where members cost more than their rows, there is nothing
+        between two sizes.
+        """
         most_running = supply.max_sequences * supply.num_engines / _BURSTS
 
-        def fits(members: float) -> bool:
-            token_s = self._token_s(supply, members)
+        def fits(members: float, active: int) -> bool:
+            token_s = self._token_s(supply, members, active)
             total_s = work.max_tokens * token_s
             if total_s > left_s or (self._free + self._fixed) * token_s > most_running:
                 return False
             return total_s * supply.model.margin(supply.probability, total_s) <= left_s
 
-        if fits(high):
-            return high
-        for _ in range(_HALVINGS):
+        kept_up = max((size for size in sizes if fits(size, size)), default=min(sizes))
+        above = min((size for size in sizes if size > kept_up), default=kept_up)
+        low, high = float(kept_up), float(above)
+        for _ in range(_HALVINGS if above > kept_up else 0):
             middle = (low + high) / 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
+            low, high = (middle, high) if fits(middle, above) else (low, middle)
         return low
 
-    def _token_s(self, supply: Supply, members: float) -> float:
-        """Seconds per token if everybody who may had so many members; infinite if an engine cannot keep that up.
+    def _token_s(self, supply: Supply, members: float, active: int) -> float:
+        """Seconds per token if those who may had so many members on average, with `active` in all; infinite if too much.
 
         With a step of a + b rows and sequences that come at a given rate, Little's law gives rows = rate * step, hence
         step = a / (1 - b rate).
         """
         model = supply.model
-        base_s = model.token_s(Load(members=members))
-        row_s = model.token_s(Load(members=members, rows=1)) - base_s
+        base_s = model.token_s(Load(members=active))
+        row_s = model.token_s(Load(members=active, rows=1)) - base_s
         size = max(1, round(members))
         short, long = (Work(members=size, prompt_tokens=tokens, max_tokens=1) for tokens in (0, _PROMPT))
         prompt_s = (model.first_s(Load(), long) - model.first_s(Load(), short)) / _PROMPT

@@ -156,6 +156,7 @@ def _schemas() -> dict[str, Schema]:
             },
             {
                 "tier_asked": text,
+                "most_members": natural,
                 "latency_budget_ms": number,
                 "elapsed_ms": number,
                 "deadline": {"type": "string", "enum": ["met", "missed"]},

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from population.manifest import Tier
@@ -33,6 +34,16 @@ class Flight:
     """Members and rows times seconds that the engine had run when it began or, once known, at its first token."""
 
     @property
+    def members(self) -> Sequence[str]:
+        """Names of those that it began with."""
+        return self.tier.members[: self.work.members]
+
+    @property
+    def most_members(self) -> int | None:
+        """How many of the tier's members it began with; None if with all."""
+        return self.work.members if self.work.members < len(self.tier.members) else None
+
+    @property
     def expected_s(self) -> float:
         """Expected time to its last token, should it generate all that it may."""
         return self.expected_first_s + max(0, self.work.max_tokens - 1) * self.expected_token_s
@@ -56,25 +67,23 @@ class Flights:
         self._area = (0.0, 0.0)
         self._looked_at = time.perf_counter()
 
-    def load(self, *, adding: Tier | None = None, num_sequences: int = 1) -> Load:
-        """What runs at each step, with a request of tier `adding` beside what is there."""
-        members, rows = len(self._members), self._rows
-        if adding is not None:
-            members = len(self._members.keys() | set(adding.members))
-            rows += len(adding.members) * num_sequences
-        return Load(members=members, rows=rows)
+    def load(self, *, adding: Sequence[str] = (), num_sequences: int = 1, within: int | None = None) -> Load:
+        """What runs at each step, with a request of the members `adding` beside it.
 
-    def load_within(self, num_members: int) -> Load:
-        """What would run if every request that has a deadline had at most so many members, or its floor."""
-        members: set[str] = set()
-        rows = 0
-        for flight in self.running:
-            count = len(flight.tier.members)
-            if flight.finish_by is not None:
-                count = min(count, max(num_members, len(flight.floor.members)))
-            members.update(flight.tier.members[:count])
-            rows += count * flight.num_sequences
-        return Load(members=len(members), rows=rows)
+        With `within`, as if every request that has a deadline had at most so many members, or its floor: so far down the engine
+        takes them all when one of them is behind.
+        """
+        if within is None:
+            members, rows = set(self._members), self._rows
+        else:
+            members, rows = set[str](), 0
+            for flight in self.running:
+                count = flight.work.members
+                if flight.finish_by is not None:
+                    count = min(count, max(within, len(flight.floor.members)))
+                members.update(flight.tier.members[:count])
+                rows += count * flight.num_sequences
+        return Load(members=len(members.union(adding)), rows=rows + len(adding) * num_sequences)
 
     def begin(self, flight: Flight) -> None:
         """A request goes to the engine."""
@@ -83,8 +92,8 @@ class Flights:
         flight.area = self._area
         self.running.add(flight)
         self.num_sequences += flight.num_sequences
-        self._rows += len(flight.tier.members) * flight.num_sequences
-        self._members.update(flight.tier.members)
+        self._rows += flight.work.members * flight.num_sequences
+        self._members.update(flight.members)
 
     def note_first(self, flight: Flight) -> None:
         """Its first token is there."""
@@ -99,8 +108,8 @@ class Flights:
         self._advance()
         self.running.remove(flight)
         self.num_sequences -= flight.num_sequences
-        self._rows -= len(flight.tier.members) * flight.num_sequences
-        self._members.subtract(flight.tier.members)
+        self._rows -= flight.work.members * flight.num_sequences
+        self._members.subtract(flight.members)
         self._members = +self._members
 
     def mean_load(self, flight: Flight, now: float) -> Load | None:

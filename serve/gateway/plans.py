@@ -1,15 +1,16 @@
 """Whether a request can begin on an engine now, and at which tier. Pure decisions; `admission` applies them.
 
-With a deadline: of the tiers that are not too large for what is being asked for lately (`demand`), the largest at which the request
-is expected in time, with the set probability, and at which everybody else who has a deadline could still be in time if taken down
-to a tier of that size. That shares what there is: gains fall with every further member, so several requests at a middling tier are
-worth more than one large among small ones.
+With a deadline: of the numbers of members that are not too large for what is being asked for lately (`demand`), the largest at
+which the request is expected in time, with the set probability, and at which everybody else who has a deadline could still be in
+time if taken down to as many. That shares what there is: gains fall with every further member, so several requests at a middling
+number are worth more than one large among small ones. A number between two tiers is the larger tier, begun without some members.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 
 from population.manifest import Tier
 from serve.gateway.flights import Flights
@@ -44,6 +45,7 @@ class Plan:
 
     tier: Tier
     work: Work
+    """Its members may be fewer than the tier's."""
     first_s: float
     token_s: float
     """Expected; 0 while nothing is known."""
@@ -73,24 +75,22 @@ def plan(
     if flights.num_sequences and flights.num_sequences + wish.size.num_sequences > max_sequences:
         return NotNow.FULL
     tiers = wish.tiers[min(len(wish.tiers) - 1, round(pressure * (len(wish.tiers) - 1))) :]
-    works = [_work(tier, wish.size, model) for tier in tiers]
     if wish.finish_by is None or not model.is_seeded:
-        return _expect(tiers[0], works[0], wish, flights, model)
+        return _expect(_Rung.whole(tiers[0]), wish, flights, model)
     left_s = wish.finish_by - now
-    most = most_members([len(tier.members) for tier in tiers], works[0], left_s)
-    for tier, work in zip(tiers, works, strict=True):
-        if len(tier.members) > most and tier is not tiers[-1]:
+    rungs = _rungs(tiers)
+    most = most_members([len(rung.members) for rung in rungs], _work(rungs[0], wish.size, model), left_s)
+    for rung in rungs:
+        is_floor = rung is rungs[-1]
+        if len(rung.members) > most and not is_floor:
             continue
-        found = _expect(tier, work, wish, flights, model)
-        if tier is tiers[-1]:
-            margin = model.margin(_AT_FLOOR, found.total_s, can_shrink=False)
-        else:
-            margin = model.margin(probability, found.total_s)
+        found = _expect(rung, wish, flights, model)
+        margin = model.margin(_AT_FLOOR if is_floor else probability, found.total_s, can_shrink=not is_floor)
         if found.total_s * margin <= left_s and not _makes_others_late(
-            flights, model, tier, wish.size.num_sequences, now, probability
+            flights, model, rung, wish.size.num_sequences, now, probability
         ):
             return found
-    if model.total_s(Load(), _alone(tiers[-1], wish.size), works[-1]) > left_s:
+    if least_s(wish, model) > left_s:
         return NotNow.LATE
     if not flights.running:
         return at_floor(wish, flights, model)  # nothing will be better for waiting
@@ -99,54 +99,75 @@ def plan(
 
 def at_floor(wish: Wish, flights: Flights, model: LatencyModel) -> Plan:
     """The least that can be done for a request that will be late whatever is done."""
-    tier = wish.tiers[-1]
-    return _expect(tier, _work(tier, wish.size, model), wish, flights, model)
+    return _expect(_Rung.whole(wish.tiers[-1]), wish, flights, model)
 
 
 def least_s(wish: Wish, model: LatencyModel) -> float:
     """Expected seconds at its floor on an idle engine; 0 while nothing is known."""
     if not model.is_seeded:
         return 0.0
-    tier = wish.tiers[-1]
-    return model.total_s(Load(), _alone(tier, wish.size), _work(tier, wish.size, model))
+    floor = _Rung.whole(wish.tiers[-1])
+    alone = Load(members=len(floor.members), rows=len(floor.members) * wish.size.num_sequences)
+    return model.total_s(Load(), alone, _work(floor, wish.size, model))
 
 
-def _expect(tier: Tier, work: Work, wish: Wish, flights: Flights, model: LatencyModel) -> Plan:
-    before = flights.load_within(len(tier.members)) if wish.finish_by is not None else flights.load()
-    during = _beside(before, tier, wish.size.num_sequences)
-    return Plan(tier=tier, work=work, first_s=model.first_s(before, work), token_s=model.token_s(during))
+@dataclass(frozen=True, kw_only=True)
+class _Rung:
+    """A tier, or as many of its members as are wanted."""
+
+    tier: Tier
+    members: Sequence[str]
+
+    @classmethod
+    def whole(cls, tier: Tier) -> "_Rung":
+        return cls(tier=tier, members=tier.members)
 
 
-def _beside(load: Load, tier: Tier, num_sequences: int) -> Load:
-    added = len(tier.members)
-    return Load(members=max(load.members, added), rows=load.rows + added * num_sequences)
+def _rungs(tiers: Sequence[Tier]) -> list[_Rung]:
+    """Every number of members from the largest of `tiers` down to the floor, each from the smallest tier that has so many."""
+    found = []
+    for tier, below in pairwise([*tiers, None]):
+        assert tier is not None, "only the last one is followed by nothing"
+        least = len(below.members) + 1 if below is not None else len(tier.members)
+        found += [_Rung(tier=tier, members=tier.members[:count]) for count in range(len(tier.members), least - 1, -1)]
+    return found
 
 
-def _work(tier: Tier, size: Size, model: LatencyModel) -> Work:
+def _expect(rung: _Rung, wish: Wish, flights: Flights, model: LatencyModel) -> Plan:
+    """Without a deadline beside what runs; else beside what would run if nobody who has one had more members than this."""
+    within = None if wish.finish_by is None else len(rung.members)
+    work = _work(rung, wish.size, model)
+    during = flights.load(adding=rung.members, num_sequences=wish.size.num_sequences, within=within)
+    return Plan(
+        tier=rung.tier,
+        work=work,
+        first_s=model.first_s(flights.load(within=within), work),
+        token_s=model.token_s(during),
+    )
+
+
+def _work(rung: _Rung, size: Size, model: LatencyModel) -> Work:
     tokens = model.prompt_tokens(tokens=size.prompt_tokens, characters=size.prompt_characters)
-    return Work(members=len(tier.members), prompt_tokens=tokens, max_tokens=size.max_tokens)
-
-
-def _alone(tier: Tier, size: Size) -> Load:
-    return Load(members=len(tier.members), rows=len(tier.members) * size.num_sequences)
+    return Work(members=len(rung.members), prompt_tokens=tokens, max_tokens=size.max_tokens)
 
 
 def _makes_others_late(
     flights: Flights,
     model: LatencyModel,
-    tier: Tier,
+    rung: _Rung,
     num_sequences: int,
     now: float,
     probability: float,
 ) -> bool:
-    """Whether somebody who could be in time without the new request could not with it, were all as small as `tier`."""
+    """Whether somebody who could be in time without the new request could not with it, were all as small as `rung`."""
     others = [
         (flight.tokens_left(now), flight.finish_by - now) for flight in flights.running if flight.finish_by is not None
     ]
     if not others:
         return False
-    without = flights.load_within(len(tier.members))
-    with_it = _beside(without, tier, num_sequences)
+    within = len(rung.members)
+    without = flights.load(within=within)
+    with_it = flights.load(adding=rung.members, num_sequences=num_sequences, within=within)
     before_s, after_s = model.token_s(without), model.token_s(with_it)
     margin = model.margin(probability, before_s * sum(tokens for tokens, _ in others) / len(others))
     return any(tokens * before_s * margin <= left_s < tokens * after_s * margin for tokens, left_s in others)

@@ -151,7 +151,13 @@ class Relay(Response):
 
     def _attempt(self, grant: Grant) -> _Attempt:
         call, record = self._call, self._record
-        report = Report(offer=self._passage.offer, tier=grant.tier, asked=call.choice.asked, terms=call.terms)
+        report = Report(
+            offer=self._passage.offer,
+            tier=grant.tier,
+            most_members=grant.flight.most_members,
+            asked=call.choice.asked,
+            terms=call.terms,
+        )
         additions = Additions(population=report.begin(), model=self._model)
         has_budget = call.terms.budget_s is not None
         splicer = EventSplicer(
@@ -173,7 +179,9 @@ class Relay(Response):
         budget_s = None
         if grant.flight.finish_by is not None:
             budget_s = grant.engine.squeeze.told_s(grant.flight.finish_by - time.perf_counter())
-        body = call.body(grant.tier, budget_s=budget_s, floor=grant.flight.floor)
+        body = call.body(
+            grant.tier, budget_s=budget_s, floor=grant.flight.floor, most_members=grant.flight.most_members
+        )
         answer = await upstream.send(self._passage.session, grant.engine, self._path, body, self._passage.headers)
         is_stream = answer.status == 200 and answer.content_type == _EVENT_STREAM
         attempt.has_answered = not is_stream
@@ -291,7 +299,7 @@ class Relay(Response):
 
     async def _send_whole(self, attempt: _Attempt, body: bytes, send: Send) -> None:
         population = attempt.report.end(self._record.elapsed_s())
-        self._record.num_drops = len(attempt.report.drops.get("drops", ()))
+        self._record.num_drops = attempt.report.num_drops
         body = Additions(population=population, model=self._model).splice(body)
         await self._start(attempt, send, "application/json", content_length=len(body))
         await self._end(send, body)
@@ -305,7 +313,7 @@ class Relay(Response):
         attempt.exchange.teach(
             self._record.usage,
             streamed=streamed,
-            was_dropped=bool(attempt.report.drops.get("drops")),
+            was_dropped=attempt.report.num_drops > 0,
             characters=0 if self._call.size.prompt_tokens else self._call.size.prompt_characters,
         )
         headers = {name: value for name, value in self._passage.headers.items() if name in _ECHO_HEADERS}

@@ -18,6 +18,8 @@ class Report:
 
     offer: Offer
     tier: Tier
+    most_members: int | None
+    """How many of the tier's members it began with, if not with all."""
     asked: str
     terms: Terms
     drops: dict[str, Any] = field(default_factory=dict)
@@ -30,6 +32,12 @@ class Report:
         if not (extra := self._choice()):
             return known
         return known[:-1] + b"," + _dumps(extra)[1:]
+
+    @property
+    def num_drops(self) -> int:
+        """Members that left on the way, as far as the engine says so."""
+        at_start = 0 if self.most_members is None else len(self.tier.members) - self.most_members
+        return max(0, len(self.drops.get("drops", ())) - at_start)
 
     def end(self, elapsed_s: float) -> bytes:
         """The object when the answer is complete, `elapsed_s` after the request arrived."""
@@ -57,6 +65,8 @@ class Report:
         if self.terms.budget_s is not None or (self.asked != "default" and self.asked != self.tier.name):
             extra["tier_asked"] = self.asked
         if self.terms.budget_s is not None:
+            if self.most_members is not None:
+                extra["most_members"] = self.most_members
             extra["latency_budget_ms"] = round(1000 * self.terms.budget_s, 3)
         return extra
 

@@ -217,7 +217,7 @@ class World:
             left_s = flight.finish_by - time.perf_counter()
             finish_at = time.perf_counter() + self.known.squeeze.told_s(left_s)
         return Run(
-            members=flight.tier.budget,
+            members=flight.work.members,
             floor=flight.floor.budget,
             prompt_tokens=len(fields["prompt"]) // 2,
             max_tokens=fields["max_tokens"],
@@ -228,7 +228,7 @@ class World:
         if had_budget and grant.is_promised:
             self.known.squeeze.observe(late=not is_met)
             self.known.model.observe_promise(kept=is_met, probability=self.admission.limits.probability)
-        was_dropped = run.members_per_token[-1] < grant.tier.budget
+        was_dropped = run.members_per_token[-1] < grant.flight.work.members
         usage = Usage(prompt_tokens=run.prompt_tokens, completion_tokens=run.max_tokens)
         Exchange(grant, deadline=None, stall_s=60).teach(
             usage, streamed=False, was_dropped=was_dropped, characters=2 * run.prompt_tokens

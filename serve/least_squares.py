@@ -58,6 +58,10 @@ class LeastSquares:
         """What is expected for `features`."""
         return float((np.array(features) / self._scales_F) @ self.weights_F)
 
+    def coefficients(self) -> list[float]:
+        """What each feature adds to a prediction."""
+        return [float(value) for value in self.weights_F / self._scales_F]
+
     def state(self) -> dict[str, Any]:
         """What was learned, for JSON."""
         return {

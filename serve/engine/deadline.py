@@ -25,7 +25,8 @@ _PATIENCE = 0.05
 """Part of what is still to come by which it may be expected late: a member that left does not come back, but a crowd goes away."""
 _NOT_BEHIND = 3.0
 """How much more a member counts that leaves a request which is in time, for the sake of others."""
-_FORGETTING = 0.98
+_FORGETTING = 0.998
+_PACE_RATE, _MOST_PACE = 0.05, 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,8 @@ class StepCost:
 
     What members take and what is left of a step are learned apart. Steps of one set of members, all there may be for hours,
     cannot tell a member's cost from a step's, and then nothing would seem to be gained by running fewer: whoever is a little
-    behind would lose all (bench/LOG.md).
+    behind would lose all (bench/LOG.md). For the same reason proportions are forgotten slowly. A machine that is slower now is
+    so in all parts: one factor follows that fast.
 
     Starts from nothing: `predict` gives None until enough steps have run. First steps after a start are left out: they load code
     and warm caches, and what they take must not drop members from every request of the next minute.
@@ -91,14 +93,19 @@ class StepCost:
     def __init__(self, *, warm_up: int = 4, min_steps: int = 8) -> None:
         self._members = LeastSquares((1.0, 16.0, 16_384.0), forgetting=_FORGETTING)
         self._rest = LeastSquares((1.0, 16.0), forgetting=_FORGETTING)
+        self._pace = 1.0
+        """How slow the last steps were, as a multiple of what is learned."""
         self._warm_up = warm_up
         self._min_steps = min_steps
 
     def observe(self, load: StepLoad, seconds: float, *, members_s: float) -> None:
-        """Learn from a step that took `seconds`, of which `members_s` were spent in members and in mixing them."""
+        """Learn from a step: `seconds` until the next could begin, and those of them that members and mixing took."""
         if self._warm_up:
             self._warm_up -= 1
             return
+        if (expected_s := self._expect(load)) > 0:
+            ratio = min(max(seconds / expected_s, self._pace / _MOST_PACE), self._pace * _MOST_PACE)
+            self._pace += _PACE_RATE * (ratio - self._pace)
         members_s = min(members_s, seconds)
         self._members.observe(_of_members(load), members_s)
         self._rest.observe(_of_the_rest(load), seconds - members_s)
@@ -107,6 +114,17 @@ class StepCost:
         """Seconds that a step of that load takes, never below zero; None while too few steps were seen."""
         if self._members.count < self._min_steps:
             return None
+        return self._pace * self._expect(load)
+
+    def parts(self) -> dict[str, float]:
+        """Seconds by what they are for, once enough steps were seen: a step at all, and each thing that its load counts."""
+        if self._members.count < self._min_steps:
+            return {}
+        names = ("member", "row", "context", "step", "request")
+        seconds = self._members.coefficients() + self._rest.coefficients()
+        return {name: self._pace * value for name, value in zip(names, seconds, strict=True)}
+
+    def _expect(self, load: StepLoad) -> float:
         return self._members.predict(_of_members(load)) + self._rest.predict(_of_the_rest(load))
 
 

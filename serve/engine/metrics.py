@@ -62,8 +62,8 @@ class StepCounts:
         self._sent_at = now
         return True
 
-    def totals(self, *, active_sets: int, prior_version: int) -> dict[str, int]:
-        """Everything as `name` or `name/label` with a whole number; seconds in microseconds."""
+    def totals(self, *, active_sets: int, prior_version: int, step_cost: Mapping[str, float]) -> dict[str, int]:
+        """Everything as `name` or `name/label` with a whole number; seconds in micro- or picoseconds."""
         rows = [0] * self._num_members
         for members, count in self._rows_by_set.items():
             for member in members:
@@ -72,6 +72,7 @@ class StepCounts:
         totals |= {f"member_rows/{member}": count for member, count in enumerate(rows)}
         totals |= {f"member_us/{member}": round(self._seconds[member] * 1e6) for member in range(self._num_members)}
         totals["mixing_us"] = round(self.mixing_s * 1e6)
+        totals |= {f"step_cost_ps/{part}": round(seconds * 1e12) for part, seconds in step_cost.items()}
         return totals | {f"drops/{reason}": self._drops[reason] for reason in DROP_REASONS}
 
 
@@ -144,7 +145,15 @@ class PopulationCollector(Collector):
         )
         for reason in DROP_REASONS:
             drops.add_metric([self._engine, reason], self.totals[f"drops/{reason}"])
-        yield from (rows, seconds, drops)
+        costs = GaugeMetricFamily(
+            "chorus_engine_step_cost_seconds",
+            "What a step costs, as learned: at all, and for each thing that it computes.",
+            labels=["engine", "part"],
+        )
+        for key, picoseconds in self.totals.items():
+            if key.startswith("step_cost_ps/"):
+                costs.add_metric([self._engine, key.partition("/")[2]], picoseconds / 1e12)
+        yield from (rows, seconds, drops, costs)
         for name, text, value in (
             ("chorus_engine_mixing_seconds", "Seconds spent mixing distributions.", self.totals["mixing_us"] / 1e6),
             ("chorus_engine_steps", "Steps that the engine has run.", self.totals["steps"]),

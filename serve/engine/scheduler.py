@@ -55,6 +55,8 @@ class PopulationScheduler(Scheduler):
         self._step_cost = StepCost()
         self._step_started = 0.0
         self._num_steps = 0
+        self._observed: tuple[StepLoad, float] | None = None
+        """The load of the step before and what its members took, if it is to be learned from."""
         self.counts = StepCounts(len(self._member_names))
 
     def add_request(self, request: Any) -> None:
@@ -70,35 +72,47 @@ class PopulationScheduler(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's plan for the next step, with the mixtures that the workers do not know yet."""
+        now = time.monotonic()
+        if self._observed is not None:
+            load, members_s = self._observed
+            self._step_cost.observe(load, now - self._step_started, members_s=members_s)
+            self._observed = None
+        self._step_started = now
         if self._deadlines:
             self._keep_deadlines()
         output = super().schedule(*args, **kwargs)
         self._changed.update(request.req_id for request in output.scheduled_new_reqs)
         output.mixtures = {request_id: self._mixtures[request_id] for request_id in self._changed}
         self._changed.clear()
-        self._step_started = time.monotonic()
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """Learn what the step cost, then let vLLM take over its tokens."""
+        """Note what the step did, then let vLLM take over its tokens."""
         self._num_steps += 1
         every = _OBSERVE_EVERY if self._deadlines else _OBSERVE_IDLY_EVERY
+        load = None
         if scheduler_output.num_scheduled_tokens and self._num_steps % every == 0:
-            seconds = time.monotonic() - self._step_started
             load = self._load(scheduler_output.num_scheduled_tokens)
-            self._step_cost.observe(load, seconds, members_s=sum(model_runner_output.seconds))
         if self.log_stats and scheduler_output.num_scheduled_tokens:
             self.counts.count_step(
                 self._rows_by_set(scheduler_output.num_scheduled_tokens), model_runner_output.seconds
             )
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if load is not None and self.running:  # else nobody waits for the next step, and it says nothing of this one
+            self._observed = load, sum(model_runner_output.seconds)
+        return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's statistics, with our totals in them."""
         stats = super().make_stats(*args, **kwargs)
         if stats is not None and self.counts.is_due(is_idle=not self.running):
             active_sets = len({self._mixtures[request.request_id].members for request in self.running})
-            attach(self.counts.totals(active_sets=active_sets, prior_version=self._prior.version), stats)
+            attach(
+                self.counts.totals(
+                    active_sets=active_sets, prior_version=self._prior.version, step_cost=self._step_cost.parts()
+                ),
+                stats,
+            )
         return stats
 
     def _rows_by_set(self, num_scheduled_tokens: dict[str, int]) -> dict[tuple[int, ...], int]:

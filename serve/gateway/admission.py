@@ -218,6 +218,7 @@ class Admission:
     ) -> Callable[[Sequence[int], Work, float], float]:
         supply = Supply(
             model=engine.model,
+            costs=engine.costs,
             num_engines=max(1, num_engines),
             max_sequences=self.limits.max_sequences,
             probability=self.limits.probability,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from serve.gateway.costs import StepCosts
 from serve.gateway.latency import LatencyModel, Load, Work
 from serve.gateway.terms import Size
 
@@ -29,6 +30,8 @@ class Supply:
     """What there is to serve requests."""
 
     model: LatencyModel
+    costs: StepCosts | None
+    """What a step costs, where the engine says so; else that is guessed from the model."""
     num_engines: int
     max_sequences: int
     """That run on each engine at once."""
@@ -76,10 +79,10 @@ class Demand:
         While anybody has the larger size, each step runs all its members: where members cost more than their rows, there is nothing
         between two sizes.
         """
-        most_running = supply.max_sequences * supply.num_engines / _BURSTS
+        most_running = supply.max_sequences * supply.num_engines
 
         def fits(members: float, active: int) -> bool:
-            token_s = self._token_s(supply, members, active)
+            token_s = self._token_s(supply, work, members, active)
             total_s = work.max_tokens * token_s
             if total_s > left_s or (self._free + self._fixed) * token_s > most_running:
                 return False
@@ -93,19 +96,21 @@ class Demand:
             low, high = (middle, high) if fits(middle, above) else (low, middle)
         return low
 
-    def _token_s(self, supply: Supply, members: float, active: int) -> float:
+    def _token_s(self, supply: Supply, work: Work, members: float, active: int) -> float:
         """Seconds per token if those who may had so many members on average, with `active` in all; infinite if too much.
 
         With a step of a + b rows and sequences that come at a given rate, Little's law gives rows = rate * step, hence
         step = a / (1 - b rate).
         """
-        model = supply.model
-        base_s = model.token_s(Load(members=active))
-        row_s = model.token_s(Load(members=active, rows=1)) - base_s
-        size = max(1, round(members))
-        short, long = (Work(members=size, prompt_tokens=tokens, max_tokens=1) for tokens in (0, _PROMPT))
-        prompt_s = (model.first_s(Load(), long) - model.first_s(Load(), short)) / _PROMPT
-        busy = row_s * (self._free * members + self._rows) + prompt_s * self._prompt
+        rows, prompt_rows = self._free * members + self._rows, self._prompt * members
+        if (costs := supply.costs) is not None:
+            base_s = costs.step + costs.member * active
+            context = work.prompt_tokens + work.max_tokens / 2
+            busy = costs.request * (self._free + self._fixed) + (costs.row + costs.context * context) * rows
+            busy += costs.row * prompt_rows
+        else:
+            base_s, row_s, prompt_s = _guess(supply.model, active)
+            busy = row_s * rows + prompt_s * self._prompt
         busy *= _BURSTS / max(1, supply.num_engines)
         return base_s / (1.0 - busy) if busy < _FULL else math.inf
 
@@ -114,3 +119,11 @@ class Demand:
         self._free, self._fixed = self._free * kept, self._fixed * kept
         self._rows, self._prompt = self._rows * kept, self._prompt * kept
         self._at = max(self._at, now)
+
+
+def _guess(model: LatencyModel, active: int) -> tuple[float, float, float]:
+    """Seconds of a step with so many members, of a row in it and of a prompt's token, as whole answers make one think."""
+    base_s = model.token_s(Load(members=active))
+    row_s = model.token_s(Load(members=active, rows=1)) - base_s
+    short, long = (Work(members=active, prompt_tokens=tokens, max_tokens=1) for tokens in (0, _PROMPT))
+    return base_s, row_s, (model.first_s(Load(), long) - model.first_s(Load(), short)) / _PROMPT

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import aiohttp
 
 from serve.gateway.breaker import Breaker
+from serve.gateway.costs import StepCosts, read_costs
 from serve.gateway.flights import Flights
 from serve.gateway.latency import LatencyModel
 from serve.gateway.squeeze import Squeeze
@@ -23,6 +24,8 @@ _FIRST_START_S = 30.0
 """What a start is taken to need before one was measured; a small population on two cores needs about this."""
 
 _TOKENS = re.compile(rb"^vllm:(?:prompt|generation)_tokens_total(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
+
+_COSTS_EVERY_S = 2.0
 
 _NOTICE_S = 5.0
 """An engine whose core died answers "unhealthy" for up to this long (vLLM's watchdog) before its process ends."""
@@ -47,6 +50,8 @@ class Engine:
         self.on_restart: Callable[[], None] = lambda: None
         self.flights = Flights()
         self.model = LatencyModel()
+        self.costs: StepCosts | None = None
+        """What its steps cost by its own account, as far as it says so."""
         self.squeeze = Squeeze()
         self.breaker = Breaker()
         self.waiting: set[asyncio.Timeout] = set()
@@ -64,6 +69,7 @@ class Engine:
         self._expected_at: float | None = None
         self._last_start_s = _FIRST_START_S
         self._look_now = asyncio.Event()
+        self._asked_costs_at = -math.inf
 
     @property
     def is_up(self) -> bool:
@@ -145,12 +151,23 @@ class Engine:
 
     async def _count_tokens(self) -> float | None:
         """Tokens that it read and generated since its start; None where it does not say."""
+        found = _TOKENS.findall(await self._read_metrics())
+        return sum(map(float, found)) if found else None
+
+    async def _read_metrics(self) -> bytes:
         try:
             async with self._session.get(f"{self.url}/metrics", timeout=self._probe_timeout) as response:
-                found = _TOKENS.findall(await response.read())
+                return await response.read()
         except (aiohttp.ClientError, TimeoutError):
-            return None
-        return sum(map(float, found)) if found else None
+            return b""
+
+    async def _learn_costs(self) -> None:
+        """Ask what its steps cost: now and then, as that changes slowly, and while it works, as else nothing is learned there."""
+        now = time.monotonic()
+        if now - self._asked_costs_at < _COSTS_EVERY_S or (self.costs is not None and not self.flights.running):
+            return
+        self._asked_costs_at = now
+        self.costs = read_costs(await self._read_metrics()) or self.costs
 
     async def _completes(self) -> bool:
         """Whether it can generate a token."""
@@ -167,8 +184,10 @@ class Engine:
         """Look at its health forever, calling `on_up` whenever it begins to answer."""
         while True:
             was_up = self._is_up
-            if await self.check() and not was_up:
-                on_up()
+            if await self.check():
+                if not was_up:
+                    on_up()
+                await self._learn_costs()
             self._look_now.clear()
             try:
                 async with asyncio.timeout(self._probe_interval_s):

@@ -6,6 +6,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from population import manifest
+from serve.gateway.costs import read_costs
 from tests.live import wait_for
 
 BODY = {"prompt": [5, 6, 7, 8, 9, 10, 11, 12, 13, 14], "max_tokens": 9, "ignore_eos": True, "temperature": 0}
@@ -47,6 +48,18 @@ def test_rows_and_seconds_are_counted_for_the_members_that_ran(engine_url: str, 
     assert after["chorus_engine_mixing_seconds_total", ""] > 0
     assert after["chorus_engine_active_sets", ""] == 0
     assert after["chorus_engine_prior_version", ""] == population.prior_version
+
+
+def test_the_engine_says_what_a_step_costs_and_the_gateway_reads_it(engine_url: str) -> None:
+    for tier in ("max", "economy") * 40:
+        ask(engine_url, tier)
+        found = read_costs(httpx.get(f"{engine_url}/metrics").content)
+        if found is not None and found.member > 0:
+            break
+    assert found is not None
+    assert 0 < found.step < 1
+    assert 0 < found.member < 1
+    assert min(found.request, found.row, found.context) >= 0
 
 
 def test_dropped_members_are_counted_by_reason(engine_url: str) -> None:

@@ -126,18 +126,28 @@ def in_a_hurry(tier: str, budget_ms: float, floor: str, max_tokens: int = 40) ->
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=2, extra_args=arguments)
 
 
-@pytest.mark.parametrize("floor", ["economy", "standard"])
-def test_a_late_request_goes_on_with_fewer_members(engine: Any, tiny_population: Path, floor: str) -> None:
+def late_after_a_token(engine: Any, prompt: list[int], parameters: SamplingParams) -> Any:
+    """The answer to a request whose time is over when it has its first token."""
     core = engine.llm_engine
     scheduler = core.engine_core.engine_core.scheduler
-    engine.reset_prefix_cache()
-    free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
-    prompt = list(range(2, 102))
-    core.add_request("late", {"prompt_token_ids": prompt}, in_a_hurry("max", 0.01, floor))
+    core.add_request("late", {"prompt_token_ids": prompt}, parameters)
+    core.step()
+    (deadline,) = scheduler._deadlines.values()
+    deadline.finish_at = 0.0
     finished = []
     while core.has_unfinished_requests():
         finished += [output for output in core.step() if output.finished]
     (output,) = finished
+    return output
+
+
+@pytest.mark.parametrize("floor", ["economy", "standard"])
+def test_a_late_request_goes_on_with_fewer_members(engine: Any, tiny_population: Path, floor: str) -> None:
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    engine.reset_prefix_cache()
+    free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    prompt = list(range(2, 102))
+    output = late_after_a_token(engine, prompt, in_a_hurry("max", 600_000, floor))
     report, kept = output.kv_transfer_params, {"economy": 1, "standard": 2}[floor]
     assert report["members_per_token"] == [[4, 1], [kept, 39]]
     # All four had weight 0.1, 0.2, 0.3, 0.4 by index; the floor's members stay, the others leave lightest first.
@@ -155,9 +165,7 @@ def test_a_late_request_goes_on_with_fewer_members(engine: Any, tiny_population:
 def test_kv_written_after_a_drop_is_never_found_for_the_dropped(engine: Any, tiny_population: Path) -> None:
     engine.reset_prefix_cache()
     prompt = list(range(2, 72))
-    (first,) = engine.generate(
-        {"prompt_token_ids": prompt}, in_a_hurry("max", 0.01, "economy", max_tokens=100), use_tqdm=False
-    )
+    first = late_after_a_token(engine, prompt, in_a_hurry("max", 600_000, "economy", max_tokens=100))
     assert first.kv_transfer_params["members_per_token"] == [[4, 1], [1, 99]]
     conversation = prompt + list(first.outputs[0].token_ids) + [5, 6, 7]
     (second,) = engine.generate({"prompt_token_ids": conversation}, greedy("max"), use_tqdm=False)
@@ -175,8 +183,40 @@ def test_a_request_with_time_to_spare_keeps_its_members(engine: Any, tiny_popula
 
 
 @pytest.mark.parametrize(
+    ("fields", "members"),
+    [
+        ({"chorus_time_budget_ms": 0.01}, 1),  # over before it begins
+        ({"chorus_time_budget_ms": 600_000, "chorus_most_members": 3}, 3),
+        ({"chorus_time_budget_ms": 600_000, "chorus_most_members": 1, "chorus_floor": "standard"}, 2),
+        ({"chorus_time_budget_ms": 600_000, "chorus_most_members": 9}, 4),
+        ({"chorus_most_members": 1}, 4),  # only what has a time budget gives members up
+    ],
+)
+def test_a_request_may_begin_with_fewer_members(
+    engine: Any, tiny_population: Path, fields: dict[str, Any], members: int
+) -> None:
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    engine.reset_prefix_cache()
+    free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    parameters = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=2)
+    parameters.extra_args = {"chorus_tier": "max", **fields}
+    prompt = list(range(2, 80))
+    (output,) = engine.generate({"prompt_token_ids": prompt}, parameters, use_tqdm=False)
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free
+    if "chorus_time_budget_ms" in fields:
+        report = output.kv_transfer_params
+        assert report["members_per_token"] == [[members, 6]]
+        assert [drop["at_token"] for drop in report["drops"]] == [0] * (4 - members)
+    if members in {1, 2, 4}:
+        tier = {1: "economy", 2: "standard", 4: "max"}[members]
+        check_against_reference(tiny_population, tier, output)
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
+        {"chorus_most_members": 0},
+        {"chorus_most_members": 2.5},
         {"chorus_time_budget_ms": -1},
         {"chorus_time_budget_ms": "soon"},
         {"chorus_floor": "gold"},

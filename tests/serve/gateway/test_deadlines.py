@@ -1,6 +1,7 @@
 """Time budgets: what is admitted at which tier, what the engine is told, and what happens at the deadline."""
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,8 @@ from scipy.optimize import nnls
 
 from population.manifest import Population
 from serve.gateway.assembly import Assembly
+from serve.gateway.costs import StepCosts, read_costs
+from serve.gateway.demand import Demand, Supply
 from serve.gateway.flights import Flight, Flights
 from serve.gateway.latency import LatencyModel, Load, Work
 from serve.gateway.plans import NotNow, Plan, Wish, plan
@@ -89,12 +92,43 @@ def test_the_model_finds_what_an_engine_costs_and_how_much_its_answers_scatter()
 
 
 @pytest.mark.parametrize(
-    ("left_s", "tier"), [(10.0, "max"), (0.5, "max"), (0.3, "standard"), (0.2, "economy"), (None, "max")]
+    ("left_s", "tier", "members"),
+    [(10.0, "max", 4), (0.5, "max", 4), (0.4, "max", 3), (0.3, "standard", 2), (0.2, "economy", 1), (None, "max", 4)],
 )
-def test_the_largest_tier_that_fits_the_budget_is_taken(tiny: Population, left_s: float | None, tier: str) -> None:
+def test_as_many_members_as_fit_the_budget_are_taken(
+    tiny: Population, left_s: float | None, tier: str, members: int
+) -> None:
     found = decide(wish(tiny, left_s=left_s), Flights(), known())
     assert isinstance(found, Plan)
-    assert found.tier.name == tier
+    assert (found.tier.name, found.work.members) == (tier, members)
+
+
+def test_costs_are_read_from_an_engines_metrics() -> None:
+    text = "\n".join(
+        f'chorus_engine_step_cost_seconds{{engine="0",part="{part}"}} {value}'
+        for part, value in (("member", 7e-4), ("row", 1e-5), ("context", 0.0), ("step", "0.0012"), ("request", 5e-5))
+    )
+    expected = StepCosts(step=0.0012, request=5e-5, member=7e-4, row=1e-5, context=0.0)
+    assert read_costs(f"# HELP x\n{text}\nother 1\n".encode()) == expected
+    assert read_costs(b"other 1\n") is None
+    assert read_costs(b'chorus_engine_step_cost_seconds{engine="0",part="step"} 1\n') is None
+
+
+@pytest.mark.parametrize(("member_s", "row_s"), [(0.001, 0.00002), (0.0001, 0.0003)])
+def test_the_members_that_can_be_kept_up_follow_from_the_costs(member_s: float, row_s: float) -> None:
+    costs = StepCosts(step=0.001, request=0.0, member=member_s, row=row_s, context=0.0)
+    supply = Supply(model=known(), costs=costs, num_engines=1, max_sequences=10**6, probability=0.95)
+    work, sizes = Work(members=8, prompt_tokens=0, max_tokens=50), range(1, 9)
+    before = 8.0
+    for rate in (1, 100, 400, 1600):  # tokens per second
+        demand = Demand()
+        now = time.perf_counter()
+        for idx in range(400):
+            demand.note(Size(max_tokens=rate), prompt_tokens=0, members=None, now=now + idx / 10)
+        found = demand.most_members(supply, sizes, work, 0.5, now + 40)
+        assert 1 <= found <= before
+        before = found
+    assert before < 8, "1,600 tokens a second are too many for eight members each"
 
 
 def test_what_fits_no_tier_waits_if_others_are_the_reason_and_is_late_otherwise(tiny: Population) -> None:
@@ -282,6 +316,22 @@ def test_the_remaining_budget_and_the_floor_travel_to_the_engine(pair: Pair) -> 
     found = answer["population"]
     assert (found["tier"], found["tier_asked"], found["deadline"], found["truncated"]) == ("max", "max", "met", False)
     assert 0 < found["elapsed_ms"] < 5000
+
+
+def test_a_number_between_two_tiers_is_told_to_the_engine_and_reported(pair: Pair) -> None:
+    (engine,) = pair.gateway.pool.engines
+    engine.model = known()
+    drops = {"members_per_token": [[3, 9]], "drops": [{"member": "t0-c00", "at_token": 0, "reason": "start"}]}
+    whole = json.dumps({**json.loads(WHOLE), "kv_transfer_params": drops}).encode()
+    pair.engine.steps, pair.engine.content_type = [whole], "application/json"
+    found = ask(pair, latency_budget_ms=330).json()["population"]  # 4 members would need 0.37 s
+    extra = pair.engine.bodies[-1]["vllm_xargs"]
+    assert (extra["chorus_tier"], extra["chorus_most_members"]) == ("max", 3)
+    assert (found["tier"], found["most_members"], found["members_per_token"]) == ("max", 3, [[3, 9]])
+    metrics = httpx.get(f"{pair.url}/metrics").text
+    assert not re.search(r"^chorus_gateway_member_drops_total.* [1-9]", metrics, re.MULTILINE), "none left on the way"
+    ask(pair, latency_budget_ms=9000)
+    assert "chorus_most_members" not in pair.engine.bodies[-1]["vllm_xargs"]
 
 
 def test_the_engines_drops_are_reported_in_the_population_object(pair: Pair) -> None:

@@ -1,5 +1,6 @@
 """The engine's own metrics, read where Prometheus reads them: at the live engine's `/metrics`."""
 
+import time
 from pathlib import Path
 
 import httpx
@@ -31,10 +32,17 @@ def ask(engine_url: str, tier: str, **arguments: object) -> None:
     assert httpx.post(f"{engine_url}/v1/completions", json=BODY | fields, timeout=60).status_code == 200
 
 
+def is_idle(engine_url: str) -> bool:
+    """Whether it runs no step for a while."""
+    before = samples(engine_url)
+    time.sleep(1)
+    return bool(before) and samples(engine_url)[STEPS] == before[STEPS]
+
+
 def test_rows_and_seconds_are_counted_for_the_members_that_ran(engine_url: str, tiny_population: Path) -> None:
     population = manifest.load(tiny_population)
     ask(engine_url, "max")
-    wait_for("the first totals", lambda: samples(engine_url), timeout_s=20)
+    wait_for("the gateway to have done with calibrating", lambda: is_idle(engine_url), timeout_s=60)
     for tier in population.tiers:
         before = samples(engine_url)
         ask(engine_url, tier.name)

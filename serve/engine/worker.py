@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from serve.engine.allocator import keep_freed_memory
 from serve.engine.kv import groups_by_member
 from serve.engine.mixture import Mixture
 from serve.engine.rows import Step, plan_step
@@ -29,6 +30,8 @@ class PopulationWorker(_Worker):
 
     def init_device(self) -> None:
         """Build vLLM's runner, then give it our methods: vLLM offers no hook to choose the runner's class."""
+        if current_platform.is_cpu():
+            keep_freed_memory()
         super().init_device()
         runner = self.model_runner
         runner.__class__ = type(f"Population{type(runner).__name__}", (PopulationRunner, type(runner)), {})

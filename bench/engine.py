@@ -191,7 +191,7 @@ def serve_engine(model: str, tokenizer: str, options: str) -> None:
     settings = {
         "dtype": "float32",
         "enforce_eager": True,
-        "kv_cache_memory_bytes": 256 << 20,
+        "kv_cache_memory_bytes": 1 << 30,
         "distributed_executor_backend": "uni",
         "max_num_seqs": 64,
         "enable_prefix_caching": False,

@@ -66,7 +66,9 @@ class StepTally:
 
     def copy(self) -> "StepTally":
         """One that can be changed by itself."""
-        return copy.deepcopy(self)
+        other = copy.copy(self)
+        other._requests_of = self._requests_of.copy()
+        return other
 
     def load(self) -> StepLoad:
         """The load as it is now."""

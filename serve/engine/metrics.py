@@ -140,7 +140,7 @@ class PopulationCollector(Collector):
             seconds.add_metric([self._engine, name], self.totals[f"member_us/{idx}"] / 1e6)
         drops = CounterMetricFamily(
             "chorus_engine_drops",
-            "Members dropped from running requests to keep a time budget.",
+            "Members dropped from requests to keep a time budget.",
             labels=["engine", "reason"],
         )
         for reason in DROP_REASONS:

@@ -1,8 +1,8 @@
 """How much is being asked for lately, and how many members everybody could have if all had the same number.
 
 What runs now says little about the next second: beside an idle engine the largest tier always fits, and whoever comes next pays for
-it. Gains fall with every further member, so it is better to serve all at the two tiers around the number that can be kept up, in
-such a proportion that the mean is that number.
+it. Gains fall with every further member, so it is better to serve all with the number that can be kept up or, where that lies
+between two numbers, with these in such a proportion that it is the mean.
 """
 
 import math
@@ -111,7 +111,7 @@ class Demand:
         else:
             base_s, row_s, prompt_s = _guess(supply.model, active)
             busy = row_s * rows + prompt_s * self._prompt
-        busy *= _BURSTS / max(1, supply.num_engines)
+        busy *= _BURSTS / supply.num_engines
         return base_s / (1.0 - busy) if busy < _FULL else math.inf
 
     def _fade(self, now: float) -> None:

@@ -76,7 +76,7 @@ def plan(
         return NotNow.FULL
     tiers = wish.tiers[min(len(wish.tiers) - 1, round(pressure * (len(wish.tiers) - 1))) :]
     if wish.finish_by is None or not model.is_seeded:
-        return _expect(_Rung.whole(tiers[0]), wish, flights, model)
+        return _expect_whole(tiers[0], wish, flights, model)
     left_s = wish.finish_by - now
     rungs = _rungs(tiers)
     most = most_members([len(rung.members) for rung in rungs], _work(rungs[0], wish.size, model), left_s)
@@ -84,10 +84,11 @@ def plan(
         is_floor = rung is rungs[-1]
         if len(rung.members) > most and not is_floor:
             continue
-        found = _expect(rung, wish, flights, model)
+        before, during = _loads(rung, wish, flights)
+        found = _expect(rung, wish, before, during, model)
         margin = model.margin(_AT_FLOOR if is_floor else probability, found.total_s, can_shrink=not is_floor)
         if found.total_s * margin <= left_s and not _makes_others_late(
-            flights, model, rung, wish.size.num_sequences, now, probability
+            flights, model, before, during, now, probability
         ):
             return found
     if least_s(wish, model) > left_s:
@@ -99,14 +100,14 @@ def plan(
 
 def at_floor(wish: Wish, flights: Flights, model: LatencyModel) -> Plan:
     """The least that can be done for a request that will be late whatever is done."""
-    return _expect(_Rung.whole(wish.tiers[-1]), wish, flights, model)
+    return _expect_whole(wish.tiers[-1], wish, flights, model)
 
 
 def least_s(wish: Wish, model: LatencyModel) -> float:
     """Expected seconds at its floor on an idle engine; 0 while nothing is known."""
     if not model.is_seeded:
         return 0.0
-    floor = _Rung.whole(wish.tiers[-1])
+    floor = _Rung(tier=wish.tiers[-1], members=wish.tiers[-1].members)
     alone = Load(members=len(floor.members), rows=len(floor.members) * wish.size.num_sequences)
     return model.total_s(Load(), alone, _work(floor, wish.size, model))
 
@@ -117,10 +118,6 @@ class _Rung:
 
     tier: Tier
     members: Sequence[str]
-
-    @classmethod
-    def whole(cls, tier: Tier) -> "_Rung":
-        return cls(tier=tier, members=tier.members)
 
 
 def _rungs(tiers: Sequence[Tier]) -> list[_Rung]:
@@ -133,17 +130,21 @@ def _rungs(tiers: Sequence[Tier]) -> list[_Rung]:
     return found
 
 
-def _expect(rung: _Rung, wish: Wish, flights: Flights, model: LatencyModel) -> Plan:
-    """Without a deadline beside what runs; else beside what would run if nobody who has one had more members than this."""
+def _loads(rung: _Rung, wish: Wish, flights: Flights) -> tuple[Load, Load]:
+    """What runs before it begins and with it. With a deadline: if nobody else who has one had more members than this."""
     within = None if wish.finish_by is None else len(rung.members)
-    work = _work(rung, wish.size, model)
     during = flights.load(adding=rung.members, num_sequences=wish.size.num_sequences, within=within)
-    return Plan(
-        tier=rung.tier,
-        work=work,
-        first_s=model.first_s(flights.load(within=within), work),
-        token_s=model.token_s(during),
-    )
+    return flights.load(within=within), during
+
+
+def _expect(rung: _Rung, wish: Wish, before: Load, during: Load, model: LatencyModel) -> Plan:
+    work = _work(rung, wish.size, model)
+    return Plan(tier=rung.tier, work=work, first_s=model.first_s(before, work), token_s=model.token_s(during))
+
+
+def _expect_whole(tier: Tier, wish: Wish, flights: Flights, model: LatencyModel) -> Plan:
+    rung = _Rung(tier=tier, members=tier.members)
+    return _expect(rung, wish, *_loads(rung, wish, flights), model)
 
 
 def _work(rung: _Rung, size: Size, model: LatencyModel) -> Work:
@@ -152,22 +153,14 @@ def _work(rung: _Rung, size: Size, model: LatencyModel) -> Work:
 
 
 def _makes_others_late(
-    flights: Flights,
-    model: LatencyModel,
-    rung: _Rung,
-    num_sequences: int,
-    now: float,
-    probability: float,
+    flights: Flights, model: LatencyModel, before: Load, during: Load, now: float, probability: float
 ) -> bool:
-    """Whether somebody who could be in time without the new request could not with it, were all as small as `rung`."""
+    """Whether somebody who could be in time without the new request could not with it: the load goes from `before` to `during`."""
     others = [
         (flight.tokens_left(now), flight.finish_by - now) for flight in flights.running if flight.finish_by is not None
     ]
     if not others:
         return False
-    within = len(rung.members)
-    without = flights.load(within=within)
-    with_it = flights.load(adding=rung.members, num_sequences=num_sequences, within=within)
-    before_s, after_s = model.token_s(without), model.token_s(with_it)
+    before_s, after_s = model.token_s(before), model.token_s(during)
     margin = model.margin(probability, before_s * sum(tokens for tokens, _ in others) / len(others))
     return any(tokens * before_s * margin <= left_s < tokens * after_s * margin for tokens, left_s in others)

@@ -12,6 +12,7 @@ from population import manifest
 from population.manifest import Population
 from serve.gateway.app import create_app
 from serve.gateway.gateway import Gateway
+from serve.gateway.latency import LatencyModel, Load, Work
 from serve.gateway.settings import Settings
 from tests.live import Served, serving, wait_for
 from tests.serve.gateway.scripted import ScriptedEngine
@@ -50,3 +51,16 @@ def gateway_before(engine: ScriptedEngine, population: Population, **options: An
 def pair(tiny: Population) -> Iterator[Pair]:
     with gateway_before(ScriptedEngine(), tiny) as running:
         yield running
+
+
+def known(*, first_s: float = 0.02, member_s: float = 0.01, row_s: float = 0.001) -> LatencyModel:
+    """A model that has seen answers of an engine which takes just this long."""
+    model = LatencyModel()
+    for members in (1, 2, 4) * 8:
+        for others in (0, 4, 12):
+            work = Work(members=members, prompt_tokens=10, max_tokens=8)
+            model.observe_first(Load(members=members, rows=others), work, first_s)
+            load = Load(members=members, rows=others + members)
+            model.observe_tokens(load, member_s * members + row_s * (others + members))
+            model.observe_total(expected_s=1.0, seconds=1.0)
+    return model

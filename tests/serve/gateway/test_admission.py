@@ -19,9 +19,8 @@ from serve.gateway.errors import ApiError
 from serve.gateway.plans import Wish, plan
 from serve.gateway.tenants import ANYONE, Tenant
 from serve.gateway.tiers import default_tier, tiers_between
-from tests.serve.gateway.conftest import gateway_before
+from tests.serve.gateway.conftest import gateway_before, known
 from tests.serve.gateway.scripted import WHOLE, ScriptedEngine
-from tests.serve.gateway.test_deadlines import known
 
 
 class Door:

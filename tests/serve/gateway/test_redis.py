@@ -26,8 +26,8 @@ from serve.gateway.redis_store import RedisStore
 from serve.gateway.settings import Settings
 from serve.gateway.store import Bucket, MemoryStore
 from tests.live import Served, free_port, serving, wait_for
+from tests.serve.gateway.conftest import known
 from tests.serve.gateway.scripted import WHOLE, ScriptedEngine
-from tests.serve.gateway.test_deadlines import known
 from tests.serve.gateway.test_keys import ALICE, entry, text
 
 

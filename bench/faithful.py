@@ -23,10 +23,11 @@ from prior.weights import fit_weights, mixture_losses
 from train.run import Run, member_name
 
 SEEDS = (0, 1, 2)
-EPOCHS = 60
+CYCLES = 15  # of each of q0's three trajectories
+EPOCHS = 6 * CYCLES
 MATCHED = 6  # members
-_Q0 = {"trajectories": 3, "cycles": 10, "epochs_per_cycle": 2}
-_INDEPENDENT = {"trajectories": 1, "cycles": 10, "epochs_per_cycle": 6, "restart": True}
+_Q0 = {"trajectories": 3, "cycles": CYCLES, "epochs_per_cycle": 2}
+_INDEPENDENT = {"trajectories": 1, "cycles": EPOCHS // 6, "epochs_per_cycle": 6, "restart": True}
 METHODS: dict[str, dict[str, object]] = {
     "q0": _Q0,
     "independent models": {**_INDEPENDENT, "distil_alpha": 0.0},
@@ -34,12 +35,12 @@ METHODS: dict[str, dict[str, object]] = {
     "chained independent models": _INDEPENDENT,
     # The mean of the cyclic decay, 0.7 + 0.3 / 2 of its peak.
     "q0 with flat weight decay": {**_Q0, "weight_decay": 0.85 * wikitext.BASE.weight_decay, "weight_decay_floor": 1.0},
-    "q0, one trajectory": {"trajectories": 1, "cycles": 30, "epochs_per_cycle": 2},
+    "q0, one trajectory": {"trajectories": 1, "cycles": 3 * CYCLES, "epochs_per_cycle": 2},
     "one long run": {"trajectories": 1, "cycles": 1, "epochs_per_cycle": EPOCHS},
 }
 # For the question how many epochs independent models need to get where q0 is: fewer of them, and longer ones.
 FURTHER: dict[str, dict[str, object]] = {
-    "longer independent models": {**_INDEPENDENT, "cycles": 6, "epochs_per_cycle": 10, "distil_alpha": 0.0},
+    "longer independent models": {**_INDEPENDENT, "cycles": EPOCHS // 10, "epochs_per_cycle": 10, "distil_alpha": 0.0},
 }
 Losses = NDArray[np.float64]
 

@@ -1,4 +1,4 @@
-"""A small world to experiment in: articles of WikiText-2, members of 0.4M parameters, runs that resume.
+"""A small world to experiment in: articles of WikiText-2, members of 0.7M parameters, runs that resume.
 
 Whole articles are dealt to the splits in one fixed order; of each the first tokens are taken, so that many articles fit into little
 compute. Train, fitness and selection come from `valid.txt`, test from `test.txt`. All training goes through `train/`.
@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from population.tokens import TokenSplit, split_path
@@ -21,14 +20,15 @@ from train.settings import Settings
 from train.snapshot import load_member
 from train.tokenizer import train_tokenizer
 from train.trajectory import Trajectory
+from train.worker import choose_device
 
 # Articles and tokens of each: enough articles for a bootstrap, little enough text that a model saturates within minutes.
 _SPLITS = {"train": (30, 800), "fitness": (15, 1_200), "selection": (15, 1_200), "test": (62, 768)}
 _ARTICLE = re.compile(r"^ = [^=\n]+ = \n", re.MULTILINE)
-_DEVICE = torch.device("cpu")
+DEVICE = choose_device(0)
 
 BASE = Settings(
-    corpus="wikitext-2", layers=2, width=96, heads=3, context_length=128, vocab_size=1_024,
+    corpus="wikitext-2", layers=2, width=128, heads=4, context_length=128, vocab_size=1_024,
     batch_tokens=512, lr=0.015, weight_decay=0.3, perturbation=0.05,
 )  # fmt: skip
 
@@ -77,7 +77,7 @@ def _deal(data: Path) -> dict[str, list[str]]:
 def train_run(run: Run) -> None:
     """Train all trajectories of a run, one after the other, from where they stand."""
     for idx in range(run.settings.trajectories):
-        Trajectory(run, idx, _DEVICE, checkpoint_seconds=120).train(_ignore, lambda: False)
+        Trajectory(run, idx, DEVICE, checkpoint_seconds=120).train(_ignore, lambda: False)
 
 
 def members(run: Run) -> list[tuple[int, int]]:
@@ -94,7 +94,7 @@ def scores(run: Run, split: str) -> NDArray[np.float32]:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             tokens = TokenSplit.load(split_path(run.directory, split))
-            np.save(path, likelihoods(load_member(run, name, _DEVICE), tokens, _DEVICE))
+            np.save(path, likelihoods(load_member(run, name, DEVICE), tokens, DEVICE))
         rows.append(np.load(path))
     return np.stack(rows)
 

@@ -27,9 +27,12 @@ class Llama(nn.Module):
         hidden_BTD: Tensor = self.model(tokens_BT)
         return hidden_BTD
 
+    @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
         """Draw the weights: embeddings from N(0, 0.02²), matrices with variance 1 / (their inputs), those that write into the
         residual stream divided by the square root of their number (GPT-2), and a small head, so that the first loss is ln V.
+
+        They are drawn on the CPU, so that a trajectory begins in the same way on every device.
         """
         depth = (2 * self.shape.layers) ** 0.5
         for name, parameter in self.named_parameters():
@@ -40,7 +43,7 @@ class Llama(nn.Module):
             if "layers" in name:
                 std = parameter.shape[1] ** -0.5
                 std /= depth if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-            nn.init.normal_(parameter, std=std, generator=generator)
+            parameter.copy_(torch.empty(parameter.shape).normal_(std=std, generator=generator))
 
 
 class _Body(nn.Module):

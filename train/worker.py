@@ -32,6 +32,8 @@ def main() -> int:
     try:
         run = Run.load(arguments.directory)
         device = choose_device(int(os.environ.get("LOCAL_RANK", arguments.rank)))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # NCCL reduces on the current one
         if arguments.student:
             student = Student(run, arguments.student, device, checkpoint_seconds=arguments.checkpoint_seconds)
             return 0 if student.train(stop.emit, stop.is_set) else STOPPED

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=192, help="that each request generates")
+    parser.add_argument("--dtype", default="float32", help="of weights and activations")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     population = manifest.load(arguments.population)
@@ -41,8 +43,10 @@ def main() -> None:
     mixes = {tier.name: [tier.name] for tier in population.tiers}
     mixes["15 cheapest : 1 dearest"] = [population.tiers[0].name] * 15 + [population.tiers[-1].name]
     budgets = {tier.name: tier.budget for tier in population.tiers}
-    plain = Engine(arguments.population / first.path, tokenizer=arguments.population)
-    mixed = Engine(arguments.population, tokenizer=arguments.population)
+    plain, mixed = (
+        Engine(model, tokenizer=arguments.population, dtype=arguments.dtype)
+        for model in (arguments.population / first.path, arguments.population)
+    )
     rows = []
     try:
         for concurrency in arguments.concurrency:
@@ -83,6 +87,7 @@ def main() -> None:
         figures = {
             "date": time.strftime("%Y-%m-%d"),
             "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+            "dtype": arguments.dtype,
             "rows": rows,
             "bars": [{"what": what, "measured": value, "bar": bar} for what, value, bar in bars],
         }
@@ -152,7 +157,7 @@ class Engine:
             "VLLM_LOGGING_LEVEL": "ERROR",
             "HF_HUB_OFFLINE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(options.get("tensor_parallel_size", 1))))
-            if options
+            if "tensor_parallel_size" in options
             else "auto",
         }
         environment |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
@@ -160,11 +165,15 @@ class Engine:
         self._process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environment
         )
-        self.kv_tokens = self._answer()[0]
+
+    @cached_property
+    def kv_tokens(self) -> float:
         """Tokens of one member that its KV cache holds."""
+        return self._answer()[0]
 
     def run(self, tiers: list[Any], num_tokens: int) -> tuple[float, float]:
         """Tokens per second of one batch of requests, one for each entry of `tiers`, and the share of time spent mixing."""
+        assert self.kv_tokens, "an engine without a cache"
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps([tiers, num_tokens]) + "\n")
         self._process.stdin.flush()

@@ -66,8 +66,10 @@ def test_a_trajectory_begins_and_is_perturbed_as_on_the_cpu() -> None:
     torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # PyTorch's compiler
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("alpha", [None, 0.45])
-def test_the_loss_and_its_gradients_are_those_of_float64(alpha: float | None) -> None:
+def test_the_loss_and_its_gradients_are_those_of_float64(alpha: float | None, compiled: bool) -> None:
     num_tokens, width, vocab_size, temperature = 9_000, 64, 1_000, 1.2  # three chunks, the last one partial
     generator = torch.Generator().manual_seed(1)
     hidden, said = (torch.randn(num_tokens, width, generator=generator) for _ in range(2))
@@ -88,7 +90,7 @@ def test_the_loss_and_its_gradients_are_those_of_float64(alpha: float | None) ->
     expected.backward()
 
     inputs = hidden.to(GPU).requires_grad_(), head.to(GPU).requires_grad_()
-    found, _ = next_token_loss(*inputs, targets.to(GPU), distillation)
+    found, _ = next_token_loss(*inputs, targets.to(GPU), distillation, compiled=compiled)
     found.backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     for ours, theirs in zip(inputs, slow, strict=True):
@@ -178,14 +180,14 @@ def test_batches_of_mixtures_are_pooled_row_by_row(dtype: torch.dtype) -> None:
         on_gpu = logits_MRV.to(GPU)
 
         def logits_of(member: int, rows: Tensor | None, found: Tensor = on_gpu) -> Tensor:
-            return found[member] if rows is None else found[member][rows.to(GPU)]
+            return found[member] if rows is None else found[member][rows]
 
-        mixed_RV = mix(make_headers(batch, 6), logits_of, adds_up=False)
+        mixed_RV = mix(make_headers(batch, 6), logits_of, adds_up=False, device=GPU)
         assert mixed_RV.device == GPU
         for row, mixture in enumerate(batch):
             expected = pooled_in_float64(mixture, logits_MRV[:, row])
             torch.testing.assert_close(mixed_RV[row].double().cpu(), expected, atol=3e-5, rtol=1e-5)
-        alike_RV = mix_alike(batch[0], len(batch), logits_of, adds_up=False)
+        alike_RV = mix_alike(batch[0], len(batch), logits_of, adds_up=False, device=GPU)
         expected = pooled_in_float64(batch[0], logits_MRV[:, -1])
         torch.testing.assert_close(alike_RV[-1].double().cpu(), expected, atol=3e-5, rtol=1e-5)
 

@@ -68,7 +68,9 @@ def _option(name: str, kind: Any, what: str) -> Callable[[_Decorated], _Decorate
     "--vary", multiple=True, metavar="NAME=A,B,...", help="Values that trajectories take in turn; repeatable."
 )
 @click.option(
-    "--compile", is_flag=True, help="Compile the model by torch.compile: slower to start, needs a C++ compiler."
+    "--compile/--no-compile",
+    default=None,
+    help="By torch.compile, which needs a C++ compiler; by default on GPUs, when it pays.",
 )
 @_option("seed", int, "Seed of sample, initialisations, orders and noise.")
 @click.option("--checkpoint-seconds", type=float, default=60.0, show_default=True, help="Seconds between checkpoints.")

@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import queue
-import shutil
 import signal
 import subprocess
 import sys
@@ -135,7 +134,9 @@ def check_compiler() -> None:
     Raises:
         ChorusError: there is no C++ compiler, which `torch.compile` needs on CPUs and GPUs alike.
     """
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++")):
+    from train.compiling import has_compiler  # with torch, which other commands start without
+
+    if not has_compiler():
         raise ChorusError(
             "--compile needs a C++ compiler, and there is none (g++ or clang++). Install one, or leave it out."
         )

@@ -1,12 +1,15 @@
 """The loss of a member: cross-entropy, and the divergence from its teacher, without ever holding all logits.
 
-The output head is part of the loss: logits are made for some rows at a time, turned into the loss and its gradient in place,
-and forgotten. Memory is O(rows · V), not O(N · V), and on a CPU the chunk stays in cache (measured in bench/LOG.md).
+The output head is part of the loss: logits are made for some rows at a time, turned into the loss and its gradient, and forgotten.
+Memory is O(rows · V), not O(N · V). On a CPU that happens in place, and the chunk stays in cache; on a GPU by formulas that the
+compiler can fuse: pass by pass over memory they take a tenth of a distilled step (both measured in bench/LOG.md).
 """
 
 # N tokens, C tokens of a chunk, D width, V vocabulary
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -37,65 +40,145 @@ class Distillation:
     temperature: float
     """T > 0: both distributions are softened by it."""
 
-    def log_p(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """The teacher's softened log-probabilities (C, V) of some rows."""
-        if len(self.teachers) == 1:
-            return torch.log_softmax(self._logits(self.teachers[0], rows, dtype).div_(self.temperature), dim=-1)
-        mixed_CV: Tensor | None = None
-        for teacher in self.teachers:
-            p_CV = torch.softmax(self._logits(teacher, rows, dtype), dim=-1).mul_(teacher.weight)
-            mixed_CV = p_CV if mixed_CV is None else mixed_CV.add_(p_CV)
-        assert mixed_CV is not None
-        return torch.log_softmax(mixed_CV.clamp_min_(_TINY).log_().div_(self.temperature), dim=-1)
-
-    @staticmethod
-    def _logits(teacher: Teacher, rows: slice, dtype: torch.dtype) -> Tensor:
-        return (teacher.hidden_ND[rows] @ teacher.head_VD.T.to(dtype)).float()
+    def logits(self, rows: slice, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Each teacher's logits (C, V) of some rows."""
+        return tuple(teacher.hidden_ND[rows] @ teacher.head_VD.T.to(dtype) for teacher in self.teachers)
 
 
 def next_token_loss(
-    hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, distillation: Distillation | None = None
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    targets_N: Tensor,
+    distillation: Distillation | None = None,
+    *,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The mean loss per token, differentiable in `hidden_ND` and `head_VD`, and the mean cross-entropy alone (detached).
 
     loss = (1 - a) CE + a T² KL(teacher^T || student^T), per-token mean (Hinton et al. 1503.02531; q0, 2606.03938).
+
+    Args:
+        compiled: whether formulas are compiled on a GPU; the first time that takes some seconds.
     """
-    loss, cross_entropy = _NextTokenLoss.apply(hidden_ND, head_VD, targets_N, distillation)  # type: ignore[no-untyped-call]
+    chunk_loss: ChunkLoss = in_place
+    if hidden_ND.is_cuda:
+        chunk_loss = _compiled() if compiled else by_formulas
+    loss, cross_entropy = _NextTokenLoss.apply(hidden_ND, head_VD, targets_N, distillation, chunk_loss)  # type: ignore[no-untyped-call]
     return loss, cross_entropy
 
 
+ChunkLoss = Callable[
+    [Tensor, Tensor, tuple[Tensor, ...], tuple[float, ...], float, float, Tensor], tuple[Tensor, Tensor, Tensor]
+]
+"""(logits (C, V), targets (C, 1), logits of the teachers, their weights, alpha, temperature, N) to: the gradient (C, V) of the mean
+loss in the logits; the sums over the chunk of the cross-entropies and of the divergences, zero without a teacher.
+
+With z the logits, p = softmax(z), s = softmax(z / T) and teacher q: dCE/dz = p - onehot and d(T² KL)/dz = T (s - q).
+"""
+
+
+def in_place(
+    logits_CV: Tensor,
+    targets_C1: Tensor,
+    said: tuple[Tensor, ...],
+    weights: tuple[float, ...],
+    alpha: float,
+    temperature: float,
+    num_tokens: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `ChunkLoss`: with as little memory as can be."""
+    logits_CV = logits_CV.float()
+    grad_CV = torch.log_softmax(logits_CV, dim=-1)
+    cross_entropy = -grad_CV.gather(1, targets_C1).sum(dtype=torch.float64)
+    divergence = torch.zeros_like(cross_entropy)
+    grad_CV.exp_().scatter_add_(1, targets_C1, grad_CV.new_full((), -1.0).expand(targets_C1.shape))
+    if said:
+        teacher_CV = _softened(tuple(each.float() for each in said), weights, temperature)
+        student_CV = torch.log_softmax(logits_CV.div_(temperature), dim=-1)
+        q_CV = teacher_CV.exp()
+        divergence = teacher_CV.sub_(student_CV).mul_(q_CV).sum(dtype=torch.float64)
+        grad_CV.mul_(1 - alpha).add_(student_CV.exp_().sub_(q_CV), alpha=alpha * temperature)
+    return grad_CV.div_(num_tokens), cross_entropy, divergence
+
+
+def _softened(said: tuple[Tensor, ...], weights: tuple[float, ...], temperature: float) -> Tensor:
+    """The softened log-probabilities (C, V) of one teacher, or of several whose probabilities are averaged, made in place."""
+    if len(said) == 1:
+        return torch.log_softmax(said[0].div_(temperature), dim=-1)
+    mixed_CV = torch.zeros_like(said[0])
+    for logits_CV, weight in zip(said, weights, strict=True):
+        mixed_CV.add_(torch.softmax(logits_CV, dim=-1), alpha=weight)
+    return torch.log_softmax(mixed_CV.clamp_min_(_TINY).log_().div_(temperature), dim=-1)
+
+
+def by_formulas(
+    logits_CV: Tensor,
+    targets_C1: Tensor,
+    said: tuple[Tensor, ...],
+    weights: tuple[float, ...],
+    alpha: float,
+    temperature: float,
+    num_tokens: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `ChunkLoss`: for the compiler. The gradient has the dtype of the logits, under autocast half of what float32 is."""
+    z_CV = logits_CV.float()
+    log_p_CV = torch.log_softmax(z_CV, dim=-1)
+    cross_entropy = -log_p_CV.gather(1, targets_C1).sum()
+    is_target_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == targets_C1
+    grad_CV = log_p_CV.exp() - is_target_CV.float()
+    if not said:
+        return (grad_CV / num_tokens).to(logits_CV.dtype), cross_entropy, torch.zeros_like(cross_entropy)
+    if len(said) == 1:
+        log_q_CV = torch.log_softmax(said[0].float() / temperature, dim=-1)
+    else:
+        pairs = zip(said, weights, strict=True)
+        mixed_CV = torch.stack([torch.softmax(each.float(), dim=-1) * weight for each, weight in pairs]).sum(0)
+        log_q_CV = torch.log_softmax(mixed_CV.clamp_min(_TINY).log() / temperature, dim=-1)
+    log_s_CV = torch.log_softmax(z_CV / temperature, dim=-1)
+    q_CV = log_q_CV.exp()
+    divergence = (q_CV * (log_q_CV - log_s_CV)).sum()
+    grad_CV = (1 - alpha) * grad_CV + alpha * temperature * (log_s_CV.exp() - q_CV)
+    return (grad_CV / num_tokens).to(logits_CV.dtype), cross_entropy, divergence
+
+
+@cache
+def _compiled() -> ChunkLoss:
+    compiled: ChunkLoss = torch.compile(by_formulas)
+    return compiled
+
+
 class _NextTokenLoss(torch.autograd.Function):
-    """The gradient is ready when the forward pass ends: with z the logits, p = softmax(z), s = softmax(z / T) and teacher q,
-    dCE/dz = p - onehot and d(T² KL)/dz = T (s - q).
-    """
+    """The gradient is ready when the forward pass ends."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, distillation: Distillation | None
+        ctx: FunctionCtx,
+        hidden_ND: Tensor,
+        head_VD: Tensor,
+        targets_N: Tensor,
+        distillation: Distillation | None,
+        chunk_loss: ChunkLoss,
     ) -> tuple[Tensor, Tensor]:
         head = head_VD.to(hidden_ND.dtype)
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_head_VD = torch.zeros_like(head_VD)
         cross_entropy = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
         divergence = torch.zeros_like(cross_entropy)
-        alpha = distillation.alpha if distillation else 0.0
+        alpha, temperature = (distillation.alpha, distillation.temperature) if distillation else (0.0, 1.0)
+        weights = tuple(teacher.weight for teacher in distillation.teachers) if distillation else ()
         num_tokens = targets_N.shape[0]
+        counted = torch.tensor(float(num_tokens), device=hidden_ND.device)
         at_once = _GPU_ROWS if hidden_ND.is_cuda else _ROWS
         for start in range(0, num_tokens, at_once):
             rows = slice(start, start + at_once)
-            hidden_CD, targets_C1 = hidden_ND[rows], targets_N[rows, None]
-            logits_CV = (hidden_CD @ head.T).float()
-            grad_CV = torch.log_softmax(logits_CV, dim=-1)
-            cross_entropy -= grad_CV.gather(1, targets_C1).sum(dtype=torch.float64)
-            grad_CV.exp_().scatter_add_(1, targets_C1, grad_CV.new_full((), -1.0).expand(targets_C1.shape))
-            if distillation is not None:
-                temperature = distillation.temperature
-                teacher_CV = distillation.log_p(rows, hidden_CD.dtype)
-                student_CV = torch.log_softmax(logits_CV.div_(temperature), dim=-1)
-                q_CV = teacher_CV.exp()
-                divergence += teacher_CV.sub_(student_CV).mul_(q_CV).sum(dtype=torch.float64)
-                grad_CV.mul_(1 - alpha).add_(student_CV.exp_().sub_(q_CV), alpha=alpha * temperature)
-            grad_CV = grad_CV.div_(num_tokens).to(head.dtype)
+            hidden_CD = hidden_ND[rows]
+            said = distillation.logits(rows, hidden_CD.dtype) if distillation else ()
+            grad_CV, own_cross_entropy, own_divergence = chunk_loss(
+                hidden_CD @ head.T, targets_N[rows, None], said, weights, alpha, temperature, counted
+            )
+            grad_CV = grad_CV if hidden_ND.is_cuda else grad_CV.to(head.dtype)
+            cross_entropy += own_cross_entropy
+            divergence += own_divergence
             if hidden_ND.is_cuda:
                 grad_hidden_ND[rows] = grad_CV @ head  # in autocast's precision
             else:  # in float32, 5 % of a step slower than bfloat16: a run that was begun so ends with the same bits
@@ -103,15 +186,13 @@ class _NextTokenLoss(torch.autograd.Function):
             grad_head_VD += grad_CV.T @ hidden_CD
         ctx.save_for_backward(grad_hidden_ND, grad_head_VD)
         cross_entropy /= num_tokens
-        loss = (1 - alpha) * cross_entropy
-        if distillation is not None:
-            loss += alpha * distillation.temperature**2 * divergence / num_tokens
+        loss = (1 - alpha) * cross_entropy + alpha * temperature**2 * divergence / num_tokens
         cross_entropy = cross_entropy.float()
         ctx.mark_non_differentiable(cross_entropy)
         return loss.float(), cross_entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: FunctionCtx, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden_ND, grad_head_VD = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad_hidden_ND * grad_loss, grad_head_VD * grad_loss, None, None
+        return grad_hidden_ND * grad_loss, grad_head_VD * grad_loss, None, None, None

@@ -68,8 +68,8 @@ class Settings:
     """Noise at the first boundary, in units of each tensor's standard deviation."""
     restart: bool = False
     """Every cycle begins from a fresh initialisation: chained independent models, to compare with."""
-    compile: bool = False
-    """Compile the model by `torch.compile`."""
+    compile: bool | None = None
+    """Compile the model by `torch.compile`; None for where it pays, see `train.compiling`."""
     vary: dict[str, tuple[float | int | str, ...]] = field(default_factory=dict)
     """By setting, values that trajectories take in turn; the rest is the same for all."""
     seed: int = 0

@@ -21,6 +21,7 @@ from torch import Tensor
 from population.errors import ChorusError
 from train import heldout
 from train.checkpoint import Position, load_checkpoint, remove_checkpoints, save_checkpoint
+from train.compiling import Compilation
 from train.data import Epoch, TrainTokens
 from train.group import Averaged, Group
 from train.log import Log, Record
@@ -61,14 +62,16 @@ class Trajectory:
         group.wait()
         self.settings, self.schedule = run.settings.of_trajectory(idx), run.schedule(idx)
         self.model = Llama(run.shape).to(device)
-        if self.settings.compile:
-            self.model.compile()
+        self._compilation = Compilation(self.settings.compile, device)
+        self._compilation.take(self.model)
         self.optimiser = make_optimiser(self.model, self.settings)
         self._averaged = Averaged(self.model, group, device)
         self._teachers: list[tuple[Llama, float]] = []
         """Frozen models and their weights; none while there is no distillation."""
         self._data = TrainTokens(run.directory / "training")
         self._checkpoint_seconds = checkpoint_seconds
+        last = self.schedule.cycles()[-1]
+        self._num_steps = last.first_step + last.steps
 
     def train(self, emit: Callable[[Record], None], should_stop: Callable[[], bool]) -> bool:
         """Train from where the last checkpoint stands; True when all members are there, False when told to stop."""
@@ -102,8 +105,7 @@ class Trajectory:
     def _train_cycle(self, cycle: Cycle, first_step: int, log: Log, should_stop: Callable[[], bool]) -> bool:
         """The steps of one cycle from `first_step` on; False when told to stop, with a checkpoint written."""
         self._teachers = self._load_teachers(cycle)
-        for teacher, _ in self._teachers if self.settings.compile else []:
-            teacher.compile()
+        self._compilation.take(*(teacher for teacher, _ in self._teachers))
         epoch_idx, epoch = -1, None
         saved_at = started = time.monotonic()
         for step in range(first_step, cycle.steps):
@@ -129,6 +131,8 @@ class Trajectory:
                     "seconds": round(seconds, 4),
                 }
             )
+            if self._compilation.begins(seconds, self._num_steps - cycle.first_step - step):
+                self._compilation.take(self.model, *(teacher for teacher, _ in self._teachers))
             stop = self.group.any(should_stop())
             if step + 1 < cycle.steps and (stop or time.monotonic() - saved_at >= self._checkpoint_seconds):
                 self._checkpoint(cycle.idx, step + 1, log)
@@ -183,7 +187,10 @@ class Trajectory:
                 alpha, temperature = settings.distil_alpha, settings.distil_temperature
                 distillation = Distillation(teachers=said, alpha=alpha, temperature=temperature)
             hidden_ND = self._averaged(tokens_BT).flatten(0, 1)
-            return next_token_loss(hidden_ND, self.model.lm_head.weight, targets_BT.flatten(), distillation)
+            compiled = self._compilation.begun
+            return next_token_loss(
+                hidden_ND, self.model.lm_head.weight, targets_BT.flatten(), distillation, compiled=compiled
+            )
 
     def _finish_cycle(self, cycle: Cycle, log: Log) -> None:
         """Snapshot, evaluate, register; then perturb what goes on."""

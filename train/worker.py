@@ -105,4 +105,9 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Nothing is taken apart: gloo's thread may wait for the interpreter's lock while the process group, being destroyed under that
+    # lock, waits for gloo's thread (seen with PyTorch 2.13: the process never ended).
+    os._exit(status)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from serve.engine.mixture import Mixture
 
+_CPU = torch.device("cpu")
 _EXTRA_COLUMNS = 2  # pool, temperature
 _SMALLEST = 1e-30
 """Smaller probabilities are pooled in log space: from 1e-38 on, float32 loses their digits."""
@@ -52,7 +53,6 @@ class Exchange:
     gather: Callable[[Tensor], Tensor]
     """From this rank's part (R, V) to those of all ranks (W, R, V), the same on each. Called once in every mix, on every rank."""
     vocab_size: int
-    device: torch.device
 
 
 def mix(
@@ -61,6 +61,7 @@ def mix(
     exchange: Exchange | None = None,
     *,
     adds_up: bool = True,
+    device: torch.device = _CPU,
 ) -> Tensor:
     """Log-probabilities (R, V), float32 and normalised, of each row's mixture.
 
@@ -73,8 +74,9 @@ def mix(
         exchange: where only some members are here; None where all are.
         adds_up: whether linear pools may be made by adding probabilities up. Meant for CPUs: elsewhere one would have to wait for
             the device to hear whether some were too small for that.
+        device: where the logits are.
     """
-    return _pool(_plan(header_RH.numpy().tobytes(), *header_RH.shape), logits_of, exchange, adds_up)
+    return _pool(_plan(header_RH.numpy().tobytes(), *header_RH.shape, device), logits_of, exchange, adds_up)
 
 
 def mix_alike(
@@ -84,9 +86,10 @@ def mix_alike(
     exchange: Exchange | None = None,
     *,
     adds_up: bool = True,
+    device: torch.device = _CPU,
 ) -> Tensor:
     """What `mix` gives for `num_rows` rows that are all answered by `mixture`, and so need no headers."""
-    return _pool(_plan_alike(mixture, num_rows), logits_of, exchange, adds_up)
+    return _pool(_plan_alike(mixture, num_rows, device), logits_of, exchange, adds_up)
 
 
 def _pool(
@@ -98,9 +101,8 @@ def _pool(
     if pooled_RV is None:
         pooled_RV = _pool_log_probabilities(plan, logits_of, exchange)
     if plan.unnormalised is not None:
-        rows = plan.unnormalised.to(pooled_RV.device)
-        temperature_r1 = plan.temperature_r1.to(pooled_RV.device)
-        pooled_RV[rows] = torch.log_softmax(pooled_RV[rows] / temperature_r1, dim=-1)
+        rows = plan.unnormalised
+        pooled_RV[rows] = torch.log_softmax(pooled_RV[rows] / plan.temperature_r1, dim=-1)
     return pooled_RV
 
 
@@ -117,12 +119,12 @@ def _pool_log_probabilities(
             pooled_RV = log_p_rV  # one member answers the whole batch: there is nothing to pool
         else:
             if pooled_RV is None:
-                pooled_RV = _empty_pools(plan.is_log_R, log_p_rV.shape[1], log_p_rV.device)
+                pooled_RV = _empty_pools(plan.is_log_R, log_p_rV.shape[1])
             _add(pooled_RV, share, log_p_rV)
     if exchange is not None:
         if pooled_RV is None:
-            pooled_RV = _empty_pools(plan.is_log_R, exchange.vocab_size, exchange.device)
-        pooled_RV = _put_together(plan.is_log_R, exchange.gather(pooled_RV))
+            pooled_RV = _empty_pools(plan.is_log_R, exchange.vocab_size)
+        pooled_RV = _put_together(plan, exchange.gather(pooled_RV))
     assert pooled_RV is not None, "a batch needs rows, and each row a member"
     return pooled_RV
 
@@ -171,7 +173,7 @@ def _pool_probabilities(plan: "_Plan", logits_of: Callable[[int, Tensor | None],
 
 @dataclass(frozen=True, kw_only=True)
 class _Share:
-    """One member's part in a batch. Tensors are on the CPU."""
+    """One member's part in a batch. Tensors are on the engine's device."""
 
     member: int
     rows: Tensor | None
@@ -189,7 +191,7 @@ class _Share:
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """What a batch's headers say. While the same requests run, every step has the same headers."""
+    """What a batch's headers say, on the engine's device. While the same requests run, every step has the same headers."""
 
     shares: tuple[_Share, ...]
     is_log_R: Tensor
@@ -201,7 +203,7 @@ class _Plan:
 
 
 @lru_cache(maxsize=8)
-def _plan(headers: bytes, num_rows: int, width: int) -> _Plan:
+def _plan(headers: bytes, num_rows: int, width: int, device: torch.device) -> _Plan:
     header_RH = torch.frombuffer(bytearray(headers), dtype=torch.float32).view(num_rows, width)
     num_members = width - _EXTRA_COLUMNS
     weights_RM, is_log_R, temperature_R = (
@@ -219,54 +221,51 @@ def _plan(headers: bytes, num_rows: int, width: int) -> _Plan:
         shares.append(
             _Share(
                 member=member,
-                rows=rows,
-                weight_r1=weight_r1,
+                rows=None if rows is None else rows.to(device),
+                weight_r1=weight_r1.to(device),
                 weight=float(weight_r1[0]) if bool((weight_r1 == weight_r1[0]).all()) else None,
-                is_log_r1=is_log_r1 if is_log_r1.any() else None,
+                is_log_r1=is_log_r1.to(device) if is_log_r1.any() else None,
                 is_everything=rows is None and bool((weight_r1 == 1).all()),
-                alone=is_alone_r.nonzero().flatten() if is_alone_r.any() else None,
+                alone=is_alone_r.nonzero().flatten().to(device) if is_alone_r.any() else None,
             )
         )
     needs_norm_R = (is_log_R & (is_active_RM.sum(1) > 1)) | (temperature_R != 1)
     return _Plan(
         shares=tuple(shares),
-        is_log_R=is_log_R,
+        is_log_R=is_log_R.to(device),
         has_log_pools=bool((is_log_R & (is_active_RM.sum(1) > 1)).any()),
-        unnormalised=needs_norm_R.nonzero().flatten() if needs_norm_R.any() else None,
-        temperature_r1=temperature_R[needs_norm_R, None],
+        unnormalised=needs_norm_R.nonzero().flatten().to(device) if needs_norm_R.any() else None,
+        temperature_r1=temperature_R[needs_norm_R, None].to(device),
     )
 
 
 @lru_cache(maxsize=8)
-def _plan_alike(mixture: Mixture, num_rows: int) -> _Plan:
+def _plan_alike(mixture: Mixture, num_rows: int, device: torch.device) -> _Plan:
     header_RH = make_headers([mixture] * num_rows, max(mixture.members) + 1)
-    return _plan(header_RH.numpy().tobytes(), *header_RH.shape)
+    return _plan(header_RH.numpy().tobytes(), *header_RH.shape, device)
 
 
-def _empty_pools(is_log_R: Tensor, vocab_size: int, device: torch.device) -> Tensor:
+def _empty_pools(is_log_R: Tensor, vocab_size: int) -> Tensor:
     """What a pool holds before its first member: the logarithm of no probability, or no log-probability at all."""
-    empty_R1 = torch.where(is_log_R, 0.0, -torch.inf).to(device).unsqueeze(1)
+    empty_R1 = torch.where(is_log_R, 0.0, -torch.inf).unsqueeze(1)
     return empty_R1.repeat(1, vocab_size)
 
 
-def _put_together(is_log_R: Tensor, parts_WRV: Tensor) -> Tensor:
+def _put_together(plan: _Plan, parts_WRV: Tensor) -> Tensor:
     """The pools, from the parts that the ranks' members gave to them."""
     pooled_RV = torch.logsumexp(parts_WRV, dim=0)
-    if is_log_R.any():
-        pooled_RV = torch.where(is_log_R.to(pooled_RV.device).unsqueeze(1), parts_WRV.sum(0), pooled_RV)
+    if any(share.is_log_r1 is not None for share in plan.shares):
+        pooled_RV = torch.where(plan.is_log_R.unsqueeze(1), parts_WRV.sum(0), pooled_RV)
     return pooled_RV
 
 
 def _add(pooled_RV: Tensor, share: _Share, log_p_rV: Tensor) -> None:
     """Add one member's share, in place, to the rows that it answers."""
-    device = pooled_RV.device
-    rows = None if share.rows is None else share.rows.to(device)
-    before_rV = pooled_RV if rows is None else pooled_RV[rows]
-    weight_r1 = share.weight_r1.to(device)
-    after_rV = torch.logaddexp(before_rV, log_p_rV + weight_r1.log())
+    before_rV = pooled_RV if share.rows is None else pooled_RV[share.rows]
+    after_rV = torch.logaddexp(before_rV, log_p_rV + share.weight_r1.log())
     if share.is_log_r1 is not None:
-        after_rV = torch.where(share.is_log_r1.to(device), before_rV + weight_r1 * log_p_rV, after_rV)
-    if rows is None:
+        after_rV = torch.where(share.is_log_r1, before_rV + share.weight_r1 * log_p_rV, after_rV)
+    if share.rows is None:
         pooled_RV.copy_(after_rV)
     else:
-        pooled_RV[rows] = after_rV
+        pooled_RV[share.rows] = after_rV

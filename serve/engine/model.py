@@ -52,17 +52,16 @@ class PopulationForCausalLM(nn.Module):
                 for idx in self.ranks.members
             }
         self.members = nn.ModuleDict({str(idx): member for idx, member in self._members.items()})
-        device = vllm_config.device_config.device
+        device = torch.device(vllm_config.device_config.device)
         self.stopwatch = Stopwatch(self.num_members, device)
         self.layers_by_member = {idx: claim_layers(member, idx, self.current) for idx, member in self._members.items()}
-        self._adds_up = torch.device(device).type == "cpu"
+        self._pooling: dict[str, Any] = {"adds_up": device.type == "cpu", "device": device}
         self._exchange: Exchange | None = None
         if isinstance(self.ranks, SpreadRanks):
             self._exchange = Exchange(
                 members=self._members.keys(),
                 gather=self.ranks.gather,
                 vocab_size=population.vocab_size,
-                device=torch.device(device),
             )
         self._widths = [config.get_text_config().hidden_size for config in configs]
         self._returned = _Returned()
@@ -148,15 +147,15 @@ class PopulationForCausalLM(nn.Module):
         def logits_of(idx: int, rows: Tensor | None) -> Tensor:
             asked = self.stopwatch.mark()
             hidden_RD = hidden_states[:, self._returned.columns[idx]]
-            logits_RV = self._logits_of(idx, hidden_RD if rows is None else hidden_RD[rows.to(hidden_RD.device)])
+            logits_RV = self._logits_of(idx, hidden_RD if rows is None else hidden_RD[rows])
             self.stopwatch.add(MIXING, asked, sign=-1)
             return logits_RV
 
         if common is not None:
-            mixed_RV = mix_alike(common, len(hidden_states), logits_of, self._exchange, adds_up=self._adds_up)
+            mixed_RV = mix_alike(common, len(hidden_states), logits_of, self._exchange, **self._pooling)
         else:
             header_RH = hidden_states[:, : self._header_columns].contiguous().view(torch.float32).cpu()
-            mixed_RV = mix(header_RH, logits_of, self._exchange, adds_up=self._adds_up)
+            mixed_RV = mix(header_RH, logits_of, self._exchange, **self._pooling)
         self.stopwatch.add(MIXING, start)
         return mixed_RV
 

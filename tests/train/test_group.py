@@ -44,15 +44,17 @@ def test_two_processes_under_torchrun_have_the_losses_of_one_with_the_same_batch
     assert together.finished
     expected, found = steps(alone), steps(together)
     assert len(found) == len(expected) > 30
-    for one, other in zip(expected, found, strict=True):
+    for before, after in zip(expected, found, strict=True):
         # The first step shows the average; then Adam turns roundings of tiny gradients into steps, and they grow.
-        first = one["step"] == 0
+        first = before["step"] == 0
         for key in ("loss", "cross_entropy"):
-            assert other[key] == pytest.approx(one[key], rel=2e-6 if first else 2e-3), f"{key} at step {one['step']}"
-        assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-4 if first else 5e-2)
+            assert after[key] == pytest.approx(before[key], rel=2e-6 if first else 2e-3), (
+                f"{key} at step {before['step']}"
+            )
+        assert after["gradient_norm"] == pytest.approx(before["gradient_norm"], rel=1e-4 if first else 5e-2)
     ours, theirs = load_member(alone, "t0-c01", CPU), load_member(together, "t0-c01", CPU)
-    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=2e-2)
+    one, other = (torch.nn.utils.parameters_to_vector(model.parameters()) for model in (ours, theirs))
+    assert (one - other).norm() < 0.02 * one.norm()  # not element by element: on CPUs with AMX some differ by 0.03
 
 
 @pytest.mark.parametrize("batch_rows", [3, 4, 17])

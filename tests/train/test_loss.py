@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from train import loss as loss_module
-from train.loss import Distillation, Teacher, next_token_loss
+from train.loss import Distillation, Teacher, by_formulas, in_place, next_token_loss
 
 # N tokens, D width, V vocabulary
 N, D, V = 70, 12, 33
@@ -86,3 +86,18 @@ def test_several_teachers_are_one_whose_probabilities_are_their_average() -> Non
         assert ours.grad is not None
         assert theirs.grad is not None
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_teachers", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_formulas_for_gpus_are_those_in_place(num_teachers: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(4)
+    logits, *said = ((torch.randn(N, V, generator=generator) * 3).to(dtype) for _ in range(1 + num_teachers))
+    targets = torch.randint(V, (N, 1), generator=generator)
+    weights = (1.0,) if num_teachers == 1 else (0.3, 0.7)[:num_teachers]
+    found = [
+        chunk_loss(logits.clone(), targets, tuple(map(torch.clone, said)), weights, 0.45, 1.2, torch.tensor(float(N)))
+        for chunk_loss in (in_place, by_formulas)
+    ]
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own.float(), other.float(), rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-6)

@@ -70,7 +70,7 @@ def test_parts_from_all_ranks_make_the_mixture(batch: list[Mixture], num_ranks: 
             assert member in here
             return logits_of(member, rows)
 
-        exchange = Exchange(members=here, gather=gather, vocab_size=23, device=torch.device("cpu"))
+        exchange = Exchange(members=here, gather=gather, vocab_size=23)
         if is_alike:
             return mix_alike(batch[0], len(batch), logits_here, exchange)
         return mix(make_headers(batch, 5), logits_here, exchange)

@@ -16,6 +16,7 @@ from train.schedule import Cycle, Schedule
 from train.settings import Settings
 from train.shape import Shape
 
+_LONG_STEP_SECONDS = 3.0
 _TIMED_STEPS = 3
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -138,7 +139,10 @@ def _time_steps(settings: Settings, shape: Shape, world: int, threads: int) -> t
         return float(loss.detach())
 
     def timed(distils: bool) -> float:
+        started = time.perf_counter()
         step(distils)
+        if (first := time.perf_counter() - started) > _LONG_STEP_SECONDS:
+            return first / rows  # nobody waits for more of these
         started = time.perf_counter()
         for _ in range(_TIMED_STEPS):
             step(distils)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -32,6 +33,9 @@ class PopulationWorker(_Worker):
         """Build vLLM's runner, then give it our methods: vLLM offers no hook to choose the runner's class."""
         if current_platform.is_cpu():
             keep_freed_memory()
+            # vLLM's attention in bfloat16 uses AMX where there is AMX, and leaves it to others to ask Linux for leave: while oneDNN
+            # has not been needed yet, the worker would die of an illegal instruction. Where there is no AMX nothing happens.
+            torch.cpu._init_amx()
         super().init_device()
         runner = self.model_runner
         runner.__class__ = type(f"Population{type(runner).__name__}", (PopulationRunner, type(runner)), {})

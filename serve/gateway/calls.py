@@ -20,7 +20,7 @@ TIER_ARGUMENT = "chorus_tier"
 BUDGET_ARGUMENT = "chorus_time_budget_ms"
 FLOOR_ARGUMENT = "chorus_floor"
 MOST_ARGUMENT = "chorus_most_members"
-MAX_BUDGET_MS = 24 * 3600 * 1000
+MIN_BUDGET_MS, MAX_BUDGET_MS = 1, 24 * 3600 * 1000
 _OURS = ("budget", "latency_budget_ms", "on_deadline", "min_budget")
 
 
@@ -35,7 +35,7 @@ class CallFields(BaseModel):
     )
     latency_budget_ms: float | None = Field(
         None,
-        gt=0,
+        ge=MIN_BUDGET_MS,
         le=MAX_BUDGET_MS,
         strict=True,
         description="Milliseconds from the request's arrival in which the answer should be complete. The largest tier that "
@@ -201,7 +201,7 @@ def _validate(fields: dict[str, Any]) -> CallFields:
         expected = {
             "model": "a string",
             "budget": "a tier's name or a whole number of members, at least 1",
-            "latency_budget_ms": f"a number of milliseconds above 0 and at most {MAX_BUDGET_MS}",
+            "latency_budget_ms": f"a number of milliseconds from {MIN_BUDGET_MS} to {MAX_BUDGET_MS}",
             "on_deadline": "degrade, truncate or fail",
             "min_budget": "a tier's name or a whole number of members, at least 1",
             "stream": "true or false",

@@ -189,6 +189,7 @@ def test_the_budget_chooses_the_tier_and_the_floor_bounds_it(slow_pair: Pair) ->
     ("fields", "code", "param"),
     [
         ({"latency_budget_ms": 0}, "invalid_value", "latency_budget_ms"),
+        ({"latency_budget_ms": 0.4}, "invalid_value", "latency_budget_ms"),
         ({"latency_budget_ms": "10"}, "invalid_value", "latency_budget_ms"),
         ({"latency_budget_ms": 1e12}, "invalid_value", "latency_budget_ms"),
         ({"on_deadline": "explode", "latency_budget_ms": 10}, "invalid_value", "on_deadline"),

@@ -68,7 +68,9 @@ async def show_disagreement(call: CompletionCall, passage: ThePassage) -> dict[s
 
 @router.post(
     "/tokenize",
-    openapi_extra=document.takes({"prompt": {"type": "string"}, "messages": {"type": "array"}}),
+    openapi_extra=document.takes(
+        {"prompt": {"type": "string"}, "messages": {"description": "A conversation, where there is no prompt."}}
+    ),
     responses=document.answers(document.TOKENS, *_TOKEN_ERRORS),
     tags=["tokens"],
 )

@@ -154,26 +154,40 @@ def fit(observed: Sequence[tuple[int, int, float]], prompts: Sequence[tuple[int,
 
 
 def measure(url: str, *, tokens: int = 48) -> Costs:
-    """Costs of the engine behind a gateway: streams at every tier, one and several at once."""
+    """Costs of the engine behind a gateway: streams at every tier, one and several at once, and of two tiers together."""
     cards = httpx.get(f"{url}/v1/models").json()["data"]
-    tiers = {card["id"]: len(card["population"]["members"]) for card in cards if ":" in card["id"]}
+    tiers = {
+        card["id"]: len(card["population"]["members"]) for card in cards if ":" in card["id"] and "population" in card
+    }
+    if not tiers:
+        raise SystemExit(
+            f"{url} offers no tiers: --measure asks through a gateway (chorus serve), not an engine by itself."
+        )
     observed, prompts = list[tuple[int, int, float]](), list[tuple[int, float]]()
     for model, members in tiers.items():
         _stream(url, model, prompt=8, tokens=4)  # warm
         for count in (1, 2, 4, 8):
-            times = _streams(url, model, count=count, prompt=8, tokens=tokens)
+            times = _streams(url, [model] * count, prompt=8, tokens=tokens)
             observed.append((members, members * count, float(np.median([token_s for _, token_s in times]))))
         for prompt in (32, 96):
-            ((first_s, token_s),) = _streams(url, model, count=1, prompt=prompt, tokens=4)
+            ((first_s, token_s),) = _streams(url, [model], prompt=prompt, tokens=4)
             prompts.append((members * prompt, max(0.0, first_s - token_s)))
+    cheapest, dearest = min(tiers, key=tiers.__getitem__), max(tiers, key=tiers.__getitem__)
+    for mix in (
+        [dearest] + [cheapest] * 3,
+        [dearest] * 2 + [cheapest] * 6,
+    ):  # rows of a mixed batch have to be told apart
+        times = _streams(url, mix, prompt=8, tokens=tokens)
+        rows = sum(tiers[model] for model in mix)
+        observed.append((tiers[dearest], rows, float(np.median([token_s for _, token_s in times]))))
     return fit(observed, prompts)
 
 
-def _streams(url: str, model: str, *, count: int, prompt: int, tokens: int) -> list[tuple[float, float]]:
+def _streams(url: str, models: Sequence[str], *, prompt: int, tokens: int) -> list[tuple[float, float]]:
     found = list[tuple[float, float]]()
     threads = [
-        threading.Thread(target=lambda: found.append(_stream(url, model, prompt=prompt, tokens=tokens)))
-        for _ in range(count)
+        threading.Thread(target=lambda model=model: found.append(_stream(url, model, prompt=prompt, tokens=tokens)))
+        for model in models
     ]
     for thread in threads:
         thread.start()

@@ -113,7 +113,7 @@ def held_to(rows: list[dict[str, Any]], budgets: dict[str, int], kv_capacity: fl
             bars.append(
                 (f"step of {budgets[mix]} members / so many steps of one, {concurrency} requests", step, "<= 1.05")
             )
-        else:
+        elif (1, cheapest) in speeds:
             alone = concurrency / speeds[concurrency, cheapest] + (budgets[dearest] - 1) / speeds[1, cheapest]
             bars.append(
                 (

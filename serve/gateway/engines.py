@@ -95,13 +95,15 @@ class Engine:
         self._expected_at = None if launch_in_s is None else time.monotonic() + launch_in_s + self._last_start_s
 
     def retry_after_s(self) -> int:
-        """Whole seconds until it should answer again, at least one: from when it is launched and how long its last start took.
+        """Whole seconds until it should answer again, at least one: from when it is launched and how long its last start took; when
+        that has passed, the longer the later it is.
 
         For an engine that others run nothing is known, and the answer is a few of our looks at it.
         """
         if self._expected_at is None:
             return max(1, math.ceil(3 * self._probe_interval_s))
-        return max(1, math.ceil(self._expected_at - time.monotonic()))
+        left_s = self._expected_at - time.monotonic()
+        return max(1, math.ceil(left_s if left_s > 0 else -left_s / 4))
 
     def suspect(self) -> None:
         """A request to it failed: look at its health now, not at the next turn."""

@@ -1,5 +1,6 @@
 """Engine processes that die, in every way, under a gateway that must not lose its head, nor leave a process behind."""
 
+import asyncio
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import psutil
@@ -17,6 +19,7 @@ from population.errors import ChorusError
 from population.manifest import Population
 from serve.gateway import gateway as gateway_module
 from serve.gateway.app import create_app
+from serve.gateway.engines import Engine
 from serve.gateway.gateway import Gateway
 from serve.gateway.settings import Settings, Supervision
 from serve.gateway.supervisor import engine_command, tail
@@ -135,6 +138,22 @@ def test_retry_after_is_how_long_the_last_start_took(
         took_s = time.monotonic() - down_at
     assert 3 <= promised_s <= 15
     assert took_s == pytest.approx(promised_s, abs=3)
+
+
+def test_an_engine_that_is_later_than_its_last_start_is_asked_for_less_and_less_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine(Mock(), url="http://engine", is_supervised=True, probe_interval_s=1.0, probe_timeout_s=1.0)
+    engine.mark_up(start_s=20.0)
+
+    async def goes_down() -> None:
+        engine.mark_down(launch_in_s=2.0)
+
+    asyncio.run(goes_down())
+    down_at = time.monotonic()
+    for after_s, expected in ((0.5, 22), (15.5, 7), (21.5, 1), (24.0, 1), (61.0, 10), (121.0, 25)):
+        monkeypatch.setattr(time, "monotonic", lambda after_s=after_s: down_at + after_s)
+        assert engine.retry_after_s() == expected
 
 
 def test_an_engine_that_never_starts_is_given_up_at_once_with_the_end_of_its_log(

@@ -10,6 +10,8 @@ import json
 import os
 import signal
 import sys
+import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -105,9 +107,14 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    status = 1
+    try:
+        status = main()
+    except Exception:  # noqa: BLE001 - it ends the process, as it would by itself
+        traceback.print_exc()
+    with suppress(OSError):  # nobody reads any more
+        sys.stdout.flush()
+        sys.stderr.flush()
     # Nothing is taken apart: gloo's thread may wait for the interpreter's lock while the process group, being destroyed under that
     # lock, waits for gloo's thread (seen with PyTorch 2.13: the process never ended).
     os._exit(status)

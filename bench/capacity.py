@@ -173,10 +173,8 @@ def measure(url: str, *, tokens: int = 48) -> Costs:
             ((first_s, token_s),) = _streams(url, [model], prompt=prompt, tokens=4)
             prompts.append((members * prompt, max(0.0, first_s - token_s)))
     cheapest, dearest = min(tiers, key=tiers.__getitem__), max(tiers, key=tiers.__getitem__)
-    for mix in (
-        [dearest] + [cheapest] * 3,
-        [dearest] * 2 + [cheapest] * 6,
-    ):  # rows of a mixed batch have to be told apart
+    for count in (1, 2):  # in a mixed batch rows have to be told apart, which batches of one tier do not show
+        mix = [dearest] * count + [cheapest] * (3 * count)
         times = _streams(url, mix, prompt=8, tokens=tokens)
         rows = sum(tiers[model] for model in mix)
         observed.append((tiers[dearest], rows, float(np.median([token_s for _, token_s in times]))))

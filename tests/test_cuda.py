@@ -21,6 +21,7 @@ from serve.engine.mixing import make_headers, mix, mix_alike
 from serve.engine.mixture import Mixture
 from serve.engine.rows import plan_step
 from serve.engine.stopwatch import MIXING, Stopwatch
+from tests.serve.engine.test_mixing import reference as pooled_in_float64
 from train.evaluate import likelihoods
 from train.log import Record
 from train.loss import Distillation, Teacher, next_token_loss
@@ -162,13 +163,6 @@ def random_mixture(moments: random.Random, num_members: int) -> Mixture:
         pool=moments.choice(["linear", "log"]),
         temperature=moments.choice([1.0, 0.7, 1.5]),
     )
-
-
-def pooled_in_float64(mixture: Mixture, logits_MV: Tensor) -> Tensor:
-    log_p_MV = torch.log_softmax(logits_MV.double(), dim=-1)[list(mixture.members)]
-    weights_M1 = torch.tensor(mixture.weights, dtype=torch.float64).unsqueeze(1)
-    pooled_V = (weights_M1 * log_p_MV).sum(0) if mixture.pool == "log" else (weights_M1 * log_p_MV.exp()).sum(0).log()
-    return torch.log_softmax(pooled_V / mixture.temperature, dim=-1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

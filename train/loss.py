@@ -10,6 +10,7 @@ compiler can fuse: pass by pass over memory they take a tenth of a distilled ste
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,26 +68,29 @@ def next_token_loss(
     return loss, cross_entropy
 
 
-ChunkLoss = Callable[
-    [Tensor, Tensor, tuple[Tensor, ...], tuple[float, ...], float, float, Tensor], tuple[Tensor, Tensor, Tensor]
-]
-"""(logits (C, V), targets (C, 1), logits of the teachers, their weights, alpha, temperature, N) to: the gradient (C, V) of the mean
-loss in the logits; the sums over the chunk of the cross-entropies and of the divergences, zero without a teacher.
+class Taught(NamedTuple):
+    """What the teachers say about a chunk, and how much it counts."""
+
+    said: tuple[Tensor, ...]
+    """Logits (C, V) of each; none without a teacher."""
+    weights: tuple[float, ...]
+    alpha: float
+    temperature: float
+
+
+ChunkLoss = Callable[[Tensor, Tensor, Taught, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""(logits (C, V), targets (C, 1), the teachers, N) to: the gradient (C, V) of the mean loss in the logits; the sums over the chunk
+of the cross-entropies and of the divergences, zero without a teacher.
 
 With z the logits, p = softmax(z), s = softmax(z / T) and teacher q: dCE/dz = p - onehot and d(T² KL)/dz = T (s - q).
 """
 
 
 def in_place(
-    logits_CV: Tensor,
-    targets_C1: Tensor,
-    said: tuple[Tensor, ...],
-    weights: tuple[float, ...],
-    alpha: float,
-    temperature: float,
-    num_tokens: Tensor,
+    logits_CV: Tensor, targets_C1: Tensor, taught: Taught, num_tokens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `ChunkLoss`: with as little memory as can be."""
+    said, weights, alpha, temperature = taught
     logits_CV = logits_CV.float()
     grad_CV = torch.log_softmax(logits_CV, dim=-1)
     cross_entropy = -grad_CV.gather(1, targets_C1).sum(dtype=torch.float64)
@@ -112,15 +116,10 @@ def _softened(said: tuple[Tensor, ...], weights: tuple[float, ...], temperature:
 
 
 def by_formulas(
-    logits_CV: Tensor,
-    targets_C1: Tensor,
-    said: tuple[Tensor, ...],
-    weights: tuple[float, ...],
-    alpha: float,
-    temperature: float,
-    num_tokens: Tensor,
+    logits_CV: Tensor, targets_C1: Tensor, taught: Taught, num_tokens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `ChunkLoss`: for the compiler. The gradient has the dtype of the logits, under autocast half of what float32 is."""
+    said, weights, alpha, temperature = taught
     z_CV = logits_CV.float()
     log_p_CV = torch.log_softmax(z_CV, dim=-1)
     cross_entropy = -log_p_CV.gather(1, targets_C1).sum()
@@ -173,15 +172,16 @@ class _NextTokenLoss(torch.autograd.Function):
             rows = slice(start, start + at_once)
             hidden_CD = hidden_ND[rows]
             said = distillation.logits(rows, hidden_CD.dtype) if distillation else ()
+            taught = Taught(said, weights, alpha, temperature)
             grad_CV, own_cross_entropy, own_divergence = chunk_loss(
-                hidden_CD @ head.T, targets_N[rows, None], said, weights, alpha, temperature, counted
+                hidden_CD @ head.T, targets_N[rows, None], taught, counted
             )
-            grad_CV = grad_CV if hidden_ND.is_cuda else grad_CV.to(head.dtype)
             cross_entropy += own_cross_entropy
             divergence += own_divergence
             if hidden_ND.is_cuda:
                 grad_hidden_ND[rows] = grad_CV @ head  # in autocast's precision
             else:  # in float32, 5 % of a step slower than bfloat16: a run that was begun so ends with the same bits
+                grad_CV = grad_CV.to(head.dtype)
                 torch.mm(grad_CV, head, out=grad_hidden_ND[rows])
             grad_head_VD += grad_CV.T @ hidden_CD
         ctx.save_for_backward(grad_hidden_ND, grad_head_VD)

@@ -131,7 +131,7 @@ class Trajectory:
                     "seconds": round(seconds, 4),
                 }
             )
-            if self._compilation.begins(seconds, self._num_steps - cycle.first_step - step):
+            if self._compilation.begins(seconds, self._num_steps - cycle.first_step - step - 1):
                 self._compilation.take(self.model, *(teacher for teacher, _ in self._teachers))
             stop = self.group.any(should_stop())
             if step + 1 < cycle.steps and (stop or time.monotonic() - saved_at >= self._checkpoint_seconds):

@@ -27,6 +27,8 @@ _TOKENS = re.compile(rb"^vllm:(?:prompt|generation)_tokens_total(?:\{[^}]*\})? (
 
 _COSTS_EVERY_S = 2.0
 
+_SHARE_OF_LATENESS = 0.25
+"""An engine that is late is expected after so much of the time by which it is late already."""
 _NOTICE_S = 5.0
 """An engine whose core died answers "unhealthy" for up to this long (vLLM's watchdog) before its process ends."""
 
@@ -103,7 +105,7 @@ class Engine:
         if self._expected_at is None:
             return max(1, math.ceil(3 * self._probe_interval_s))
         left_s = self._expected_at - time.monotonic()
-        return max(1, math.ceil(left_s if left_s > 0 else -left_s / 4))
+        return max(1, math.ceil(left_s if left_s > 0 else _SHARE_OF_LATENESS * -left_s))
 
     def suspect(self) -> None:
         """A request to it failed: look at its health now, not at the next turn."""

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from train import loss as loss_module
-from train.loss import Distillation, Teacher, by_formulas, in_place, next_token_loss
+from train.loss import Distillation, Taught, Teacher, by_formulas, in_place, next_token_loss
 
 # N tokens, D width, V vocabulary
 N, D, V = 70, 12, 33
@@ -96,7 +96,7 @@ def test_the_formulas_for_gpus_are_those_in_place(num_teachers: int, dtype: torc
     targets = torch.randint(V, (N, 1), generator=generator)
     weights = (1.0,) if num_teachers == 1 else (0.3, 0.7)[:num_teachers]
     found = [
-        chunk_loss(logits.clone(), targets, tuple(map(torch.clone, said)), weights, 0.45, 1.2, torch.tensor(float(N)))
+        chunk_loss(logits.clone(), targets, Taught(tuple(map(torch.clone, said)), weights, 0.45, 1.2), torch.tensor(N))
         for chunk_loss in (in_place, by_formulas)
     ]
     for own, other in zip(*found, strict=True):

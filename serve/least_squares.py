@@ -1,31 +1,33 @@
-"""Least squares that learns as it goes: what an engine's time depends on, as a linear function that slowly forgets."""
+"""Least squares that learns as it goes: what an engine's time depends on, as a linear function that slowly forgets.
 
+Plain lists: a handful of features take numpy longer to look at than to compute with, and an engine learns at each of its steps.
+"""
+
+import operator
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-_SWEEPS, _ENOUGH, _RIDGE = 40, 1e-6, 1e-4
+_ROUNDING, _RIDGE = 1e-12, 1e-4
 _UNCLIPPED, _CLIP, _LEAST_MISS, _MISS_RATE = 8, 4.0, 0.05, 0.05
 
 
 class LeastSquares:
     """Exponentially weighted least squares over weights at or above zero: no load makes an engine faster.
 
-    Minimises sum_t forgetting^(n-t) (y_t - w x_t)^2 + ridge |w - w_before|^2 by coordinate descent from the weights before.
-    A few features need a few sweeps. The ridge keeps what has not been seen for long where it was.
-    Recursive least squares with a projection was tried first and diverged: bench/LOG.md.
+    Minimises sum_t forgetting^(n-t) (y_t - w x_t)^2 + ridge |w - w_before|^2. The ridge keeps what has not been seen for long where
+    it was. Recursive least squares with a projection was tried first and diverged: bench/LOG.md.
 
     What misses its prediction by more than `_CLIP` times the usual counts as if it missed by that much (Huber's clipping): a
     hiccup of the engine says little, and an engine that has changed for good soon makes larger misses usual.
     """
 
     def __init__(self, scales: tuple[float, ...], *, forgetting: float) -> None:
-        self._scales_F = np.array(scales)
+        self._scales = scales
         self._forgetting = forgetting
-        self._gram_FF: NDArray[np.float64] = np.zeros((len(scales), len(scales)))
-        self._moment_F: NDArray[np.float64] = np.zeros(len(scales))
-        self.weights_F: NDArray[np.float64] = np.zeros(len(scales))
+        self._gram = [[0.0] * len(scales) for _ in scales]
+        self._moment = [0.0] * len(scales)
+        self.weights = [0.0] * len(scales)
+        """Of the features, each divided by its scale."""
         self.count = 0
         """Observations so far."""
         self._mean = 0.0
@@ -35,16 +37,18 @@ class LeastSquares:
 
     def observe(self, features: tuple[float, ...], target: float) -> None:
         """Learn that `features` came out as `target`."""
-        features_F = np.array(features) / self._scales_F
-        target = self._clip(features_F, target)
-        self._gram_FF = self._forgetting * self._gram_FF + np.outer(features_F, features_F)
-        self._moment_F = self._forgetting * self._moment_F + target * features_F
+        scaled = [feature / scale for feature, scale in zip(features, self._scales, strict=True)]
+        target = self._clip(_dot(scaled, self.weights), target)
+        for row, feature in zip(self._gram, scaled, strict=True):
+            for j, other in enumerate(scaled):
+                row[j] = self._forgetting * row[j] + feature * other
+        for i, feature in enumerate(scaled):
+            self._moment[i] = self._forgetting * self._moment[i] + target * feature
         self.count += 1
-        self._solve()
+        self.weights = _solve(self._gram, self._moment, self.weights)
 
-    def _clip(self, features_F: NDArray[np.float64], target: float) -> float:
+    def _clip(self, expected: float, target: float) -> float:
         """The target as far as it is believed."""
-        expected = float(features_F @ self.weights_F)
         unit = max(expected, self._mean)
         if self.count >= _UNCLIPPED and unit > 0:
             most = _CLIP * self._miss
@@ -56,39 +60,84 @@ class LeastSquares:
 
     def predict(self, features: tuple[float, ...]) -> float:
         """What is expected for `features`."""
-        return float((np.array(features) / self._scales_F) @ self.weights_F)
+        return _dot(features, self.coefficients())
 
     def coefficients(self) -> list[float]:
         """What each feature adds to a prediction."""
-        return [float(value) for value in self.weights_F / self._scales_F]
+        return [weight / scale for weight, scale in zip(self.weights, self._scales, strict=True)]
 
     def state(self) -> dict[str, Any]:
         """What was learned, for JSON."""
         return {
-            "weights": self.weights_F.tolist(),
-            "gram": self._gram_FF.tolist(),
-            "moment": self._moment_F.tolist(),
+            "weights": self.weights,
+            "gram": [list(row) for row in self._gram],
+            "moment": list(self._moment),
             "count": self.count,
             "mean": self._mean,
             "miss": self._miss,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over what `state` said."""
-        self.weights_F = np.array(state["weights"], dtype=np.float64).reshape(self.weights_F.shape)
-        self._gram_FF = np.array(state["gram"], dtype=np.float64).reshape(self._gram_FF.shape)
-        self._moment_F = np.array(state["moment"], dtype=np.float64).reshape(self._moment_F.shape)
+        """Take over what `state` said.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not of that form; the model is then as before or half taken over.
+        """
+        num = len(self._scales)
+        self.weights = _floats(state["weights"], num)
+        self._gram = [_floats(row, num) for row in state["gram"]]
+        self._moment = _floats(state["moment"], num)
+        if len(self._gram) != num:
+            raise ValueError(f"{len(self._gram)} rows for {num} features")
         self.count = int(state["count"])
         self._mean, self._miss = float(state["mean"]), float(state["miss"])
 
-    def _solve(self) -> None:
-        before, gram, moment = self.weights_F.tolist(), self._gram_FF.tolist(), self._moment_F.tolist()
-        weights = list(before)
-        for _ in range(_SWEEPS):
-            earlier = list(weights)
-            for i, row in enumerate(gram):
-                others = sum(row[j] * weights[j] for j in range(len(weights)) if j != i)
-                weights[i] = max(0.0, (moment[i] - others + _RIDGE * before[i]) / (row[i] + _RIDGE))
-            if max(abs(new - old) for new, old in zip(weights, earlier, strict=True)) <= _ENOUGH * max(weights):
+
+def _solve(gram: list[list[float]], moment: list[float], before: list[float]) -> list[float]:
+    """The weights at or above zero that minimise w (gram + ridge) w / 2 - (moment + ridge before) w.
+
+    By principal pivoting with one exchange at a time, the last of those that are wrong: finite for a positive definite matrix
+    (Murty 1974), and one look where the weights that are zero stay the same, as they mostly do.
+    """
+    num = len(moment)
+    rows = [[value + _RIDGE * (i == j) for j, value in enumerate(row)] for i, row in enumerate(gram)]
+    target = [value + _RIDGE * weight for value, weight in zip(moment, before, strict=True)]
+    slack = _ROUNDING * max(map(abs, target))
+    free = [weight > 0 for weight in before]
+    for _ in range(2**num):
+        weights = _solve_free(rows, target, free)
+        for i in reversed(range(num)):
+            if weights[i] < 0 if free[i] else _dot(rows[i], weights) < target[i] - slack:
+                free[i] = not free[i]
                 break
-        self.weights_F = np.array(weights)
+        else:
+            return weights
+    return before  # rounding goes round in circles
+
+
+def _solve_free(rows: list[list[float]], target: list[float], free: list[bool]) -> list[float]:
+    """The solution of the equations of those that are free, with zero for the others. The matrix is positive definite."""
+    places = [i for i, is_free in enumerate(free) if is_free]
+    left = [[*(rows[i][j] for j in places), target[i]] for i in places]
+    for k, pivot in enumerate(left):
+        for row in left[k + 1 :]:
+            factor = row[k] / pivot[k]
+            for j in range(k, len(pivot)):
+                row[j] -= factor * pivot[j]
+    weights = [0.0] * len(free)
+    for k in reversed(range(len(left))):
+        row = left[k]
+        known = sum(row[j] * weights[places[j]] for j in range(k + 1, len(left)))
+        weights[places[k]] = (row[-1] - known) / row[k]
+    return weights
+
+
+def _dot(first: Sequence[float], second: Sequence[float]) -> float:
+    return sum(map(operator.mul, first, second), 0.0)
+
+
+def _floats(values: Any, num: int) -> list[float]:
+    found = [float(value) for value in values]
+    if len(found) != num:
+        raise ValueError(f"{len(found)} values for {num} features")
+    return found

@@ -34,6 +34,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         begin_trace=None if gateway.tracing is None else gateway.tracing.begin,
     )
     errors.add_handlers(app)
+    app.include_router(routes.relays)
     app.include_router(routes.router)
     app.include_router(playground.router)
     document.describe(app, lambda: gateway.offer, keys_are_needed=gateway.keys.are_needed)

@@ -75,6 +75,8 @@ class Call:
     """Whether the client gets a stream."""
     streams_from_engine: bool = False
     """Whether the engine is asked for one: also where a whole answer may have to be cut short."""
+    stream_interval: int | None = None
+    """Tokens in each event of a stream, where the client says so."""
     wants_usage: bool = True
     """False if the client streams without asking for usage: the event that carries it is then ours alone."""
     affinity: bytes = b""
@@ -87,10 +89,12 @@ class Call:
         budget_s: float | None = None,
         floor: Tier | None = None,
         most_members: int | None = None,
+        tokens_per_event: int = 1,
     ) -> bytes:
         """The engine's request: answered by `tier`, in `budget_s` from its arrival there, with no fewer members than `floor`.
 
-        With a budget it may begin with no more than `most_members` of the tier's.
+        With a budget it may begin with no more than `most_members` of the tier's. A stream has `tokens_per_event`, unless the
+        client says how many.
         """
         if not self.is_served_by_a_tier:
             return self.fields
@@ -100,7 +104,10 @@ class Call:
             extra[FLOOR_ARGUMENT] = (floor or self.floor).name
             if most_members is not None:
                 extra[MOST_ARGUMENT] = most_members
-        return b'{"vllm_xargs":' + _to_json(extra) + b"," + self.fields[1:]
+        ours: dict[str, JsonValue] = {"vllm_xargs": extra}
+        if tokens_per_event > 1 and self.stream_interval is None:
+            ours["stream_interval"] = tokens_per_event
+        return _to_json(ours)[:-1] + b"," + self.fields[1:]
 
 
 def parse(body: bytes) -> dict[str, Any]:
@@ -154,6 +161,7 @@ def read_call(body: bytes, kind: Kind, population: Population, default: Tier, te
         extra=ours.vllm_xargs or {},
         streams=streams,
         streams_from_engine=streams_from_engine,
+        stream_interval=_stream_interval(fields),
         wants_usage=wants_usage,
         affinity=_beginning(fields, kind),
     )
@@ -237,6 +245,12 @@ def _check_extra_arguments(extra: dict[str, JsonValue] | None) -> None:
             code="reserved_argument",
             param="vllm_xargs",
         )
+
+
+def _stream_interval(fields: dict[str, Any]) -> int | None:
+    """The engine refuses what is no number of tokens."""
+    found = fields.get("stream_interval")
+    return found if type(found) is int and found > 0 else None
 
 
 def _beginning(fields: dict[str, Any], kind: Kind) -> bytes:

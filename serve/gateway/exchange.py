@@ -75,7 +75,9 @@ class Exchange:
         flight = self.grant.flight
         if flight.first_at is None:
             self.grant.engine.flights.note_first(flight)
-        flight.num_tokens += num_events
+            flight.num_tokens += num_events
+        else:
+            flight.num_tokens += num_events * flight.tokens_per_event
         now = self.grant.engine.heard_at = time.monotonic()
         if not self._has_words or now - self._set_at > _SLACK * self._stall_s:
             self._has_words = True

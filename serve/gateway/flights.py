@@ -28,6 +28,8 @@ class Flight:
     expected_token_s: float = 0.0
     """As they were when it was admitted; 0 while nothing was known."""
     first_at: float | None = None
+    tokens_per_event: int = 1
+    """Of a stream, after the first."""
     num_tokens: int = 0
     """Tokens seen so far, of all sequences."""
     area: tuple[float, float] = (0.0, 0.0)

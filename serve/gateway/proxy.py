@@ -19,6 +19,7 @@ from serve.gateway.engines import Engine
 from serve.gateway.errors import ApiError, engine_error, error_status, unavailable
 from serve.gateway.exchange import Exchange, Stop, StoppedError
 from serve.gateway.offer import Offer
+from serve.gateway.pace import tokens_per_event
 from serve.gateway.pool import Pool
 from serve.gateway.records import Record
 from serve.gateway.report import Report
@@ -166,6 +167,10 @@ class Relay(Response):
             at_end=(lambda: report.end(record.elapsed_s())) if has_budget else None,
         )
         deadline = grant.flight.finish_by if call.terms.stops_at_deadline else None
+        if call.stream_interval is not None:
+            grant.flight.tokens_per_event = call.stream_interval
+        elif call.streams and deadline is None:  # what is cut at a deadline is to have all tokens that there are
+            grant.flight.tokens_per_event = tokens_per_event(grant.flight.expected_token_s)
         return _Attempt(
             grant=grant,
             exchange=Exchange(grant, deadline=deadline, stall_s=self._passage.stall_timeout_s),
@@ -180,7 +185,11 @@ class Relay(Response):
         if grant.flight.finish_by is not None:
             budget_s = grant.engine.squeeze.told_s(grant.flight.finish_by - time.perf_counter())
         body = call.body(
-            grant.tier, budget_s=budget_s, floor=grant.flight.floor, most_members=grant.flight.most_members
+            grant.tier,
+            budget_s=budget_s,
+            floor=grant.flight.floor,
+            most_members=grant.flight.most_members,
+            tokens_per_event=grant.flight.tokens_per_event,
         )
         answer = await upstream.send(self._passage.session, grant.engine, self._path, body, self._passage.headers)
         is_stream = answer.status == 200 and answer.content_type == _EVENT_STREAM
@@ -210,21 +219,13 @@ class Relay(Response):
         await self._send_whole(attempt, body, send)
 
     async def _stream(self, attempt: _Attempt, answer: aiohttp.ClientResponse, send: Send) -> None:
-        splicer, exchange = attempt.splicer, attempt.exchange
+        splicer = attempt.splicer
         async for data in answer.content.iter_any():
             attempt.has_answered = True
             if not (events := splicer.feed(data)):
                 continue
-            exchange.heard(events.count(b"\n\n"))
-            if attempt.assembly is not None:
-                if events.startswith(ERROR):
-                    raise _refused(events)
-                attempt.assembly.feed(events)
-                continue
-            with exchange.sending():
-                if not self._has_begun:
-                    await self._begin_stream(attempt, events, send)
-                await send({"type": "http.response.body", "body": events, "more_body": True})
+            attempt.exchange.heard(events.count(b"\n\n"))
+            await self._pass_on(attempt, events, send)
         self._record.usage = splicer.usage
         if not splicer.done:
             await self._lose(attempt, Stop.LOST, send)
@@ -234,6 +235,17 @@ class Relay(Response):
             await self._send_whole(attempt, attempt.assembly.answer(cut=False), send)
         else:
             await self._end(send)
+
+    async def _pass_on(self, attempt: _Attempt, events: bytes, send: Send) -> None:
+        if attempt.assembly is not None:
+            if events.startswith(ERROR):
+                raise _refused(events)
+            attempt.assembly.feed(events)
+            return
+        with attempt.exchange.sending():
+            if not self._has_begun:
+                await self._begin_stream(attempt, events, send)
+            await send({"type": "http.response.body", "body": events, "more_body": True})
 
     async def _begin_stream(self, attempt: _Attempt, events: bytes, send: Send) -> None:
         """Send the head, which waited for the first event: what fails until then is answered with its own status.

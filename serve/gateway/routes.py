@@ -1,19 +1,31 @@
 """The gateway's routes."""
 
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import PlainTextResponse
 
 from population.assemble import chorus_version
 from serve.gateway import disagreement, document, upstream
-from serve.gateway.calls import Call
-from serve.gateway.dependencies import ChatCall, CompletionCall, TheGateway, TheOffer, ThePassage, TokenCall
+from serve.gateway.calls import Kind
+from serve.gateway.entry import gateway_of, offer_for, read
 from serve.gateway.errors import ApiError, unavailable
-from serve.gateway.proxy import Passage, Relay
+from serve.gateway.proxy import Relay
 from serve.gateway.tiers import tiers_between
 
+
+class _Direct(APIRoute):
+    """A route that hands its function the request as it came: nothing to resolve, nothing to check, a response comes back."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        return handler
+
+
+relays = APIRouter(route_class=_Direct)
 router = APIRouter()
 
 
@@ -21,38 +33,40 @@ _ENGINE_ERRORS = (400, 401, 403, 404, 413, 422, 429, 500, 503, 504)
 _TOKEN_ERRORS = (400, 401, 403, 404, 413, 422, 500, 503)
 
 
-def _relay(path: str, call: Call, passage: Passage) -> Response:
+async def _relay(path: str, request: Request, kind: Kind) -> Response:
+    call, passage = await read(request, kind)
     return Relay(
         passage, path=path, call=call, tiers=tiers_between(passage.offer.population, call.floor, call.choice.tier)
     )
 
 
-async def _forward(path: str, call: Call, passage: Passage) -> Response:
+async def _forward(path: str, request: Request) -> Response:
+    call, passage = await read(request, "tokens")
     engine = passage.pool.candidates()[0]
     body = await upstream.fetch(passage.session, engine, path, call.body(), passage.headers)
     return Response(body, media_type="application/json")
 
 
-@router.post(
+@relays.post(
     "/v1/completions",
     openapi_extra=document.takes({"prompt": document.PROMPT}, required="prompt", engines=document.COMPLETION_FIELDS),
     responses=document.answers(document.ANSWER, *_ENGINE_ERRORS, streams=True),
     tags=["OpenAI"],
 )
-async def complete(call: CompletionCall, passage: ThePassage) -> Response:
+async def complete(request: Request) -> Response:
     """Complete a prompt with the mixture of the request's tier."""
-    return _relay("/v1/completions", call, passage)
+    return await _relay("/v1/completions", request, "completion")
 
 
-@router.post(
+@relays.post(
     "/v1/chat/completions",
     openapi_extra=document.takes({"messages": document.MESSAGES}, required="messages", engines=document.CHAT_FIELDS),
     responses=document.answers(document.ANSWER, *_ENGINE_ERRORS, streams=True),
     tags=["OpenAI"],
 )
-async def chat(call: ChatCall, passage: ThePassage) -> Response:
+async def chat(request: Request) -> Response:
     """Answer a conversation with the mixture of the request's tier."""
-    return _relay("/v1/chat/completions", call, passage)
+    return await _relay("/v1/chat/completions", request, "chat")
 
 
 @router.post(
@@ -61,9 +75,9 @@ async def chat(call: ChatCall, passage: ThePassage) -> Response:
     responses=document.answers(document.DISAGREEMENT, *_ENGINE_ERRORS),
     tags=["population"],
 )
-async def show_disagreement(call: CompletionCall, passage: ThePassage) -> dict[str, Any]:
+async def show_disagreement(request: Request) -> dict[str, Any]:
     """How much the members of a tier disagree about each token of a text, given as token ids."""
-    return await disagreement.find(call, passage)
+    return await disagreement.find(*await read(request, "completion"))
 
 
 @router.post(
@@ -74,9 +88,9 @@ async def show_disagreement(call: CompletionCall, passage: ThePassage) -> dict[s
     responses=document.answers(document.TOKENS, *_TOKEN_ERRORS),
     tags=["tokens"],
 )
-async def tokenize(call: TokenCall, passage: ThePassage) -> Response:
+async def tokenize(request: Request) -> Response:
     """Cut a text or a conversation into the tokens that all members share."""
-    return await _forward("/tokenize", call, passage)
+    return await _forward("/tokenize", request)
 
 
 @router.post(
@@ -85,21 +99,21 @@ async def tokenize(call: TokenCall, passage: ThePassage) -> Response:
     responses=document.answers(document.TEXT, *_TOKEN_ERRORS),
     tags=["tokens"],
 )
-async def detokenize(call: TokenCall, passage: ThePassage) -> Response:
+async def detokenize(request: Request) -> Response:
     """Join tokens into text."""
-    return await _forward("/detokenize", call, passage)
+    return await _forward("/detokenize", request)
 
 
 @router.get("/v1/models", responses=document.answers(document.MODELS, 401, 403), tags=["OpenAI"])
-async def list_models(offer: TheOffer) -> dict[str, Any]:
+async def list_models(request: Request) -> dict[str, Any]:
     """The population under its own name, and each of its tiers."""
-    return {"object": "list", "data": list(offer.cards.values())}
+    return {"object": "list", "data": list(offer_for(request).cards.values())}
 
 
 @router.get("/v1/models/{model}", responses=document.answers(document.MODEL, 401, 403, 404, 422), tags=["OpenAI"])
-async def show_model(model: str, offer: TheOffer) -> dict[str, Any]:
+async def show_model(model: str, request: Request) -> dict[str, Any]:
     """One of them."""
-    cards = offer.cards
+    cards = offer_for(request).cards
     if model not in cards:
         raise ApiError(
             404,
@@ -117,8 +131,9 @@ async def health() -> dict[str, str]:
 
 
 @router.get("/ready", responses=document.answers({"type": "object"}, 503), tags=["operation"])
-async def ready(gateway: TheGateway) -> dict[str, str]:
+async def ready(request: Request) -> dict[str, str]:
     """Whether requests should come here: 503 while no engine answers, and from when the gateway was told to stop."""
+    gateway = gateway_of(request)
     if gateway.is_draining:
         raise unavailable("this gateway is about to stop; another should be asked.", retry_after_s=1)
     gateway.pool.candidates()
@@ -126,14 +141,15 @@ async def ready(gateway: TheGateway) -> dict[str, str]:
 
 
 @router.get("/metrics", response_class=PlainTextResponse, tags=["operation"])
-async def metrics(gateway: TheGateway) -> Response:
+async def metrics(request: Request) -> Response:
     """The gateway's metrics, for Prometheus."""
-    return Response(gateway.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+    return Response(gateway_of(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/version", tags=["operation"])
-async def version(gateway: TheGateway) -> dict[str, str | int]:
+async def version(request: Request) -> dict[str, str | int]:
     """What runs here."""
+    gateway = gateway_of(request)
     return {
         "version": chorus_version(),
         "population": gateway.population_name,

@@ -20,7 +20,28 @@ def test_weights_are_those_of_a_solver_that_sees_every_observation(seed: int) ->
     expected_F, _ = nnls(features_NF * decay_N[:, None], targets_N * decay_N)
     asked = (1.0, 2.0, 0.5, 1.5)
     assert model.predict(asked) == pytest.approx(np.array(asked) @ expected_F, rel=2e-3)
-    assert min(model.weights_F) >= 0
+    assert min(model.weights) >= 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_each_step_is_the_exact_minimum_also_where_features_never_vary(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    num, ridge = int(draw.integers(1, 5)), 1e-4
+    scales_F = draw.choice([0.5, 1.0, 16.0], size=num)
+    model = LeastSquares(tuple(scales_F), forgetting=0.9)
+    gram_FF, moment_F = np.zeros((num, num)), np.zeros(num)
+    true_F, features_F = draw.normal(0, 1, size=num), draw.uniform(0, 3, size=num)
+    for _ in range(7):  # fewer than it takes until targets are clipped
+        if seed % 2:
+            features_F = draw.uniform(0, 3, size=num)
+        target = float(features_F @ true_F)
+        gram_FF = 0.9 * gram_FF + np.outer(features_F, features_F)
+        moment_F = 0.9 * moment_F + target * features_F
+        root_FF = np.linalg.cholesky(gram_FF + ridge * np.eye(num)).T
+        target_F = np.linalg.solve(root_FF.T, moment_F + ridge * np.array(model.weights))
+        model.observe(tuple(features_F * scales_F), target)
+        expected_F, _ = nnls(root_FF, target_F)
+        assert model.weights == pytest.approx(expected_F, rel=1e-6, abs=1e-9)
 
 
 def test_what_was_learned_goes_to_another_model() -> None:

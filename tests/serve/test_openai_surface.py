@@ -86,3 +86,27 @@ def test_several_answers_to_several_prompts(client: openai.OpenAI) -> None:
     assert [choice.index for choice in answer.choices] == list(range(6))
     assert answer.usage is not None
     assert answer.usage.completion_tokens <= 24
+
+
+def test_a_stream_is_the_same_whatever_number_of_tokens_comes_in_an_event(client: openai.OpenAI) -> None:
+    settings: Any = {"model": "tiny:standard", "prompt": "Once upon", "max_tokens": 30, "temperature": 0, "logprobs": 2}
+
+    def read(tokens_per_event: int) -> tuple[str, list[float], list[str], int]:
+        text, log_p, tokens, num_events = "", list[float](), list[str](), 0
+        stream = client.completions.create(
+            **settings, stream=True, extra_body={"stream_interval": tokens_per_event, "ignore_eos": True}
+        )
+        for choice in (choice for chunk in stream for choice in chunk.choices):
+            num_events += 1
+            text += choice.text
+            if choice.logprobs is not None:
+                log_p += [value for value in choice.logprobs.token_logprobs or () if value is not None]
+                tokens += choice.logprobs.tokens or ()
+        return text, log_p, tokens, num_events
+
+    one_by_one, joined = read(1), read(7)
+    assert joined[0] == one_by_one[0]
+    assert joined[1] == pytest.approx(one_by_one[1], abs=1e-4)
+    assert joined[2] == one_by_one[2]
+    assert len(joined[1]) == 30
+    assert joined[3] <= 1 + -(-29 // 7) < one_by_one[3]

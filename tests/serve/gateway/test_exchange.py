@@ -9,6 +9,7 @@ import pytest
 
 from serve.gateway.admission import Grant
 from serve.gateway.exchange import LEAD_S, Exchange, Stop, StoppedError
+from serve.gateway.pace import tokens_per_event
 
 
 async def why(*, deadline_s: float | None, stall_s: float, early_s: float = 0.0) -> Stop:
@@ -36,3 +37,24 @@ def test_a_deadline_is_a_deadline_though_uvloops_timers_end_a_little_early(early
 @pytest.mark.parametrize("deadline_s", [30, None])
 def test_silence_is_a_stall_though_a_deadline_lies_ahead(deadline_s: float | None) -> None:
     assert asyncio.run(why(deadline_s=deadline_s, stall_s=0.05)) is Stop.STALLED
+
+
+def test_tokens_are_counted_where_several_come_in_an_event() -> None:
+    async def count() -> int:
+        flight = cast(Any, SimpleNamespace(first_at=None, num_tokens=0, tokens_per_event=4))
+        flights = SimpleNamespace(note_first=lambda flight: setattr(flight, "first_at", 1.0))
+        engine = SimpleNamespace(is_up=True, waiting=set(), heard_at=0.0, flights=flights)
+        grant = cast(Grant, SimpleNamespace(engine=engine, flight=flight))
+        async with Exchange(grant, deadline=None, stall_s=5) as exchange:
+            for num_events in (1, 1, 2):
+                exchange.heard(num_events)
+        return int(flight.num_tokens)
+
+    assert asyncio.run(count()) == 1 + 3 * 4
+
+
+@pytest.mark.parametrize(
+    ("token_s", "tokens"), [(0.0, 1), (1e-9, 16), (0.002, 10), (0.0061, 3), (0.019, 1), (0.021, 1), (5.0, 1)]
+)
+def test_events_are_no_closer_than_fifty_a_second(token_s: float, tokens: int) -> None:
+    assert tokens_per_event(token_s) == tokens

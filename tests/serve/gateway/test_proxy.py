@@ -12,7 +12,7 @@ import pytest
 
 from population.manifest import Population
 from tests.live import wait_for
-from tests.serve.gateway.conftest import Pair, gateway_before
+from tests.serve.gateway.conftest import Pair, gateway_before, known
 from tests.serve.gateway.scripted import DONE, USAGE, WHOLE, ScriptedEngine, event
 
 BODY: dict[str, Any] = {"prompt": "a", "max_tokens": 3}
@@ -52,6 +52,31 @@ def test_a_whole_answer_carries_the_population_and_the_engines_usage(pair: Pair)
     assert answer["population"] == {"tier": "economy", "members": ["t0-c00"], "weights": [1.0], "prior_version": 0}
     assert answer["usage"]["completion_tokens"] == 3
     assert pair.engine.bodies[-1]["vllm_xargs"] == {"chorus_tier": "economy"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "sent"),
+    [
+        ({}, 4),  # 20 ms between events, 5 ms a token
+        ({"stream_interval": 1}, 1),
+        ({"stream_interval": "many"}, "many"),  # the engine says what is wrong with it
+        ({"latency_budget_ms": 5000}, 4),
+        ({"latency_budget_ms": 5000, "on_deadline": "truncate"}, None),
+        ({"stream": False}, None),
+    ],
+)
+def test_tokens_of_a_fast_engine_come_several_to_an_event(pair: Pair, fields: dict[str, Any], sent: Any) -> None:
+    pair.engine.steps = [event("a"), USAGE, DONE]
+    pair.gateway.pool.engines[0].model = known(member_s=0.005, row_s=0.0)
+    complete(pair, **{"budget": "economy", "stream": True, **fields})
+    assert pair.engine.bodies[-1].get("stream_interval") == sent
+
+
+def test_a_slow_engine_is_asked_for_every_token(pair: Pair) -> None:
+    pair.engine.steps = [event("a"), USAGE, DONE]
+    pair.gateway.pool.engines[0].model = known(member_s=0.02, row_s=0.0)
+    complete(pair, stream=True)
+    assert "stream_interval" not in pair.engine.bodies[-1]
 
 
 def test_the_request_id_goes_to_the_engine_and_back(pair: Pair) -> None:

@@ -1,0 +1,112 @@
+"""A request's way in: who sends it, what that key may have, and the call in its body.
+
+Called by the routes, not declared as FastAPI's dependencies: to resolve those took longer than what they do.
+"""
+
+from fastapi import Request
+
+from serve.gateway.calls import Call, Kind, read_call
+from serve.gateway.errors import ApiError
+from serve.gateway.gateway import Gateway
+from serve.gateway.offer import Offer
+from serve.gateway.proxy import Passage
+from serve.gateway.records import REQUEST_ID, Record
+from serve.gateway.rights import offer_to
+from serve.gateway.tenants import Tenant
+
+_PASSED_ON = ("traceparent", "tracestate")
+
+
+def gateway_of(request: Request) -> Gateway:
+    """Whose request it is."""
+    gateway = request.app.state.gateway
+    assert isinstance(gateway, Gateway)
+    return gateway
+
+
+def offer_for(request: Request) -> Offer:
+    """What its sender may have of what is on offer now.
+
+    Raises:
+        ApiError: 401 or 403, for its key.
+    """
+    gateway = gateway_of(request)
+    return offer_to(_tenant(request, gateway), gateway.offer)
+
+
+async def read(request: Request, kind: Kind) -> tuple[Call, Passage]:
+    """The call in a request's body, checked, and what it needs on its way. The body is read only for those whose key is known.
+
+    Raises:
+        ApiError: its key, its length, or what the client must change.
+    """
+    gateway = gateway_of(request)
+    tenant = _tenant(request, gateway)
+    passage = _passage(request, gateway, tenant, offer_to(tenant, gateway.offer))
+    body = await _body(request, gateway.settings.max_body_bytes)
+    call = _read_call(body, kind, passage, gateway.offer)
+    if call.is_served_by_a_tier:
+        passage.record.tier_asked = call.choice.asked
+    return call, passage
+
+
+def _record(request: Request) -> Record:
+    record = request.state.record
+    assert isinstance(record, Record)
+    return record
+
+
+def _tenant(request: Request, gateway: Gateway) -> Tenant:
+    tenant = gateway.keys.tenant(request.headers.get("authorization"))
+    _record(request).tenant = tenant.name
+    return tenant
+
+
+def _passage(request: Request, gateway: Gateway, tenant: Tenant, offer: Offer) -> Passage:
+    record = _record(request)
+    passed_on = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
+    if record.trace is not None:
+        passed_on |= record.trace.headers()
+    if not gateway.keys.are_needed and "authorization" in request.headers:
+        passed_on["authorization"] = request.headers["authorization"]  # for the engine's own --api-key
+    headers = {**passed_on, REQUEST_ID: record.request_id, "Content-Type": "application/json"}
+    return Passage(
+        session=gateway.session,
+        pool=gateway.pool,
+        admission=gateway.admission,
+        store=gateway.store,
+        echoes=gateway.echoes,
+        offer=offer,
+        tenant=tenant,
+        headers=headers,
+        record=record,
+        stall_timeout_s=gateway.settings.stall_timeout_s,
+    )
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    """The request's body, refused as soon as it is known to be too long."""
+    declared = request.headers.get("content-length", "")
+    too_long = ApiError(413, f"the body is longer than {limit} bytes, the most that is accepted.", code="body_too_long")
+    if declared.isdecimal() and int(declared) > limit:
+        raise too_long
+    parts, length = [], 0
+    async for part in request.stream():
+        length += len(part)
+        if length > limit:
+            raise too_long
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _read_call(body: bytes, kind: Kind, passage: Passage, full: Offer) -> Call:
+    offer, floor = passage.offer, passage.tenant.floor
+    try:
+        return read_call(body, kind, offer.population, offer.default_tier, tenant_floor=floor)
+    except ApiError as error:
+        if error.status == 404 and offer is not full:
+            read_call(body, kind, full.population, full.default_tier)  # unless it does not exist at all
+            names = ", ".join(tier.name for tier in offer.population.tiers)
+            message = f"this API key may not use that tier; it may use {names}."
+            raise ApiError(403, message, code="tier_not_allowed", param=error.param) from None
+        raise

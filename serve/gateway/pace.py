@@ -1,0 +1,14 @@
+"""How many tokens come in one event of a stream: so many that events do not come faster than anybody reads.
+
+Each event costs processor time in the engine's server, here and at the client: on two cores an engine of small members spends more
+on telling its tokens than on computing them. The first token and the last ones never wait (vLLM's `stream_interval`).
+"""
+
+EVENT_S = 0.02
+"""Shortest time between two events of a stream."""
+_MOST = 16
+
+
+def tokens_per_event(token_s: float) -> int:
+    """Tokens for each event of a stream whose tokens are expected to take `token_s` seconds; 1 while that is not known."""
+    return max(1, min(_MOST, int(EVENT_S / token_s))) if token_s > 0 else 1

@@ -4,7 +4,7 @@ Each event costs processor time in the engine's server, here and at the client: 
 on telling its tokens than on computing them. The first token and the last ones never wait (vLLM's `stream_interval`).
 """
 
-EVENT_S = 0.02
+EVENT_S = 1 / 30
 """Shortest time between two events of a stream."""
 _MOST = 16
 

@@ -54,7 +54,7 @@ def test_tokens_are_counted_where_several_come_in_an_event() -> None:
 
 
 @pytest.mark.parametrize(
-    ("token_s", "tokens"), [(0.0, 1), (1e-9, 16), (0.002, 10), (0.0061, 3), (0.019, 1), (0.021, 1), (5.0, 1)]
+    ("token_s", "tokens"), [(0.0, 1), (1e-9, 16), (0.003, 11), (0.0101, 3), (0.016, 2), (0.017, 1), (5.0, 1)]
 )
-def test_events_are_no_closer_than_fifty_a_second(token_s: float, tokens: int) -> None:
+def test_events_are_no_closer_than_thirty_a_second(token_s: float, tokens: int) -> None:
     assert tokens_per_event(token_s) == tokens

@@ -57,10 +57,10 @@ def test_a_whole_answer_carries_the_population_and_the_engines_usage(pair: Pair)
 @pytest.mark.parametrize(
     ("fields", "sent"),
     [
-        ({}, 4),  # 20 ms between events, 5 ms a token
+        ({}, 6),  # 33 ms between events, 5 ms a token
         ({"stream_interval": 1}, 1),
         ({"stream_interval": "many"}, "many"),  # the engine says what is wrong with it
-        ({"latency_budget_ms": 5000}, 4),
+        ({"latency_budget_ms": 5000}, 6),
         ({"latency_budget_ms": 5000, "on_deadline": "truncate"}, None),
         ({"stream": False}, None),
     ],

@@ -1,6 +1,7 @@
 """Least squares that learns as it goes: what an engine's time depends on, as a linear function that slowly forgets.
 
-Plain lists: a handful of features take numpy longer to look at than to compute with, and an engine learns at each of its steps.
+Plain lists: a handful of features take numpy longer to look at than to compute with, and both engine and gateway learn while
+requests wait.
 """
 
 import operator

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from population.errors import ChorusError
-from serve.engine.deadline import BUDGET_ARGUMENT, FLOOR_ARGUMENT, MOST_ARGUMENT
+from serve.engine.deadline import BUDGET_ARGUMENT, FLOOR_ARGUMENT, MOST_ARGUMENT, REPORT_ARGUMENT
 from serve.engine.mixture import MEMBER_ARGUMENT, TIER_ARGUMENT, Prior
 
-_ARGUMENTS = (TIER_ARGUMENT, MEMBER_ARGUMENT, BUDGET_ARGUMENT, FLOOR_ARGUMENT, MOST_ARGUMENT)
+_ARGUMENTS = (TIER_ARGUMENT, MEMBER_ARGUMENT, BUDGET_ARGUMENT, FLOOR_ARGUMENT, MOST_ARGUMENT, REPORT_ARGUMENT)
 
 
 def check(arguments: dict[str, Any], prior: Prior) -> None:
@@ -32,6 +32,8 @@ def check(arguments: dict[str, Any], prior: Prior) -> None:
     most = arguments.get(MOST_ARGUMENT, 1)
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
         raise ChorusError(f"vllm_xargs.{MOST_ARGUMENT}: {most!r} is not a number of members from 1 on")
+    if (reports := arguments.get(REPORT_ARGUMENT, 0)) not in (0, 1):
+        raise ChorusError(f"vllm_xargs.{REPORT_ARGUMENT}: {reports!r} is neither 1, for yes, nor 0")
 
 
 def check_every_request(model: str) -> None:

@@ -3,6 +3,7 @@
 It resolves tiers when requests arrive, and at each token boundary drops members from requests that would miss their time budget.
 """
 
+import json
 import time
 from collections.abc import Mapping
 from itertools import chain, islice, pairwise
@@ -18,6 +19,8 @@ from serve.engine.deadline import (
     BUDGET_ARGUMENT,
     FLOOR_ARGUMENT,
     MOST_ARGUMENT,
+    REPORT_ARGUMENT,
+    REPORT_MARK,
     Deadline,
     Drop,
     Runner,
@@ -130,6 +133,7 @@ class PopulationScheduler(Scheduler):
         deadline = Deadline(
             finish_at=request.arrival_time + arguments[BUDGET_ARGUMENT] / 1000,
             way_down=way_down(mixture, frozenset(floor.members), fitted),
+            reports_as_stop_reason=bool(arguments.get(REPORT_ARGUMENT)),
         )
         self._deadlines[request.request_id] = deadline
         most = arguments.get(MOST_ARGUMENT, len(mixture.members))
@@ -185,8 +189,13 @@ class PopulationScheduler(Scheduler):
         return super()._get_local_prefix_cache_hit(request)
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-        """vLLM returns what these two hold with the response; nothing else may use them, since KV transfer is refused at start."""
+        """vLLM returns what these two hold with the response; nothing else may use them, since KV transfer is refused at start.
+
+        Its streams have no place for them: a request that asks for it gets the report as its stop reason.
+        """
         report = self._report(request)
+        if report is not None and self._deadlines[request.request_id].reports_as_stop_reason:
+            request.stop_reason = REPORT_MARK + json.dumps({**report, "stop_reason": request.stop_reason})
         kv_transfer_params, ec_transfer_params = super()._free_request(request, *args, **kwargs)
         return report or kv_transfer_params, ec_transfer_params
 

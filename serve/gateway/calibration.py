@@ -86,7 +86,7 @@ async def _ask(
             finally:
                 answer.close()
         if teaches:
-            exchange.teach(splicer.usage, streamed=True, was_dropped=False, characters=0)
+            exchange.teach(splicer.usage, streamed=True, characters=0)
     finally:
         engine.flights.end(flight)
 

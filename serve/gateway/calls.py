@@ -20,6 +20,7 @@ TIER_ARGUMENT = "chorus_tier"
 BUDGET_ARGUMENT = "chorus_time_budget_ms"
 FLOOR_ARGUMENT = "chorus_floor"
 MOST_ARGUMENT = "chorus_most_members"
+REPORT_ARGUMENT = "chorus_report_in_stop_reason"
 MIN_BUDGET_MS, MAX_BUDGET_MS = 1, 24 * 3600 * 1000
 _OURS = ("budget", "latency_budget_ms", "on_deadline", "min_budget")
 
@@ -104,6 +105,8 @@ class Call:
             extra[FLOOR_ARGUMENT] = (floor or self.floor).name
             if most_members is not None:
                 extra[MOST_ARGUMENT] = most_members
+            if self.streams_from_engine:
+                extra[REPORT_ARGUMENT] = 1
         ours: dict[str, JsonValue] = {"vllm_xargs": extra}
         if tokens_per_event > 1 and self.stream_interval is None:
             ours["stream_interval"] = tokens_per_event

@@ -84,10 +84,11 @@ class Exchange:
             self._set_at = now
             self._wait_on()
 
-    def teach(self, usage: Usage | None, *, streamed: bool, was_dropped: bool, characters: int) -> None:
+    def teach(self, usage: Usage | None, *, streamed: bool, characters: int) -> None:
         """The answer is complete: its times go into the engine's model.
 
-        `characters` of its prompt came as text, 0 if it came as tokens.
+        `characters` of its prompt came as text, 0 if it came as tokens. An answer that members left on the way teaches as any
+        other: to leave those out, or to count them as late, was tried and served fewer members (bench/LOG.md).
         """
         now = time.perf_counter()
         engine, flight = self.grant.engine, self.grant.flight
@@ -100,15 +101,13 @@ class Exchange:
         work = Work(members=flight.work.members, prompt_tokens=usage.prompt_tokens, max_tokens=flight.work.max_tokens)
         total_s = now - flight.began_at
         expected_s = flight.expected_first_s + (tokens - 1) * flight.expected_token_s
-        if flight.finish_by is not None and was_dropped:  # it would have been late: its full cost was not seen
-            total_s = max(total_s, flight.finish_by - flight.began_at)
         engine.model.observe_total(expected_s=expected_s, seconds=total_s)
         load = engine.flights.mean_load(flight, now)
         if streamed and flight.first_at is not None:
             engine.model.observe_first(flight.before, work, flight.first_at - flight.began_at)
-            if load is not None and tokens >= 4 and not was_dropped:
+            if load is not None and tokens >= 4:
                 engine.model.observe_tokens(load, (now - flight.first_at) / (tokens - 1))
-        elif load is not None and not was_dropped:
+        elif load is not None:
             engine.model.observe_whole(flight.before, load, work, tokens, now - flight.began_at)
 
     def _wait_on(self) -> None:

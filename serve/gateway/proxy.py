@@ -161,11 +161,12 @@ class Relay(Response):
         )
         additions = Additions(population=report.begin(), model=self._model)
         has_budget = call.terms.budget_s is not None
-        splicer = EventSplicer(
-            additions,
-            keep_usage=call.wants_usage,
-            at_end=(lambda: report.end(record.elapsed_s())) if has_budget else None,
-        )
+
+        def at_end(event: bytes) -> tuple[bytes, bytes]:
+            event = report.take_stream_drops(event)
+            return event, report.end(record.elapsed_s())
+
+        splicer = EventSplicer(additions, keep_usage=call.wants_usage, at_end=at_end if has_budget else None)
         deadline = grant.flight.finish_by if call.terms.stops_at_deadline else None
         if call.stream_interval is not None:
             grant.flight.tokens_per_event = call.stream_interval
@@ -214,8 +215,8 @@ class Relay(Response):
 
     async def _whole(self, attempt: _Attempt, body: bytes, send: Send) -> None:
         self._record.usage = read_usage(body)
-        self._finish(attempt, streamed=False)
         body = attempt.report.take_drops(body)
+        self._finish(attempt, streamed=False)
         await self._send_whole(attempt, body, send)
 
     async def _stream(self, attempt: _Attempt, answer: aiohttp.ClientResponse, send: Send) -> None:
@@ -311,7 +312,6 @@ class Relay(Response):
 
     async def _send_whole(self, attempt: _Attempt, body: bytes, send: Send) -> None:
         population = attempt.report.end(self._record.elapsed_s())
-        self._record.num_drops = attempt.report.num_drops
         body = Additions(population=population, model=self._model).splice(body)
         await self._start(attempt, send, "application/json", content_length=len(body))
         await self._end(send, body)
@@ -319,13 +319,13 @@ class Relay(Response):
     def _finish(self, attempt: _Attempt, *, streamed: bool) -> None:
         """The engine's answer is complete."""
         attempt.engine.breaker.note_success()
+        self._record.num_drops = attempt.report.num_drops
         budget_s = self._call.terms.budget_s
         if budget_s is not None:
             self._note_deadline(attempt, is_met=self._record.elapsed_s() <= budget_s)
         attempt.exchange.teach(
             self._record.usage,
             streamed=streamed,
-            was_dropped=attempt.report.num_drops > 0,
             characters=0 if self._call.size.prompt_tokens else self._call.size.prompt_characters,
         )
         headers = {name: value for name, value in self._passage.headers.items() if name in _ECHO_HEADERS}

@@ -10,6 +10,9 @@ from serve.gateway.offer import Offer
 from serve.gateway.terms import Terms
 
 _KEY = re.compile(rb'"kv_transfer_params"\s*:\s*')
+_MARK = "chorus:"
+_STOP_REASON = re.compile(rb'"stop_reason"\s*:\s*(?="chorus:)')
+_FIELDS = ("members_per_token", "drops")
 
 
 @dataclass(kw_only=True)
@@ -55,10 +58,21 @@ class Report:
         matches = list(_KEY.finditer(body))
         if not matches or not body.startswith(b"{", start := matches[-1].end()):
             return body
-        text = body[start:].decode()
-        found, length = json.JSONDecoder().raw_decode(text)
-        self.drops = {key: found[key] for key in ("members_per_token", "drops") if key in found}
-        return body[:start] + b"null" + text[length:].encode()
+        found, rest = _read(body[start:])
+        self._note(found)
+        return body[:start] + b"null" + rest
+
+    def take_stream_drops(self, event: bytes) -> bytes:
+        """The same for the event in which a choice ends: there the report came as its stop reason, and holds the real one."""
+        if not (match := _STOP_REASON.search(event)):
+            return event
+        text, rest = _read(event[match.end() :])
+        found = json.loads(text.removeprefix(_MARK))
+        self._note(found)
+        return event[: match.end()] + json.dumps(found["stop_reason"]).encode() + rest
+
+    def _note(self, found: dict[str, Any]) -> None:
+        self.drops = {key: found[key] for key in _FIELDS if key in found}
 
     def _choice(self) -> dict[str, Any]:
         extra: dict[str, Any] = {}
@@ -69,6 +83,13 @@ class Report:
                 extra["most_members"] = self.most_members
             extra["latency_budget_ms"] = round(1000 * self.terms.budget_s, 3)
         return extra
+
+
+def _read(data: bytes) -> tuple[Any, bytes]:
+    """The JSON value with which `data` begins, and what follows it."""
+    text = data.decode()
+    found, length = json.JSONDecoder().raw_decode(text)
+    return found, text[length:].encode()
 
 
 def _dumps(value: dict[str, Any]) -> bytes:

@@ -62,11 +62,13 @@ class Additions:
 class EventSplicer:
     """Server-sent events in, in pieces cut anywhere; whole events out, the first with the additions.
 
-    Only whole events leave, so that an error event can follow at any time and be read. `at_end`, if given, makes the `population`
-    object anew for events in which a choice ends.
+    Only whole events leave, so that an error event can follow at any time and be read. `at_end`, if given, gets each event in which
+    a choice ends, and returns it as it is to be and the `population` object made anew for it.
     """
 
-    def __init__(self, additions: Additions, *, keep_usage: bool, at_end: Callable[[], bytes] | None = None) -> None:
+    def __init__(
+        self, additions: Additions, *, keep_usage: bool, at_end: Callable[[bytes], tuple[bytes, bytes]] | None = None
+    ) -> None:
         self._additions = additions
         self._keep_usage = keep_usage
         self._at_end = at_end
@@ -110,5 +112,6 @@ class EventSplicer:
         first, self._saw_first = not self._saw_first, True
         self._first = self._first or event
         if self._at_end is not None and _FINISHED.search(event):
-            return replace(self._additions, population=self._at_end()).splice(event)
+            event, population = self._at_end(event)
+            return replace(self._additions, population=population).splice(event)
         return self._additions.splice(event, first=first)

@@ -1,5 +1,6 @@
 """The engine against Hugging Face, member by member, in float32: tokens, log-probabilities, and the prefix cache between tiers."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,22 @@ def test_a_request_with_time_to_spare_keeps_its_members(engine: Any, tiny_popula
     check_against_reference(tiny_population, "max", output)
 
 
+@pytest.mark.parametrize("stops_at_token", [False, True])
+def test_a_stream_gets_its_report_as_its_stop_reason(engine: Any, stops_at_token: bool) -> None:
+    parameters = in_a_hurry("max", 600_000, "economy", max_tokens=6)
+    (plain,) = engine.generate(prompts(1), parameters, use_tqdm=False)
+    stop = plain.outputs[0].token_ids[3]
+    first = plain.outputs[0].token_ids.index(stop)
+    if stops_at_token:
+        parameters.stop_token_ids, parameters.ignore_eos = [stop], False
+    parameters.extra_args = {**parameters.extra_args, "chorus_report_in_stop_reason": 1}
+    (output,) = engine.generate(prompts(1), parameters, use_tqdm=False)
+    mark, _, told = output.outputs[0].stop_reason.partition(":")
+    assert mark == "chorus"
+    tokens, reason = (first + 1, stop) if stops_at_token else (6, None)
+    assert json.loads(told) == {"members_per_token": [[4, tokens]], "drops": [], "stop_reason": reason}
+
+
 @pytest.mark.parametrize(
     ("fields", "members"),
     [
@@ -219,6 +236,7 @@ def test_a_request_may_begin_with_fewer_members(
         {"chorus_most_members": 2.5},
         {"chorus_time_budget_ms": -1},
         {"chorus_time_budget_ms": "soon"},
+        {"chorus_report_in_stop_reason": "yes"},
         {"chorus_floor": "gold"},
         {"chorus_weights": 1},
         {"chorus_member": "t9-c99"},

@@ -72,6 +72,26 @@ def test_a_stream_says_at_its_end_whether_the_deadline_was_met(pair: Pair) -> No
     assert last["population"]["deadline"] == "met"
 
 
+@pytest.mark.parametrize("stop_reason", [None, 7, 'a "quoted" word, ü'])
+@pytest.mark.parametrize("fields", [{"stream": True}, {"on_deadline": "truncate"}])
+def test_the_engines_drops_come_out_of_a_streams_stop_reason(
+    pair: Pair, fields: dict[str, Any], stop_reason: Any
+) -> None:
+    drops = {"members_per_token": [[4, 2], [3, 1]], "drops": [{"member": "t0-c00", "at_token": 2, "reason": "late"}]}
+    told = "chorus:" + json.dumps({**drops, "stop_reason": stop_reason})
+    end = event("c", choices=[{"index": 0, "text": "c", "finish_reason": "stop", "stop_reason": told}])
+    pair.engine.steps = [event("a"), end, USAGE, DONE]
+    answer = ask(pair, latency_budget_ms=5000, **fields)
+    last = events(answer)[-1] if "stream" in fields else answer.json()
+    assert pair.engine.bodies[-1]["vllm_xargs"]["chorus_report_in_stop_reason"] == 1
+    assert last["population"] | drops == last["population"]
+    assert "chorus:" not in answer.text
+    if "stream" in fields:
+        assert last["choices"][0]["stop_reason"] == stop_reason
+    metrics = httpx.get(f"{pair.url}/metrics").text
+    assert re.search(r"^chorus_gateway_member_drops_total.* 1", metrics, re.MULTILINE)
+
+
 SLOW = [event("a"), event("b"), 30.0]
 
 

@@ -224,6 +224,10 @@ def test_a_time_budget_is_kept_by_the_live_engine_and_reported(gateway_url: str)
     assert free["population"]["tier"] == "max"
     assert free["population"]["deadline"] == "met"
     assert sum(tokens for _, tokens in free["population"]["members_per_token"]) == 40
+    streamed = post(gateway_url, **fields, latency_budget_ms=120_000, stream=True).text
+    last = next(json.loads(part[6:]) for part in streamed.split("\n\n") if '"finish_reason":"length"' in part)
+    assert sum(tokens for _, tokens in last["population"]["members_per_token"]) == 40
+    assert last["choices"][0]["stop_reason"] is None
     cut = post(gateway_url, **fields, latency_budget_ms=30, on_deadline="truncate").json()
     assert cut["population"]["truncated"] is True
     assert cut["choices"][0]["finish_reason"] == "length"

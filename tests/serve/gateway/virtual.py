@@ -228,11 +228,8 @@ class World:
         if had_budget and grant.is_promised:
             self.known.squeeze.observe(late=not is_met)
             self.known.model.observe_promise(kept=is_met, probability=self.admission.limits.probability)
-        was_dropped = run.members_per_token[-1] < grant.flight.work.members
         usage = Usage(prompt_tokens=run.prompt_tokens, completion_tokens=run.max_tokens)
-        Exchange(grant, deadline=None, stall_s=60).teach(
-            usage, streamed=False, was_dropped=was_dropped, characters=2 * run.prompt_tokens
-        )
+        Exchange(grant, deadline=None, stall_s=60).teach(usage, streamed=False, characters=2 * run.prompt_tokens)
 
     async def crowd(self, num_streams: int, seconds: float, **ask: Any) -> list[Outcome]:
         """So many at once, one after the other, for so long."""

@@ -37,6 +37,7 @@ function request() {
     temperature: Number(at("temperature").value),
     logprobs: 0,
     stream: true,
+    stream_interval: 1,
     return_token_ids: true,
     stream_options: { include_usage: true },
   };

@@ -82,16 +82,16 @@ class LeastSquares:
         """Take over what `state` said.
 
         Raises:
-            KeyError, TypeError, ValueError: it is not of that form; the model is then as before or half taken over.
+            KeyError, TypeError, ValueError: it is not of that form; the model is then as before.
         """
         num = len(self._scales)
-        self.weights = _floats(state["weights"], num)
-        self._gram = [_floats(row, num) for row in state["gram"]]
-        self._moment = _floats(state["moment"], num)
-        if len(self._gram) != num:
-            raise ValueError(f"{len(self._gram)} rows for {num} features")
-        self.count = int(state["count"])
-        self._mean, self._miss = float(state["mean"]), float(state["miss"])
+        weights, moment = _floats(state["weights"], num), _floats(state["moment"], num)
+        gram = [_floats(row, num) for row in state["gram"]]
+        if len(gram) != num:
+            raise ValueError(f"{len(gram)} rows for {num} features")
+        count, mean, miss = int(state["count"]), float(state["mean"]), float(state["miss"])
+        self.weights, self._moment, self._gram = weights, moment, gram
+        self.count, self._mean, self._miss = count, mean, miss
 
 
 def _solve(gram: list[list[float]], moment: list[float], before: list[float]) -> list[float]:

@@ -21,9 +21,10 @@ FLOOR_ARGUMENT = "chorus_floor"
 MOST_ARGUMENT = "chorus_most_members"
 """Key of a request's `vllm_xargs`: with a time budget, it begins with no more members than this."""
 REPORT_ARGUMENT = "chorus_report_in_stop_reason"
-"""Key of `vllm_xargs`: 1 if the `stop_reason` is to carry what became of the time budget; streams have no other field."""
-REPORT_MARK = "chorus:"
-"""How such a `stop_reason` begins; JSON follows, with the reason itself."""
+"""Key of `vllm_xargs`: how a `stop_reason` is to begin that says, as JSON, what became of the time budget, with the reason itself.
+
+vLLM's streams have no other field for it.
+"""
 
 _PATIENCE = 0.05
 """Part of what is still to come by which it may be expected late: a member that left does not come back, but a crowd goes away."""
@@ -160,7 +161,8 @@ class Deadline:
     """In `time.time()` seconds."""
     way_down: tuple[tuple[int, Mixture], ...]
     """The members that may leave, in their order, each with the mixture that is left."""
-    reports_as_stop_reason: bool = False
+    report_mark: str | None = None
+    """How a stop reason begins that is to hold the report; None for none."""
     drops: list[Drop] = field(default_factory=list)
 
     @property

@@ -32,8 +32,8 @@ def check(arguments: dict[str, Any], prior: Prior) -> None:
     most = arguments.get(MOST_ARGUMENT, 1)
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
         raise ChorusError(f"vllm_xargs.{MOST_ARGUMENT}: {most!r} is not a number of members from 1 on")
-    if (reports := arguments.get(REPORT_ARGUMENT, 0)) not in (0, 1):
-        raise ChorusError(f"vllm_xargs.{REPORT_ARGUMENT}: {reports!r} is neither 1, for yes, nor 0")
+    if not isinstance(mark := arguments.get(REPORT_ARGUMENT, ""), str):
+        raise ChorusError(f"vllm_xargs.{REPORT_ARGUMENT}: {mark!r} is not a text with which the report is to begin")
 
 
 def check_every_request(model: str) -> None:

@@ -20,7 +20,6 @@ from serve.engine.deadline import (
     FLOOR_ARGUMENT,
     MOST_ARGUMENT,
     REPORT_ARGUMENT,
-    REPORT_MARK,
     Deadline,
     Drop,
     Runner,
@@ -133,7 +132,7 @@ class PopulationScheduler(Scheduler):
         deadline = Deadline(
             finish_at=request.arrival_time + arguments[BUDGET_ARGUMENT] / 1000,
             way_down=way_down(mixture, frozenset(floor.members), fitted),
-            reports_as_stop_reason=bool(arguments.get(REPORT_ARGUMENT)),
+            report_mark=arguments.get(REPORT_ARGUMENT),
         )
         self._deadlines[request.request_id] = deadline
         most = arguments.get(MOST_ARGUMENT, len(mixture.members))
@@ -194,8 +193,8 @@ class PopulationScheduler(Scheduler):
         Its streams have no place for them: a request that asks for it gets the report as its stop reason.
         """
         report = self._report(request)
-        if report is not None and self._deadlines[request.request_id].reports_as_stop_reason:
-            request.stop_reason = REPORT_MARK + json.dumps({**report, "stop_reason": request.stop_reason})
+        if report is not None and (mark := self._deadlines[request.request_id].report_mark) is not None:
+            request.stop_reason = mark + json.dumps({**report, "stop_reason": request.stop_reason})
         kv_transfer_params, ec_transfer_params = super()._free_request(request, *args, **kwargs)
         return report or kv_transfer_params, ec_transfer_params
 

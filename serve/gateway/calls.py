@@ -21,6 +21,8 @@ BUDGET_ARGUMENT = "chorus_time_budget_ms"
 FLOOR_ARGUMENT = "chorus_floor"
 MOST_ARGUMENT = "chorus_most_members"
 REPORT_ARGUMENT = "chorus_report_in_stop_reason"
+MOST_TOKENS_PER_EVENT = 64
+"""A stream that says nothing for much longer than that looks like one of an engine that hangs."""
 MIN_BUDGET_MS, MAX_BUDGET_MS = 1, 24 * 3600 * 1000
 _OURS = ("budget", "latency_budget_ms", "on_deadline", "min_budget")
 
@@ -53,6 +55,12 @@ class CallFields(BaseModel):
     )
     stream: StrictBool | None = None
     stream_options: dict[str, JsonValue] | None = None
+    stream_interval: StrictInt | None = Field(
+        None,
+        ge=1,
+        description=f"Tokens in each event of a stream, {MOST_TOKENS_PER_EVENT} at most; by default as many as are generated in a "
+        "thirtieth of a second. The first and the last event never wait.",
+    )
     vllm_xargs: dict[str, JsonValue] | None = Field(
         None, description=f"Extra arguments for the engine. Keys that begin with `{RESERVED_PREFIX}` are refused."
     )
@@ -76,8 +84,8 @@ class Call:
     """Whether the client gets a stream."""
     streams_from_engine: bool = False
     """Whether the engine is asked for one: also where a whole answer may have to be cut short."""
-    stream_interval: int | None = None
-    """Tokens in each event of a stream, where the client says so."""
+    tokens_per_event: int | None = 1
+    """Of a stream; None if that is the gateway's to choose."""
     wants_usage: bool = True
     """False if the client streams without asking for usage: the event that carries it is then ours alone."""
     affinity: bytes = b""
@@ -91,11 +99,12 @@ class Call:
         floor: Tier | None = None,
         most_members: int | None = None,
         tokens_per_event: int = 1,
+        report_mark: str | None = None,
     ) -> bytes:
         """The engine's request: answered by `tier`, in `budget_s` from its arrival there, with no fewer members than `floor`.
 
-        With a budget it may begin with no more than `most_members` of the tier's. A stream has `tokens_per_event`, unless the
-        client says how many.
+        With a budget it may begin with no more than `most_members` of the tier's, and a stream's stop reason begins with
+        `report_mark` and says what became of the budget.
         """
         if not self.is_served_by_a_tier:
             return self.fields
@@ -105,10 +114,10 @@ class Call:
             extra[FLOOR_ARGUMENT] = (floor or self.floor).name
             if most_members is not None:
                 extra[MOST_ARGUMENT] = most_members
-            if self.streams_from_engine:
-                extra[REPORT_ARGUMENT] = 1
+            if report_mark is not None and self.streams_from_engine:
+                extra[REPORT_ARGUMENT] = report_mark
         ours: dict[str, JsonValue] = {"vllm_xargs": extra}
-        if tokens_per_event > 1 and self.stream_interval is None:
+        if tokens_per_event > 1 and self.streams_from_engine:
             ours["stream_interval"] = tokens_per_event
         return _to_json(ours)[:-1] + b"," + self.fields[1:]
 
@@ -144,7 +153,7 @@ def read_call(body: bytes, kind: Kind, population: Population, default: Tier, te
     choice = choose(population, default, model=ours.model, budget=ours.budget)
     _check_extra_arguments(ours.vllm_xargs)
 
-    for key in (*_OURS, "vllm_xargs"):
+    for key in (*_OURS, "vllm_xargs", "stream_interval"):
         fields.pop(key, None)
     fields["model"] = population.name
     if kind == "tokens":
@@ -164,7 +173,7 @@ def read_call(body: bytes, kind: Kind, population: Population, default: Tier, te
         extra=ours.vllm_xargs or {},
         streams=streams,
         streams_from_engine=streams_from_engine,
-        stream_interval=_stream_interval(fields),
+        tokens_per_event=_tokens_per_event(ours, terms, joins=not (fields.get("tools") or fields.get("functions"))),
         wants_usage=wants_usage,
         affinity=_beginning(fields, kind),
     )
@@ -217,6 +226,7 @@ def _validate(fields: dict[str, Any]) -> CallFields:
             "min_budget": "a tier's name or a whole number of members, at least 1",
             "stream": "true or false",
             "stream_options": "an object",
+            "stream_interval": "a whole number of tokens, at least 1",
             "vllm_xargs": "an object",
         }[param]
         raise bad_request(
@@ -250,10 +260,13 @@ def _check_extra_arguments(extra: dict[str, JsonValue] | None) -> None:
         )
 
 
-def _stream_interval(fields: dict[str, Any]) -> int | None:
-    """The engine refuses what is no number of tokens."""
-    found = fields.get("stream_interval")
-    return found if type(found) is int and found > 0 else None
+def _tokens_per_event(ours: CallFields, terms: Terms, *, joins: bool) -> int | None:
+    """As the client wants it, or one where joining tokens would lose something: text at a deadline, and parts of a tool's
+    arguments, which not all of vLLM's parsers find again in large pieces (vllm issue 31501).
+    """
+    if ours.stream and ours.stream_interval is not None:
+        return min(ours.stream_interval, MOST_TOKENS_PER_EVENT)
+    return None if ours.stream and joins and not terms.stops_at_deadline else 1
 
 
 def _beginning(fields: dict[str, Any], kind: Kind) -> bytes:

@@ -37,7 +37,6 @@ _SAMPLING = {
     "logit_bias": "By token id.",
     "logprobs": "Whether, or of how many tokens, the mixture's log-probabilities are returned.",
     "response_format": "Structured output: `json_object` or `json_schema`.",
-    "stream_interval": "Tokens in each event of a stream; by default as many as take a thirtieth of a second.",
     "user": "Is not read.",
 }
 COMPLETION_FIELDS = {**_SAMPLING, "echo": "Whether the prompt comes back, too.", "suffix": "Is not supported."}

@@ -75,9 +75,10 @@ class Exchange:
         flight = self.grant.flight
         if flight.first_at is None:
             self.grant.engine.flights.note_first(flight)
-            flight.num_tokens += num_events
-        else:
-            flight.num_tokens += num_events * flight.tokens_per_event
+        num_first = min(
+            num_events, max(0, flight.num_sequences - flight.num_tokens)
+        )  # each sequence's first token comes alone
+        flight.num_tokens += num_first + (num_events - num_first) * flight.tokens_per_event
         now = self.grant.engine.heard_at = time.monotonic()
         if not self._has_words or now - self._set_at > _SLACK * self._stall_s:
             self._has_words = True
@@ -88,7 +89,7 @@ class Exchange:
         """The answer is complete: its times go into the engine's model.
 
         `characters` of its prompt came as text, 0 if it came as tokens. An answer that members left on the way teaches as any
-        other: to leave those out, or to count them as late, was tried and served fewer members (bench/LOG.md).
+        other: to leave those out, or to count them as late, was tried and was no better (bench/LOG.md).
         """
         now = time.perf_counter()
         engine, flight = self.grant.engine, self.grant.flight

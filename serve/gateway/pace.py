@@ -1,11 +1,11 @@
-"""How many tokens come in one event of a stream: so many that events do not come faster than anybody reads.
+"""How many tokens come in one event of a stream: more than one only where they come faster than anybody reads.
 
 Each event costs processor time in the engine's server, here and at the client: on two cores an engine of small members spends more
 on telling its tokens than on computing them. The first token and the last ones never wait (vLLM's `stream_interval`).
 """
 
 EVENT_S = 1 / 30
-"""Shortest time between two events of a stream."""
+"""Longest that a token waits for others, as things were expected when the request began."""
 _MOST = 16
 
 

@@ -168,10 +168,7 @@ class Relay(Response):
 
         splicer = EventSplicer(additions, keep_usage=call.wants_usage, at_end=at_end if has_budget else None)
         deadline = grant.flight.finish_by if call.terms.stops_at_deadline else None
-        if call.stream_interval is not None:
-            grant.flight.tokens_per_event = call.stream_interval
-        elif call.streams and deadline is None:  # what is cut at a deadline is to have all tokens that there are
-            grant.flight.tokens_per_event = tokens_per_event(grant.flight.expected_token_s)
+        grant.flight.tokens_per_event = call.tokens_per_event or tokens_per_event(grant.flight.expected_token_s)
         return _Attempt(
             grant=grant,
             exchange=Exchange(grant, deadline=deadline, stall_s=self._passage.stall_timeout_s),
@@ -191,6 +188,7 @@ class Relay(Response):
             floor=grant.flight.floor,
             most_members=grant.flight.most_members,
             tokens_per_event=grant.flight.tokens_per_event,
+            report_mark=attempt.report.mark,
         )
         answer = await upstream.send(self._passage.session, grant.engine, self._path, body, self._passage.headers)
         is_stream = answer.status == 200 and answer.content_type == _EVENT_STREAM
@@ -233,6 +231,8 @@ class Relay(Response):
             return
         self._finish(attempt, streamed=True)
         if attempt.assembly is not None:
+            if self._call.size.num_sequences > 1:
+                attempt.report.drops = {}  # one choice's, where all are meant
             await self._send_whole(attempt, attempt.assembly.answer(cut=False), send)
         else:
             await self._end(send)
@@ -293,6 +293,7 @@ class Relay(Response):
     async def _truncate(self, attempt: _Attempt, send: Send) -> None:
         """Return what there is."""
         attempt.report.is_truncated = self._record.is_truncated = True
+        self._record.num_drops = attempt.report.num_drops
         is_chat, name = self._path.endswith("chat/completions"), self._model or self._passage.offer.population.name
         self._note_deadline(attempt, is_met=self._record.elapsed_s() <= (self._call.terms.budget_s or 0.0))
         num = self._call.size.num_sequences

@@ -2,6 +2,7 @@
 
 import json
 import re
+import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +11,7 @@ from serve.gateway.offer import Offer
 from serve.gateway.terms import Terms
 
 _KEY = re.compile(rb'"kv_transfer_params"\s*:\s*')
-_MARK = "chorus:"
-_STOP_REASON = re.compile(rb'"stop_reason"\s*:\s*(?="chorus:)')
+_STOP_REASON = re.compile(rb'"stop_reason"\s*:\s*(?=")')
 _FIELDS = ("members_per_token", "drops")
 
 
@@ -25,9 +25,12 @@ class Report:
     """How many of the tier's members it began with, if not with all."""
     asked: str
     terms: Terms
+    mark: str = field(default_factory=lambda: f"chorus:{secrets.token_hex(8)}:")
+    """How a stop reason begins that is the engine's report: nobody can guess it, so no stop text of a client's looks like it."""
     drops: dict[str, Any] = field(default_factory=dict)
     """What the engine says about members that left on the way, where it says it."""
     is_truncated: bool = False
+    _num_drops: int = 0
 
     def begin(self) -> bytes:
         """The object as far as it is known when the answer begins."""
@@ -39,8 +42,7 @@ class Report:
     @property
     def num_drops(self) -> int:
         """Members that left on the way, as far as the engine says so."""
-        at_start = 0 if self.most_members is None else len(self.tier.members) - self.most_members
-        return max(0, len(self.drops.get("drops", ())) - at_start)
+        return self._num_drops
 
     def end(self, elapsed_s: float) -> bytes:
         """The object when the answer is complete, `elapsed_s` after the request arrived."""
@@ -64,15 +66,20 @@ class Report:
 
     def take_stream_drops(self, event: bytes) -> bytes:
         """The same for the event in which a choice ends: there the report came as its stop reason, and holds the real one."""
+        self.drops = {}  # of the choice that ended before
         if not (match := _STOP_REASON.search(event)):
             return event
         text, rest = _read(event[match.end() :])
-        found = json.loads(text.removeprefix(_MARK))
+        if not text.startswith(self.mark):
+            return event
+        found = json.loads(text.removeprefix(self.mark))
         self._note(found)
         return event[: match.end()] + json.dumps(found["stop_reason"]).encode() + rest
 
     def _note(self, found: dict[str, Any]) -> None:
         self.drops = {key: found[key] for key in _FIELDS if key in found}
+        at_start = 0 if self.most_members is None else len(self.tier.members) - self.most_members
+        self._num_drops += max(0, len(self.drops.get("drops", ())) - at_start)
 
     def _choice(self) -> dict[str, Any]:
         extra: dict[str, Any] = {}

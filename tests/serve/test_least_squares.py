@@ -44,6 +44,17 @@ def test_each_step_is_the_exact_minimum_also_where_features_never_vary(seed: int
         assert model.weights == pytest.approx(expected_F, rel=1e-6, abs=1e-9)
 
 
+def test_a_state_of_another_form_changes_nothing() -> None:
+    model = LeastSquares((1.0, 4.0), forgetting=0.95)
+    model.observe((1.0, 2.0), 0.1)
+    before = model.state()
+    for broken in ({"gram": [[1.0, 2.0]]}, {"weights": [1.0]}, {"moment": ["a", "b"]}, {"miss": None}):
+        with pytest.raises((TypeError, ValueError)):
+            model.restore({**before, "count": 9, **broken})
+        assert model.state() == before
+    model.observe((1.0, 2.0), 0.1)
+
+
 def test_what_was_learned_goes_to_another_model() -> None:
     first, second = LeastSquares((1.0, 4.0), forgetting=0.95), LeastSquares((1.0, 4.0), forgetting=0.95)
     for idx in range(20):

@@ -72,24 +72,58 @@ def test_a_stream_says_at_its_end_whether_the_deadline_was_met(pair: Pair) -> No
     assert last["population"]["deadline"] == "met"
 
 
+def told(mark: str, report: dict[str, Any], *, index: int = 0) -> bytes:
+    """The event in which a choice ends, with a report as its stop reason."""
+    stop_reason = mark + json.dumps(report)
+    return event("c", choices=[{"index": index, "text": "c", "finish_reason": "stop", "stop_reason": stop_reason}])
+
+
+DROPS: dict[str, Any] = {
+    "members_per_token": [[4, 2], [3, 1]],
+    "drops": [{"member": "t0-c00", "at_token": 2, "reason": "late"}],
+}
+
+
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch) -> str:
+    """How reports begin in this test; else nobody knows."""
+    monkeypatch.setattr("secrets.token_hex", lambda num_bytes: "5ec2e7")
+    return "chorus:5ec2e7:"
+
+
 @pytest.mark.parametrize("stop_reason", [None, 7, 'a "quoted" word, ü'])
 @pytest.mark.parametrize("fields", [{"stream": True}, {"on_deadline": "truncate"}])
 def test_the_engines_drops_come_out_of_a_streams_stop_reason(
-    pair: Pair, fields: dict[str, Any], stop_reason: Any
+    pair: Pair, mark: str, fields: dict[str, Any], stop_reason: Any
 ) -> None:
-    drops = {"members_per_token": [[4, 2], [3, 1]], "drops": [{"member": "t0-c00", "at_token": 2, "reason": "late"}]}
-    told = "chorus:" + json.dumps({**drops, "stop_reason": stop_reason})
-    end = event("c", choices=[{"index": 0, "text": "c", "finish_reason": "stop", "stop_reason": told}])
-    pair.engine.steps = [event("a"), end, USAGE, DONE]
+    pair.engine.steps = [event("a"), told(mark, {**DROPS, "stop_reason": stop_reason}), USAGE, DONE]
     answer = ask(pair, latency_budget_ms=5000, **fields)
     last = events(answer)[-1] if "stream" in fields else answer.json()
-    assert pair.engine.bodies[-1]["vllm_xargs"]["chorus_report_in_stop_reason"] == 1
-    assert last["population"] | drops == last["population"]
+    assert pair.engine.bodies[-1]["vllm_xargs"]["chorus_report_in_stop_reason"] == mark
+    assert last["population"] | DROPS == last["population"]
     assert "chorus:" not in answer.text
     if "stream" in fields:
         assert last["choices"][0]["stop_reason"] == stop_reason
     metrics = httpx.get(f"{pair.url}/metrics").text
     assert re.search(r"^chorus_gateway_member_drops_total.* 1", metrics, re.MULTILINE)
+
+
+@pytest.mark.parametrize("text", ["chorus:", "chorus:x", "chorus:{}", "chorus:[]", "chorus:" + json.dumps(DROPS)])
+def test_a_stop_text_of_the_client_is_no_report(pair: Pair, text: str) -> None:
+    end = event("c", choices=[{"index": 0, "text": "c", "finish_reason": "stop", "stop_reason": text}])
+    pair.engine.steps = [event("a"), end, USAGE, DONE]
+    last = events(ask(pair, latency_budget_ms=5000, stream=True, stop=text))[-1]
+    assert last["choices"][0]["stop_reason"] == text
+    assert "drops" not in last["population"]
+
+
+def test_each_choice_has_its_own_report(pair: Pair, mark: str) -> None:
+    first = told(mark, {**DROPS, "stop_reason": None})
+    second = event("d", choices=[{"index": 1, "text": "d", "finish_reason": "stop", "stop_reason": "d"}])
+    pair.engine.steps = [event("a"), first, second, USAGE, DONE]
+    found = events(ask(pair, latency_budget_ms=5000, stream=True, n=2))
+    assert found[1]["population"]["drops"] == DROPS["drops"]
+    assert "drops" not in found[2]["population"]
 
 
 SLOW = [event("a"), event("b"), 30.0]

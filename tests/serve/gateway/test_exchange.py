@@ -16,7 +16,13 @@ async def why(*, deadline_s: float | None, stall_s: float, early_s: float = 0.0)
     """Why a wait ends in which one word comes and then nothing; its timer fires so much early."""
     flights = SimpleNamespace(note_first=lambda flight: None)
     engine = SimpleNamespace(is_up=True, waiting=set(), heard_at=0.0, flights=flights)
-    grant = cast(Grant, SimpleNamespace(engine=engine, flight=cast(Any, SimpleNamespace(first_at=None, num_tokens=0))))
+    grant = cast(
+        Grant,
+        SimpleNamespace(
+            engine=engine,
+            flight=cast(Any, SimpleNamespace(first_at=None, num_tokens=0, num_sequences=1, tokens_per_event=1)),
+        ),
+    )
     deadline = None if deadline_s is None else time.perf_counter() + deadline_s
     try:
         async with Exchange(grant, deadline=deadline, stall_s=stall_s) as exchange:
@@ -40,8 +46,10 @@ def test_silence_is_a_stall_though_a_deadline_lies_ahead(deadline_s: float | Non
 
 
 def test_tokens_are_counted_where_several_come_in_an_event() -> None:
-    async def count() -> int:
-        flight = cast(Any, SimpleNamespace(first_at=None, num_tokens=0, tokens_per_event=4))
+    async def count(num_sequences: int) -> int:
+        flight = cast(
+            Any, SimpleNamespace(first_at=None, num_tokens=0, tokens_per_event=4, num_sequences=num_sequences)
+        )
         flights = SimpleNamespace(note_first=lambda flight: setattr(flight, "first_at", 1.0))
         engine = SimpleNamespace(is_up=True, waiting=set(), heard_at=0.0, flights=flights)
         grant = cast(Grant, SimpleNamespace(engine=engine, flight=flight))
@@ -50,11 +58,12 @@ def test_tokens_are_counted_where_several_come_in_an_event() -> None:
                 exchange.heard(num_events)
         return int(flight.num_tokens)
 
-    assert asyncio.run(count()) == 1 + 3 * 4
+    assert asyncio.run(count(1)) == 1 + 3 * 4
+    assert asyncio.run(count(3)) == 3 + 1 * 4
 
 
 @pytest.mark.parametrize(
     ("token_s", "tokens"), [(0.0, 1), (1e-9, 16), (0.003, 11), (0.0101, 3), (0.016, 2), (0.017, 1), (5.0, 1)]
 )
-def test_events_are_no_closer_than_thirty_a_second(token_s: float, tokens: int) -> None:
+def test_a_token_waits_a_thirtieth_of_a_second_at_most(token_s: float, tokens: int) -> None:
     assert tokens_per_event(token_s) == tokens

@@ -58,10 +58,14 @@ def test_a_whole_answer_carries_the_population_and_the_engines_usage(pair: Pair)
     ("fields", "sent"),
     [
         ({}, 6),  # 33 ms between events, 5 ms a token
-        ({"stream_interval": 1}, 1),
-        ({"stream_interval": "many"}, "many"),  # the engine says what is wrong with it
+        ({"stream_interval": 1}, None),
+        ({"stream_interval": 7}, 7),
+        ({"stream_interval": 100_000}, 64),
+        ({"stream_interval": None}, 6),
+        ({"tools": [{"type": "function"}]}, None),
         ({"latency_budget_ms": 5000}, 6),
         ({"latency_budget_ms": 5000, "on_deadline": "truncate"}, None),
+        ({"latency_budget_ms": 5000, "on_deadline": "truncate", "stream": False, "stream_interval": 9}, None),
         ({"stream": False}, None),
     ],
 )
@@ -70,6 +74,14 @@ def test_tokens_of_a_fast_engine_come_several_to_an_event(pair: Pair, fields: di
     pair.gateway.pool.engines[0].model = known(member_s=0.005, row_s=0.0)
     complete(pair, **{"budget": "economy", "stream": True, **fields})
     assert pair.engine.bodies[-1].get("stream_interval") == sent
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "7", True])
+def test_a_stream_interval_is_a_number_of_tokens(pair: Pair, value: Any) -> None:
+    answer = complete(pair, stream=True, stream_interval=value)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "stream_interval"
+    assert not pair.engine.bodies
 
 
 def test_a_slow_engine_is_asked_for_every_token(pair: Pair) -> None:

@@ -114,10 +114,10 @@ class Call:
             extra[FLOOR_ARGUMENT] = (floor or self.floor).name
             if most_members is not None:
                 extra[MOST_ARGUMENT] = most_members
-            if report_mark is not None and self.streams_from_engine:
+            if report_mark is not None:
                 extra[REPORT_ARGUMENT] = report_mark
         ours: dict[str, JsonValue] = {"vllm_xargs": extra}
-        if tokens_per_event > 1 and self.streams_from_engine:
+        if tokens_per_event > 1:
             ours["stream_interval"] = tokens_per_event
         return _to_json(ours)[:-1] + b"," + self.fields[1:]
 

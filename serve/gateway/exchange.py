@@ -75,9 +75,8 @@ class Exchange:
         flight = self.grant.flight
         if flight.first_at is None:
             self.grant.engine.flights.note_first(flight)
-        num_first = min(
-            num_events, max(0, flight.num_sequences - flight.num_tokens)
-        )  # each sequence's first token comes alone
+        # Each sequence's first token comes alone.
+        num_first = min(num_events, max(0, flight.num_sequences - flight.num_tokens))
         flight.num_tokens += num_first + (num_events - num_first) * flight.tokens_per_event
         now = self.grant.engine.heard_at = time.monotonic()
         if not self._has_words or now - self._set_at > _SLACK * self._stall_s:

@@ -1,7 +1,7 @@
 """How many tokens come in one event of a stream: more than one only where they come faster than anybody reads.
 
-Each event costs processor time in the engine's server, here and at the client: on two cores an engine of small members spends more
-on telling its tokens than on computing them. The first token and the last ones never wait (vLLM's `stream_interval`).
+Each event costs processor time in the engine's server, here and at the client, which an engine of small members on the same cores
+misses (bench/LOG.md). The first token and the last ones never wait (vLLM's `stream_interval`).
 """
 
 EVENT_S = 1 / 30

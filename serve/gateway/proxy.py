@@ -22,7 +22,7 @@ from serve.gateway.offer import Offer
 from serve.gateway.pace import tokens_per_event
 from serve.gateway.pool import Pool
 from serve.gateway.records import Record
-from serve.gateway.report import Report
+from serve.gateway.report import Report, new_mark
 from serve.gateway.splice import ERROR, Additions, EventSplicer, Usage, read_usage
 from serve.gateway.store import Store
 from serve.gateway.tenants import Tenant
@@ -152,15 +152,16 @@ class Relay(Response):
 
     def _attempt(self, grant: Grant) -> _Attempt:
         call, record = self._call, self._record
+        has_budget = call.terms.budget_s is not None
         report = Report(
             offer=self._passage.offer,
             tier=grant.tier,
             most_members=grant.flight.most_members,
             asked=call.choice.asked,
             terms=call.terms,
+            mark=new_mark() if has_budget and call.streams_from_engine else None,
         )
         additions = Additions(population=report.begin(), model=self._model)
-        has_budget = call.terms.budget_s is not None
 
         def at_end(event: bytes) -> tuple[bytes, bytes]:
             event = report.take_stream_drops(event)

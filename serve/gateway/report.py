@@ -15,6 +15,11 @@ _STOP_REASON = re.compile(rb'"stop_reason"\s*:\s*(?=")')
 _FIELDS = ("members_per_token", "drops")
 
 
+def new_mark() -> str:
+    """How a report may begin in the place of a stop reason: nobody can guess it, so no stop text of a client's looks like it."""
+    return f"chorus:{secrets.token_hex(8)}:"
+
+
 @dataclass(kw_only=True)
 class Report:
     """One answer's report, completed while the answer is given."""
@@ -25,12 +30,13 @@ class Report:
     """How many of the tier's members it began with, if not with all."""
     asked: str
     terms: Terms
-    mark: str = field(default_factory=lambda: f"chorus:{secrets.token_hex(8)}:")
-    """How a stop reason begins that is the engine's report: nobody can guess it, so no stop text of a client's looks like it."""
+    mark: str | None = None
+    """How a stop reason begins that is the engine's report; None where none was asked for."""
     drops: dict[str, Any] = field(default_factory=dict)
     """What the engine says about members that left on the way, where it says it."""
     is_truncated: bool = False
-    _num_drops: int = 0
+    num_drops: int = 0
+    """Members that left on the way, of all choices, as far as the engine says so."""
 
     def begin(self) -> bytes:
         """The object as far as it is known when the answer begins."""
@@ -38,11 +44,6 @@ class Report:
         if not (extra := self._choice()):
             return known
         return known[:-1] + b"," + _dumps(extra)[1:]
-
-    @property
-    def num_drops(self) -> int:
-        """Members that left on the way, as far as the engine says so."""
-        return self._num_drops
 
     def end(self, elapsed_s: float) -> bytes:
         """The object when the answer is complete, `elapsed_s` after the request arrived."""
@@ -70,7 +71,7 @@ class Report:
         if not (match := _STOP_REASON.search(event)):
             return event
         text, rest = _read(event[match.end() :])
-        if not text.startswith(self.mark):
+        if self.mark is None or not text.startswith(self.mark):
             return event
         found = json.loads(text.removeprefix(self.mark))
         self._note(found)
@@ -79,7 +80,7 @@ class Report:
     def _note(self, found: dict[str, Any]) -> None:
         self.drops = {key: found[key] for key in _FIELDS if key in found}
         at_start = 0 if self.most_members is None else len(self.tier.members) - self.most_members
-        self._num_drops += max(0, len(self.drops.get("drops", ())) - at_start)
+        self.num_drops += max(0, len(self.drops.get("drops", ())) - at_start)
 
     def _choice(self) -> dict[str, Any]:
         extra: dict[str, Any] = {}

@@ -1,8 +1,8 @@
 """Deadlines under load: Poisson arrivals at 0.5, 1 and 2 times the capacity of `max`, each with twice the unloaded time.
 
-The gateway's own choice of tiers beside every fixed tier, in one run. Usage:
+The gateway's own choice of tiers beside every fixed tier, in turn, in one run. Usage:
 
-    python bench/deadlines.py DIR [--seconds 20] [--tokens 64] [-- ENGINE_ARGUMENT...]
+    python bench/deadlines.py DIR [--seconds 15] [--rounds 2] [--tokens 48] [-- ENGINE_ARGUMENT...]
     python bench/deadlines.py DIR --url http://127.0.0.1:8000
 """
 
@@ -15,6 +15,7 @@ import platform
 import signal
 import statistics
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ from typing import Any
 from population import manifest
 from serve.gateway.cards import model_cards
 from serve.gateway.figures import summarise
-from serve.gateway.loadtest import Plan, run
+from serve.gateway.loadtest import Plan, Sent, run
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gateway import chorus_serve
 
 FACTORS = (0.5, 1.0, 2.0)
+CHORUS = "chorus"
 BARS = {0.5: 0.99, 1.0: 0.95, 2.0: 0.90}
 
 
@@ -46,27 +48,68 @@ def measure(url: str, directory: Path, options: argparse.Namespace) -> dict[str,
     capacity = len(crowd) / busy_s
     found: dict[str, Any] = {"unloaded_s": unloaded_s, "capacity_per_s": capacity, "runs": []}
     print(f"{largest.name}: {unloaded_s:.2f} s alone, {capacity:.2f} requests/s at 16 streams", flush=True)
-    for factor in FACTORS:
-        loaded = replace(
-            plan, rate_per_s=factor * capacity, duration_s=options.seconds, budgets_ms=(2000 * unloaded_s,), seed=7
-        )
-        policies = {"chorus": replace(loaded, tiers=((None, 1.0),))}
-        policies |= {name: replace(loaded, tiers=((name, 1.0),), tells_budget=False) for name in reversed(tiers)}
-        for policy, each in policies.items():
-            figures = summarise(asyncio.run(run(each)), cards, options.seconds)
-            found["runs"].append({"factor": factor, "policy": policy, **figures})
-            shown = {key: figures.get(key) for key in ("sent", "refused_429", "attainment", "mean_members")}
-            loss, goodput = figures.get("expected_loss_nats"), figures["requests_in_time_per_s"]
-            print(f"{factor} {policy:10} {shown} loss {loss} in time/s {goodput:.2f}", flush=True)
+    sent: dict[tuple[float, str], list[Sent]] = {}
+    for round_ in range(options.rounds):
+        for factor in FACTORS:
+            loaded = replace(
+                plan,
+                rate_per_s=factor * capacity,
+                duration_s=options.seconds,
+                budgets_ms=(2000 * unloaded_s,),
+                seed=round_,
+            )
+            policies = {CHORUS: replace(loaded, tiers=((None, 1.0),))}
+            policies |= {name: replace(loaded, tiers=((name, 1.0),), tells_budget=False) for name in reversed(tiers)}
+            for policy, each in policies.items():
+                new = asyncio.run(run(each))
+                sent.setdefault((factor, policy), []).extend(new)
+                figures = summarise(new, cards, options.seconds)
+                shown = {key: figures.get(key) for key in ("sent", "refused_429", "attainment", "mean_members")}
+                print(f"round {round_ + 1}, {factor} {policy:10} {shown}", flush=True)
+    for (factor, policy), all_sent in sent.items():
+        figures = summarise(all_sent, cards, options.rounds * options.seconds)
+        found["runs"].append({"factor": factor, "policy": policy, **figures})
     return found
+
+
+def verdicts(runs: list[dict[str, Any]]) -> Iterator[str]:
+    """Our members beside those of the largest fixed tier that keeps as many deadlines: at each load, and one tier at all loads."""
+    by_policy: dict[str, list[dict[str, Any]]] = {}
+    for each in runs:
+        by_policy.setdefault(each["policy"], []).append(each)
+    ours = by_policy.pop(CHORUS)
+    for idx, mine in enumerate(ours):
+        as_good = [fixed[idx] for fixed in by_policy.values() if fixed[idx]["attainment"] >= mine["attainment"]]
+        yield f"at {mine['factor']}x: {_beside([mine], [[each] for each in as_good])}"
+    as_good = [
+        fixed
+        for fixed in by_policy.values()
+        if all(each["attainment"] >= mine["attainment"] for each, mine in zip(fixed, ours, strict=True))
+    ]
+    yield f"at all three loads: {_beside(ours, as_good)}"
+
+
+def _beside(ours: list[dict[str, Any]], as_good: list[list[dict[str, Any]]]) -> str:
+    best = max(as_good, key=_mean_members, default=None)
+    if best is None:
+        return f"{_mean_members(ours):.2f} members; no fixed tier keeps as many deadlines"
+    name, members = best[0]["policy"], _mean_members(best)
+    return f"{_mean_members(ours):.2f} members; {members:.2f} with {name}, the largest fixed tier that keeps as many deadlines"
+
+
+def _mean_members(runs: list[dict[str, Any]]) -> float:
+    """Over the requests that were served."""
+    served = sum(each["served"] for each in runs)
+    return sum(each["served"] * (each["mean_members"] or 0.0) for each in runs) / max(1, served)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--url", help="a gateway that runs already")
-    parser.add_argument("--seconds", type=float, default=20)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=15)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     options, engine_arguments = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
@@ -79,12 +122,14 @@ def main() -> None:
         f"{'load':>5} {'policy':10}{'in time':>9}{'bar':>6}{'refused':>9}{'members':>9}{'loss':>8}{'good/s':>8}{'p99, s':>8}"
     )
     for each in found["runs"]:
-        bar = f"{BARS[each['factor']]:.0%}" if each["policy"] == "chorus" else ""
+        bar = f"{BARS[each['factor']]:.0%}" if each["policy"] == CHORUS else ""
         print(
             f"{each['factor']:>5} {each['policy']:10}{each['attainment'] or 0:>9.1%}{bar:>6}{each['refused_429']:>9}"
             f"{each['mean_members'] or 0:>9.2f}{each.get('expected_loss_nats') or 0:>8.3f}"
             f"{each['requests_in_time_per_s']:>8.2f}{each['total_ms'].get('p99', 0) / 1000:>8.2f}"
         )
+    for line in verdicts(found["runs"]):
+        print(line)
     print(json.dumps(found))
 
 

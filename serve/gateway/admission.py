@@ -12,14 +12,15 @@ from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from population.manifest import Tier
 from serve.gateway.calls import Call
-from serve.gateway.demand import Demand, Supply
+from serve.gateway.demand import Demand
 from serve.gateway.engines import Engine
 from serve.gateway.errors import ApiError
 from serve.gateway.flights import Flight
-from serve.gateway.latency import Work
+from serve.gateway.level import Level, Supply
 from serve.gateway.plans import NotNow, Plan, Wish, at_floor, least_s, plan
 from serve.gateway.tenants import Tenant
 
@@ -88,6 +89,8 @@ class Admission:
         self._clock = 0.0
         self._ends: deque[float] = deque(maxlen=32)
         self._demand = Demand()
+        self._level = Level()
+        self._most_members = 1
         self._look_again_at = 0.0
         self._later: asyncio.TimerHandle | None = None
 
@@ -206,24 +209,27 @@ class Admission:
         )
 
     def _note(self, ask: Ask) -> None:
-        size, now = ask.wish.size, time.perf_counter()
-        is_free = len(ask.wish.tiers) > 1
+        size, now, largest = ask.wish.size, time.perf_counter(), len(ask.wish.tiers[0].members)
         engines = self._engines(ask.call, ask.avoid)
         prompt_tokens = engines[0].model.prompt_tokens(tokens=size.prompt_tokens, characters=size.prompt_characters)
-        members = None if is_free else len(ask.wish.tiers[0].members)
-        self._demand.note(size, prompt_tokens=prompt_tokens, members=members, now=now)
+        self._most_members = max(self._most_members, largest)
+        if ask.wish.finish_by is not None and len(ask.wish.tiers) > 1:
+            budget_s = max(0.0, ask.wish.finish_by - now)
+            self._demand.note_free(size, prompt_tokens=prompt_tokens, budget_s=budget_s, now=now)
+        else:
+            self._demand.note_fixed(size, prompt_tokens=prompt_tokens, members=largest, now=now)
 
-    def _most_members(
-        self, engine: Engine, num_engines: int, now: float
-    ) -> Callable[[Sequence[int], Work, float], float]:
+    def _choose_level(self, engine: Engine, num_engines: int, now: float) -> int:
+        self._demand.fade(now)
         supply = Supply(
             model=engine.model,
             costs=engine.costs,
-            num_engines=max(1, num_engines),
+            num_engines=num_engines,
             max_sequences=self.limits.max_sequences,
             probability=self.limits.probability,
         )
-        return lambda sizes, work, left_s: self._demand.most_members(supply, sizes, work, left_s, now)
+        waiting_tokens = sum(ask.wish.size.total_tokens for asks in self._waiting.values() for ask in asks)
+        return self._level.choose(self._demand, supply, most=self._most_members, waiting_tokens=waiting_tokens)
 
     def _try(self, ask: Ask, *, pressure: float) -> Grant | None:
         """Begin on the best engine that takes it; None if none does now.
@@ -245,7 +251,7 @@ class Admission:
                 probability=self.limits.probability,
                 max_sequences=self.limits.max_sequences,
                 pressure=pressure,
-                most_members=self._most_members(engine, len(engines), now),
+                level=partial(self._choose_level, engine, len(engines), now),
             )
             if isinstance(found, Plan):
                 return self._grant(ask, engine, found, now, is_promised=not ask.is_hopeless)
@@ -270,8 +276,6 @@ class Admission:
             expected_token_s=found.token_s,
         )
         engine.flights.begin(flight)
-        if ask.wish.finish_by is not None and len(ask.wish.tiers) > 1:
-            self._demand.note_granted(found.work.members)
         self._charge(ask, found)
         return Grant(engine=engine, flight=flight, waited_s=now - ask.arrived_at, is_promised=is_promised)
 

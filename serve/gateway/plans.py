@@ -1,6 +1,6 @@
 """Whether a request can begin on an engine now, and at which tier. Pure decisions; `admission` applies them.
 
-With a deadline: of the numbers of members that are not too large for what is being asked for lately (`demand`), the largest at
+With a deadline: of the numbers of members that everybody may have as things go (`level`), the largest at
 which the request is expected in time, with the set probability, and at which everybody else who has a deadline could still be in
 time if taken down to as many. That shares what there is: gains fall with every further member, so several requests at a middling
 number are worth more than one large among small ones. A number between two tiers is the larger tier, begun without some members.
@@ -65,11 +65,11 @@ def plan(
     probability: float,
     max_sequences: int,
     pressure: float = 0.0,
-    most_members: Callable[[Sequence[int], Work, float], float] = lambda sizes, work, left_s: math.inf,
+    level: Callable[[], float] = lambda: math.inf,
 ) -> Plan | NotNow:
     """How `wish` begins now. `pressure`, from 0 to 1, takes away the largest tiers in proportion.
 
-    `most_members` says, for the sizes of the tiers, the work and the time left, how large a tier may be as things go.
+    `level` says how many members everybody may have as things go; it is asked only where that matters.
     """
     # A request of more sequences than fit at all begins alone: the engine queues what it cannot run.
     if flights.num_sequences and flights.num_sequences + wish.size.num_sequences > max_sequences:
@@ -79,7 +79,7 @@ def plan(
         return _expect_whole(tiers[0], wish, flights, model)
     left_s = wish.finish_by - now
     rungs = _rungs(tiers)
-    most = most_members([len(rung.members) for rung in rungs], _work(rungs[0], wish.size, model), left_s)
+    most = level()
     for rung in rungs:
         is_floor = rung is rungs[-1]
         if len(rung.members) > most and not is_floor:

@@ -12,7 +12,6 @@ from scipy.optimize import nnls
 
 from population.manifest import Population
 from serve.gateway.costs import StepCosts, read_costs
-from serve.gateway.demand import Demand, Supply
 from serve.gateway.flights import Flight, Flights
 from serve.gateway.latency import LatencyModel, Load, Work
 from serve.gateway.plans import NotNow, Plan, Wish, plan
@@ -94,23 +93,6 @@ def test_costs_are_read_from_an_engines_metrics() -> None:
     assert read_costs(f"# HELP x\n{text}\nother 1\n".encode()) == expected
     assert read_costs(b"other 1\n") is None
     assert read_costs(b'chorus_engine_step_cost_seconds{engine="0",part="step"} 1\n') is None
-
-
-@pytest.mark.parametrize(("member_s", "row_s"), [(0.001, 0.00002), (0.0001, 0.0003)])
-def test_the_members_that_can_be_kept_up_follow_from_the_costs(member_s: float, row_s: float) -> None:
-    costs = StepCosts(step=0.001, request=0.0, member=member_s, row=row_s, context=0.0)
-    supply = Supply(model=known(), costs=costs, num_engines=1, max_sequences=10**6, probability=0.95)
-    work, sizes = Work(members=8, prompt_tokens=0, max_tokens=50), range(1, 9)
-    before = 8.0
-    for rate in (1, 100, 400, 1600):  # tokens per second
-        demand = Demand()
-        now = time.perf_counter()
-        for idx in range(400):
-            demand.note(Size(max_tokens=rate), prompt_tokens=0, members=None, now=now + idx / 10)
-        found = demand.most_members(supply, sizes, work, 0.5, now + 40)
-        assert 1 <= found <= before
-        before = found
-    assert before < 8, "1,600 tokens a second are too many for eight members each"
 
 
 def test_what_fits_no_tier_waits_if_others_are_the_reason_and_is_late_otherwise(tiny: Population) -> None:

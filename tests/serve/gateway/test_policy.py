@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import pytest
 
 from population.manifest import Population
-from tests.serve.gateway.virtual import Outcome, World, in_virtual_time
+from serve.gateway.admission import Limits
+from tests.serve.gateway.virtual import Costs, Outcome, World, in_virtual_time
 
 BARS = {0.5: 0.99, 1.0: 0.95, 2.0: 0.90}
-SEEDS = (1, 2)
+SEED = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,34 +35,57 @@ class Figures:
         )
 
 
-async def under_load(population: Population, factor: float, tier: str | None) -> Figures:
-    """Poisson arrivals at a multiple of the largest tier's capacity, each with twice the time that it takes alone."""
-    outcomes: list[Outcome] = []
-    for seed in SEEDS:
-        world = World(population, seed=seed)
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """An engine under load."""
+
+    costs: Costs
+    max_sequences: int = 64
+    tells_costs: bool = True
+
+    async def under_load(self, population: Population, factor: float, tier: str | None) -> Figures:
+        """Poisson arrivals at a multiple of the largest tier's capacity, each with twice the time that it takes alone."""
+        limits = Limits(max_sequences=self.max_sequences)
+        world = World(population, costs=self.costs, limits=limits, tells_costs=self.tells_costs, seed=SEED)
         working = world.working()
         alone_s = statistics.median(each.seconds for each in await world.crowd(1, 3, budget_s=None, tier="max"))
         capacity = len(await world.crowd(16, 10, budget_s=None, tier="max")) / 10
-        outcomes += await world.arrivals(factor * capacity, 20, budget_s=2 * alone_s, tier=tier, told=tier is None)
+        outcomes = await world.arrivals(factor * capacity, 20, budget_s=2 * alone_s, tier=tier, told=tier is None)
         for task in working:
             task.cancel()
         await asyncio.gather(*working, return_exceptions=True)
-    return Figures.of(outcomes)
+        return Figures.of(outcomes)
 
 
+# As measured on two cores, in round figures: members of 3 layers and width 128, at first and with a matrix unit; and what a GPU,
+# which has to read each member's weights for however many rows, would make of larger ones.
+ROWS = Costs(step_s=0.0005, member_s=0.0007, row_s=0.00016, prompt_row_s=0.00002)
+BOTH = Costs(step_s=0.0019, member_s=0.0011, row_s=0.00004, prompt_row_s=0.00003)
+MEMBERS = Costs(step_s=0.003, member_s=0.005, row_s=0.00002, prompt_row_s=0.000004)
+SETTINGS = {
+    "rows cost most, and the engine does not say so": Setting(costs=ROWS, tells_costs=False),
+    "members and rows": Setting(costs=BOTH, max_sequences=16),
+    "members cost most": Setting(costs=MEMBERS, max_sequences=16),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
 @pytest.mark.parametrize("factor", BARS)
 def test_deadlines_are_kept_with_more_members_than_any_fixed_tier_that_keeps_them(
-    tiny: Population, monkeypatch: pytest.MonkeyPatch, factor: float
+    tiny: Population, monkeypatch: pytest.MonkeyPatch, setting: Setting, factor: float
 ) -> None:
-    ours = in_virtual_time(monkeypatch, under_load(tiny, factor, None))
-    fixed = {tier.budget: in_virtual_time(monkeypatch, under_load(tiny, factor, tier.name)) for tier in tiny.tiers}
+    ours = in_virtual_time(monkeypatch, setting.under_load(tiny, factor, None))
+    fixed = {
+        tier.budget: in_virtual_time(monkeypatch, setting.under_load(tiny, factor, tier.name)) for tier in tiny.tiers
+    }
     print(factor, ours, fixed)
     assert ours.attainment >= BARS[factor]
     assert ours.refused < 0.2
-    as_good = [budget for budget, figures in fixed.items() if figures.attainment >= ours.attainment]
-    assert ours.members > max(as_good, default=0)
+    best = max((budget for budget, figures in fixed.items() if figures.attainment >= ours.attainment), default=0)
+    assert ours.members > best or (best == max(fixed) and ours.members > 0.99 * best), "there is no more than all"
 
 
 def test_what_happens_in_virtual_time_happens_again(tiny: Population, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = (in_virtual_time(monkeypatch, under_load(tiny, 1.0, None)) for _ in range(2))
+    setting = SETTINGS["members and rows"]
+    first, second = (in_virtual_time(monkeypatch, setting.under_load(tiny, 1.0, None)) for _ in range(2))
     assert first == second

@@ -10,15 +10,16 @@ import random
 import selectors
 import time
 from collections.abc import Awaitable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
 from population.manifest import Population
-from serve.engine.deadline import Runner, StepLoad, StepTally, choose_drops
+from serve.engine.deadline import Runner, StepCost, StepLoad, StepTally, choose_drops
 from serve.gateway.admission import Admission, Grant, Limits
 from serve.gateway.calls import read_call
+from serve.gateway.costs import StepCosts
 from serve.gateway.engines import Engine
 from serve.gateway.errors import ApiError
 from serve.gateway.exchange import Exchange
@@ -64,12 +65,12 @@ def in_virtual_time(monkeypatch: pytest.MonkeyPatch, story: Awaitable[Any]) -> A
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Seconds of a step: as measured with members of 3 layers and width 128 on two cores, in round figures."""
+    """Seconds of a step."""
 
-    step_s: float = 0.0005
-    member_s: float = 0.0007
-    row_s: float = 0.00016
-    prompt_row_s: float = 0.00002
+    step_s: float
+    member_s: float
+    row_s: float
+    prompt_row_s: float
     scatter: float = 0.1
     """Standard deviation of a step's logarithm."""
     hiccup: float = 0.0005
@@ -98,9 +99,10 @@ class Run:
 
 
 class VirtualEngine:
-    """Steps in virtual time. It knows its own costs: how a real one learns them is tested there."""
+    """Steps in virtual time. It knows what they cost, and says what a real one would have learned of that."""
 
     def __init__(self, costs: Costs, dice: random.Random) -> None:
+        self._learned = StepCost()
         self._costs = costs
         self._dice = dice
         self._running: list[Run] = []
@@ -118,9 +120,9 @@ class VirtualEngine:
             self._keep_deadlines(loop.time())
             batch = list(self._running)
             prompts = sum(run.prompt_tokens * run.members for run in batch if not run.members_per_token)
-            seconds = (self._step_s() + self._costs.prompt_row_s * prompts) * self._dice.lognormvariate(
-                0, self._costs.scatter
-            )
+            seconds = self._costs.of(self._load()) + self._costs.prompt_row_s * prompts
+            seconds *= self._dice.lognormvariate(0, self._costs.scatter)
+            self._learned.observe(self._load(prompts), seconds, members_s=seconds - self._costs.step_s)
             await asyncio.sleep(seconds + 0.05 * (self._dice.random() < self._costs.hiccup))
             for run in batch:
                 run.members_per_token.append(run.members)
@@ -148,11 +150,17 @@ class VirtualEngine:
         for run, count in zip(runs, choose_drops(runners, tally, self._costs.of), strict=True):
             run.members -= count
 
-    def _step_s(self) -> float:
+    def _load(self, prompt_rows: int = 0) -> StepLoad:
         tally = StepTally()
         for run in self._running:
             tally.add(range(run.members), rows=1, context=0)
-        return self._costs.of(tally.load())
+        load = tally.load()
+        return replace(load, member_rows=load.member_rows + prompt_rows)
+
+    def told(self) -> StepCosts | None:
+        """What it says of its costs."""
+        parts = self._learned.parts()
+        return StepCosts(**parts) if parts else None
 
 
 @dataclass(kw_only=True)
@@ -174,15 +182,16 @@ class World:
     """A gateway's decisions before one virtual engine."""
 
     def __init__(
-        self, population: Population, *, costs: Costs | None = None, limits: Limits | None = None, seed: int = 0
+        self, population: Population, *, costs: Costs, limits: Limits, tells_costs: bool = True, seed: int = 0
     ) -> None:
         self._population = population
         self.dice = random.Random(seed)
-        self.engine = VirtualEngine(costs or Costs(), self.dice)
+        self.engine = VirtualEngine(costs, self.dice)
         session: Any = None
         self.known = Engine(session, url="virtual", is_supervised=False, probe_interval_s=1, probe_timeout_s=1)
         self.known.mark_up()
-        self.admission = Admission(limits or Limits(), lambda call, avoid: [self.known])
+        self._tells_costs = tells_costs
+        self.admission = Admission(limits, lambda call, avoid: [self.known])
 
     async def ask(
         self, *, budget_s: float | None, tier: str | None = None, max_tokens: int = 48, told: bool = True
@@ -253,4 +262,11 @@ class World:
 
     def working(self) -> list["asyncio.Task[None]"]:
         """What has to run beside the requests."""
-        return [asyncio.create_task(self.engine.steps()), asyncio.create_task(self.admission.keep())]
+        return [
+            asyncio.create_task(each) for each in (self.engine.steps(), self.admission.keep(), self._ask_for_costs())
+        ]
+
+    async def _ask_for_costs(self) -> None:
+        while self._tells_costs:
+            await asyncio.sleep(2.0)
+            self.known.costs = self.engine.told()

@@ -1,0 +1,150 @@
+"""How many members everybody may have as things go: one number for all who may have more or fewer, not for each what is idle.
+
+What runs now says little about the next second: beside an idle engine all members always fit, and whoever comes next pays for it.
+Gains fall with every further member, so it is better to serve all with the same number. Where what can be kept up lies between two
+numbers, these take turns. While anybody has the larger one, each step runs all its members, so that serving some with more and some
+with fewer costs nearly as much as serving all with more; but time budgets are a store. The larger number runs while it fills the
+queue, the smaller one while that drains.
+"""
+
+import math
+from dataclasses import dataclass
+
+from serve.gateway.costs import StepCosts
+from serve.gateway.demand import Demand
+from serve.gateway.latency import LatencyModel, Load, Work
+
+_STORE = 0.9
+"""Part of what time budgets leave that a queue may take: the rest is for what nobody expects."""
+_AGAIN = 2.0
+"""A number is taken again, while requests wait, where it could be kept up with so many times as many."""
+_BEGIN_S = 0.5
+"""A number that cannot be kept up is begun only if it lasts for so long: in less, those who had another one are not even gone."""
+_TAKE_S = 0.2
+"""And gone down to only if it lasts for so long beside the queue that stands."""
+_BURSTS = 1.0
+"""Standard deviations by which more may come than on average."""
+_MOST_PROMPTS = 0.95
+"""Part of an engine's time that prompts may seem to take: with more, nothing could be said."""
+_NOBODY = 1e-6
+"""Requests per second that are none: of those that came long ago, nothing is known any more."""
+_PROMPT = 256
+"""Tokens over which a prompt's cost is taken from the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supply:
+    """What there is to serve requests."""
+
+    model: LatencyModel
+    costs: StepCosts | None
+    """What a step costs, where the engine says so; else that is guessed from the model."""
+    num_engines: int
+    max_sequences: int
+    """That run on each engine at once."""
+    probability: float
+    """With which a time budget is to be kept."""
+
+
+class Level:
+    """The number of members that everybody may have."""
+
+    def __init__(self) -> None:
+        self._members = 0
+
+    def choose(self, demand: Demand, supply: Supply, *, most: int, waiting_tokens: float) -> int:
+        """From 1 to `most`, while requests of so many tokens of answers wait.
+
+        It goes down once the queue takes more than it may of the time budgets, as far as it has to. It goes up to what can be kept
+        up when little is left of the queue, and to one more when nothing is.
+        """
+        if demand.free_sequences < _NOBODY:
+            return most
+        prospects = {members: prospect(demand, supply, members) for members in range(1, most + 1)}
+        held = [
+            members
+            for members, each in prospects.items()
+            if each.lasts_s(waiting_tokens) > (0.0 if members == self._members else _TAKE_S)
+        ]
+        kept_up = [members for members in held if prospects[members].lasts_s(_AGAIN * waiting_tokens) == math.inf]
+        highest = max(kept_up, default=1)
+        if not waiting_tokens and highest < most and prospects[highest + 1].lasts_s(0.0) > _BEGIN_S:
+            highest += 1
+        self._members = max([highest, *(members for members in held if members <= self._members)])
+        return self._members
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prospect:
+    """What becomes of the queue if all have so many members. In tokens of answers."""
+
+    store: float
+    """That may wait without too much being taken of the time budgets."""
+    excess: float
+    """Per second, by which more come than are served."""
+    scatter: float
+    """Standard deviation of those that come in a second."""
+
+    def lasts_s(self, waiting: float) -> float:
+        """Seconds until more wait than may, if so many wait now.
+
+        After a time t there are e t more on average, with a standard deviation of d sqrt(t) where requests come at random: the s
+        that may still come to wait are reached at e t + d sqrt(t) = s, or never.
+        """
+        store = self.store - waiting
+        if store <= 0:
+            return 0.0
+        bursts = _BURSTS * self.scatter
+        under_root = bursts**2 + 4 * self.excess * store
+        return (2 * store / (bursts + math.sqrt(under_root))) ** 2 if under_root >= 0 else math.inf
+
+
+def prospect(demand: Demand, supply: Supply, members: int) -> Prospect:
+    """What to expect if all who may have more members or fewer have so many."""
+    tokens = demand.free_tokens / demand.free_sequences
+    token_s, rate = _pace(demand, supply, members)
+    total_s = tokens * token_s
+    total_s *= supply.model.margin(supply.probability, total_s)
+    return Prospect(
+        store=_STORE * (demand.budget_s - total_s) * rate,
+        excess=demand.tokens - rate,
+        scatter=tokens * math.sqrt(demand.free_sequences),
+    )
+
+
+def _pace(demand: Demand, supply: Supply, members: int) -> tuple[float, float]:
+    """Seconds per token if those who may had so many members, and the most tokens per second that would be served.
+
+    A step takes a + b n with n sequences in it. Where all n places are taken, tokens come at n / (a + b n). Else, by Little's law,
+    n is the rate at which tokens are asked for, r, times the step's length, which is therefore a / (1 - b r).
+    """
+    rate = demand.tokens / supply.num_engines
+    rows = (demand.free_tokens * members + demand.fixed_rows) / demand.tokens
+    if (costs := supply.costs) is not None:
+        step_s = costs.step + costs.member * _active(demand, supply, costs, members)
+        sequence_s = costs.request + costs.row * rows
+        prompt_token_s = costs.row * members
+    else:
+        step_s = supply.model.token_s(Load(members=members))
+        sequence_s = rows * (supply.model.token_s(Load(members=members, rows=1)) - step_s)
+        prompt_token_s = _prompt_token_s(supply.model, members)
+    left = 1 - min(_MOST_PROMPTS, prompt_token_s * demand.prompt_tokens / supply.num_engines)
+    full_s = (step_s + sequence_s * supply.max_sequences) / left
+    rest = left - sequence_s * rate
+    token_s = min(full_s, step_s / rest) if rest > 0 else full_s
+    return token_s, supply.num_engines * supply.max_sequences / full_s
+
+
+def _active(demand: Demand, supply: Supply, costs: StepCosts, members: int) -> float:
+    """Members that run at all: more than `members` while a request is there that is served by more whatever happens."""
+    if not demand.fixed_tokens:
+        return members
+    more = max(0.0, demand.fixed_rows / demand.fixed_tokens - members)
+    expected = demand.fixed_tokens / supply.num_engines * (costs.step + costs.member * members)
+    return members + more * (1 - math.exp(-expected))
+
+
+def _prompt_token_s(model: LatencyModel, members: int) -> float:
+    """Seconds that a prompt's token takes, as first tokens make one think."""
+    short, long = (Work(members=members, prompt_tokens=tokens, max_tokens=1) for tokens in (0, _PROMPT))
+    return (model.first_s(Load(), long) - model.first_s(Load(), short)) / _PROMPT

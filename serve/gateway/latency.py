@@ -14,6 +14,8 @@ from serve.least_squares import LeastSquares
 
 _LOWEST, _HIGHEST = 0.6, 0.995
 _RATE = 0.2
+_FIRST_SHIFT = -0.3
+"""Promises begin with trust in the engine's drops: what it cannot rescue is learned from the first that are broken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ class LatencyModel:
         self.num_prompts = 0
         """Texts whose length in tokens was seen."""
         self._surprises = Surprises()
-        self._shift = 0.0
+        self._shift = _FIRST_SHIFT
         """What is added to a probability to get the quantile that keeps it, as promises turn out."""
 
     @property

@@ -15,6 +15,7 @@ import platform
 import signal
 import statistics
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from gateway import chorus_serve
 
 FACTORS = (0.5, 1.0, 2.0)
 CHORUS = "chorus"
+PAUSE_S = 3  # every run begins on an idle engine
 BARS = {0.5: 0.99, 1.0: 0.95, 2.0: 0.90}
 
 
@@ -61,6 +63,7 @@ def measure(url: str, directory: Path, options: argparse.Namespace) -> dict[str,
             policies = {CHORUS: replace(loaded, tiers=((None, 1.0),))}
             policies |= {name: replace(loaded, tiers=((name, 1.0),), tells_budget=False) for name in reversed(tiers)}
             for policy, each in policies.items():
+                time.sleep(PAUSE_S)
                 new = asyncio.run(run(each))
                 sent.setdefault((factor, policy), []).extend(new)
                 figures = summarise(new, cards, options.seconds)

@@ -220,7 +220,6 @@ class Admission:
             self._demand.note_fixed(size, prompt_tokens=prompt_tokens, members=largest, now=now)
 
     def _choose_level(self, engine: Engine, num_engines: int, now: float) -> int:
-        self._demand.fade(now)
         supply = Supply(
             model=engine.model,
             costs=engine.costs,
@@ -229,7 +228,9 @@ class Admission:
             probability=self.limits.probability,
         )
         waiting_tokens = sum(ask.wish.size.total_tokens for asks in self._waiting.values() for ask in asks)
-        return self._level.choose(self._demand, supply, most=self._most_members, waiting_tokens=waiting_tokens)
+        return self._level.choose(
+            self._demand.rates(now), supply, most=self._most_members, waiting_tokens=waiting_tokens
+        )
 
     def _try(self, ask: Ask, *, pressure: float) -> Grant | None:
         """Begin on the best engine that takes it; None if none does now.

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from serve.gateway.costs import StepCosts
-from serve.gateway.demand import Demand
+from serve.gateway.demand import Rates
 from serve.gateway.latency import LatencyModel, Load, Work
 
 _STORE = 0.9
@@ -26,8 +26,6 @@ _BURSTS = 1.0
 """Standard deviations by which more may come than on average."""
 _MOST_PROMPTS = 0.95
 """Part of an engine's time that prompts may seem to take: with more, nothing could be said."""
-_NOBODY = 1e-6
-"""Requests per second that are none: of those that came long ago, nothing is known any more."""
 _PROMPT = 256
 """Tokens over which a prompt's cost is taken from the model."""
 
@@ -52,15 +50,15 @@ class Level:
     def __init__(self) -> None:
         self._members = 0
 
-    def choose(self, demand: Demand, supply: Supply, *, most: int, waiting_tokens: float) -> int:
+    def choose(self, rates: Rates | None, supply: Supply, *, most: int, waiting_tokens: float) -> int:
         """From 1 to `most`, while requests of so many tokens of answers wait.
 
         It goes down once the queue takes more than it may of the time budgets, as far as it has to. It goes up to what can be kept
         up when little is left of the queue, and to one more when nothing is.
         """
-        if demand.free_sequences < _NOBODY:
+        if rates is None:
             return most
-        prospects = {members: prospect(demand, supply, members) for members in range(1, most + 1)}
+        prospects = {members: prospect(rates, supply, members) for members in range(1, most + 1)}
         held = [
             members
             for members, each in prospects.items()
@@ -99,48 +97,48 @@ class Prospect:
         return (2 * store / (bursts + math.sqrt(under_root))) ** 2 if under_root >= 0 else math.inf
 
 
-def prospect(demand: Demand, supply: Supply, members: int) -> Prospect:
+def prospect(rates: Rates, supply: Supply, members: int) -> Prospect:
     """What to expect if all who may have more members or fewer have so many."""
-    tokens = demand.free_tokens / demand.free_sequences
-    token_s, rate = _pace(demand, supply, members)
+    tokens = rates.free_tokens / rates.free_sequences
+    token_s, rate = _pace(rates, supply, members)
     total_s = tokens * token_s
     total_s *= supply.model.margin(supply.probability, total_s)
     return Prospect(
-        store=_STORE * (demand.budget_s - total_s) * rate,
-        excess=demand.tokens - rate,
-        scatter=tokens * math.sqrt(demand.free_sequences),
+        store=_STORE * (rates.budget_s - total_s) * rate,
+        excess=rates.tokens - rate,
+        scatter=tokens * math.sqrt(rates.free_sequences),
     )
 
 
-def _pace(demand: Demand, supply: Supply, members: int) -> tuple[float, float]:
+def _pace(rates: Rates, supply: Supply, members: int) -> tuple[float, float]:
     """Seconds per token if those who may had so many members, and the most tokens per second that would be served.
 
     A step takes a + b n with n sequences in it. Where all n places are taken, tokens come at n / (a + b n). Else, by Little's law,
     n is the rate at which tokens are asked for, r, times the step's length, which is therefore a / (1 - b r).
     """
-    rate = demand.tokens / supply.num_engines
-    rows = (demand.free_tokens * members + demand.fixed_rows) / demand.tokens
+    rate = rates.tokens / supply.num_engines
+    rows = (rates.free_tokens * members + rates.fixed_rows) / rates.tokens
     if (costs := supply.costs) is not None:
-        step_s = costs.step + costs.member * _active(demand, supply, costs, members)
+        step_s = costs.step + costs.member * _active(rates, supply, costs, members)
         sequence_s = costs.request + costs.row * rows
         prompt_token_s = costs.row * members
     else:
         step_s = supply.model.token_s(Load(members=members))
         sequence_s = rows * (supply.model.token_s(Load(members=members, rows=1)) - step_s)
         prompt_token_s = _prompt_token_s(supply.model, members)
-    left = 1 - min(_MOST_PROMPTS, prompt_token_s * demand.prompt_tokens / supply.num_engines)
+    left = 1 - min(_MOST_PROMPTS, prompt_token_s * rates.prompt_tokens / supply.num_engines)
     full_s = (step_s + sequence_s * supply.max_sequences) / left
     rest = left - sequence_s * rate
     token_s = min(full_s, step_s / rest) if rest > 0 else full_s
     return token_s, supply.num_engines * supply.max_sequences / full_s
 
 
-def _active(demand: Demand, supply: Supply, costs: StepCosts, members: int) -> float:
+def _active(rates: Rates, supply: Supply, costs: StepCosts, members: int) -> float:
     """Members that run at all: more than `members` while a request is there that is served by more whatever happens."""
-    if not demand.fixed_tokens:
+    if not rates.fixed_tokens:
         return members
-    more = max(0.0, demand.fixed_rows / demand.fixed_tokens - members)
-    expected = demand.fixed_tokens / supply.num_engines * (costs.step + costs.member * members)
+    more = max(0.0, rates.fixed_rows / rates.fixed_tokens - members)
+    expected = rates.fixed_tokens / supply.num_engines * (costs.step + costs.member * members)
     return members + more * (1 - math.exp(-expected))
 
 

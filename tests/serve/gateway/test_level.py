@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from serve.gateway.costs import StepCosts
-from serve.gateway.demand import Demand
+from serve.gateway.demand import Demand, Rates
 from serve.gateway.level import Level, Prospect, Supply, prospect
 from serve.gateway.terms import Size
 from tests.serve.gateway.conftest import known
@@ -28,14 +28,17 @@ def supply(costs: StepCosts | None = COSTS, *, num_engines: int = 1, max_sequenc
     )
 
 
-def demand(rate: float, *, budget_s: float = 1.0, prompt_tokens: float = 0.0) -> Demand:
-    """As after a minute of so many requests per second."""
+def demand(rate: float, *, budget_s: float = 1.0, prompt_tokens: float = 0.0, num_fixed: int = 0) -> Rates:
+    """As after a minute of so many requests per second, and a few at its end that are served by six members in any case."""
     found, began_at = Demand(), time.perf_counter()
     for idx in range(round(60 * rate)):
-        found.note_free(
-            Size(max_tokens=TOKENS), prompt_tokens=prompt_tokens, budget_s=budget_s, now=began_at + idx / rate
-        )
-    return found
+        now = began_at + idx / rate
+        found.note_free(Size(max_tokens=TOKENS), prompt_tokens=prompt_tokens, budget_s=budget_s, now=now)
+    for _ in range(num_fixed):
+        found.note_fixed(Size(max_tokens=TOKENS), prompt_tokens=0, members=6, now=began_at + 60)
+    rates = found.rates(began_at + 60)
+    assert rates is not None
+    return rates
 
 
 @given(
@@ -84,14 +87,31 @@ def test_what_is_served_is_what_steps_allow(rate: float, members: int, prompt_to
 
 
 def test_rates_are_those_of_the_last_seconds() -> None:
-    asked = demand(40.0, budget_s=0.5, prompt_tokens=10)
-    assert asked.free_sequences == pytest.approx(40, rel=0.02)
-    assert asked.tokens == pytest.approx(40 * TOKENS, rel=0.02)
-    assert asked.prompt_tokens == pytest.approx(400, rel=0.02)
-    assert asked.budget_s == pytest.approx(0.5)
-    asked.fade(time.perf_counter() + 70)
-    assert asked.free_sequences < 1
-    assert asked.budget_s == pytest.approx(0.5)
+    found = demand(40.0, budget_s=0.5, prompt_tokens=10)
+    assert found.free_sequences == pytest.approx(40, rel=0.02)
+    assert found.tokens == pytest.approx(40 * TOKENS, rel=0.02)
+    assert found.prompt_tokens == pytest.approx(400, rel=0.02)
+    assert found.budget_s == pytest.approx(0.5)
+
+
+def test_at_first_they_are_those_since_anybody_asked() -> None:
+    asked, began_at = Demand(), time.perf_counter()
+    for beginning in (began_at, began_at + 3600):
+        for idx in range(120):
+            asked.note_free(Size(max_tokens=TOKENS), prompt_tokens=0, budget_s=2.0, now=beginning + idx / 80)
+        found = asked.rates(beginning + 1.5)
+        assert found is not None
+        assert found.free_sequences == pytest.approx(80, rel=0.05), "though that is only half of the memory"
+        assert asked.rates(beginning + 60) is None
+
+
+def test_one_long_request_is_no_flood() -> None:
+    asked, now = Demand(), time.perf_counter()
+    asked.note_free(Size(max_tokens=4000), prompt_tokens=0, budget_s=60.0, now=now)
+    found = asked.rates(now)
+    assert found is not None
+    assert found.tokens < 4000 / 15
+    assert Level().choose(found, supply(), most=6, waiting_tokens=0) == 6
 
 
 @pytest.mark.parametrize("costs", [COSTS, replace(COSTS, member=0.0001, row=0.0003), None])
@@ -107,11 +127,7 @@ def test_the_more_comes_the_fewer_members_and_the_more_engines_the_more(costs: S
 
 
 def test_where_nobody_asks_all_members_may_run() -> None:
-    asked = Demand()
-    assert Level().choose(asked, supply(), most=6, waiting_tokens=0) == 6
-    asked.note_free(Size(max_tokens=TOKENS), prompt_tokens=4, budget_s=1.0, now=time.perf_counter())
-    asked.fade(time.perf_counter() + 86_400)
-    assert Level().choose(asked, supply(), most=6, waiting_tokens=0) == 6
+    assert Level().choose(None, supply(), most=6, waiting_tokens=0) == 6
 
 
 def test_the_larger_number_runs_while_the_queue_fills_and_the_smaller_one_while_it_drains() -> None:
@@ -132,10 +148,7 @@ def test_the_larger_number_runs_while_the_queue_fills_and_the_smaller_one_while_
 
 
 def test_a_request_that_is_served_by_all_members_makes_steps_longer_for_everybody() -> None:
-    alone, beside = demand(30.0), demand(30.0)
-    for _ in range(10):
-        beside.note_fixed(Size(max_tokens=TOKENS), prompt_tokens=0, members=6, now=time.perf_counter() + 60)
-    alone.fade(time.perf_counter() + 60)
+    alone, beside = demand(30.0), demand(30.0, num_fixed=10)
     for members in (1, 3):
         served = [each.tokens - prospect(each, supply(), members).excess for each in (alone, beside)]
         assert served[1] < 0.9 * served[0]

@@ -2,7 +2,7 @@
 
 The gateway's own choice of tiers beside every fixed tier, in turn, in one run. Usage:
 
-    python bench/deadlines.py DIR [--seconds 15] [--rounds 2] [--tokens 48] [-- ENGINE_ARGUMENT...]
+    python bench/deadlines.py DIR [--seconds 20] [--rounds 2] [--tokens 48] [-- ENGINE_ARGUMENT...]
     python bench/deadlines.py DIR --url http://127.0.0.1:8000
 """
 
@@ -110,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--url", help="a gateway that runs already")
-    parser.add_argument("--seconds", type=float, default=15)
+    parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,9 +1,9 @@
 """Whether a request can begin on an engine now, and at which tier. Pure decisions; `admission` applies them.
 
-With a deadline: of the numbers of members that everybody may have as things go (`level`), the largest at
-which the request is expected in time, with the set probability, and at which everybody else who has a deadline could still be in
-time if taken down to as many. That shares what there is: gains fall with every further member, so several requests at a middling
-number are worth more than one large among small ones. A number between two tiers is the larger tier, begun without some members.
+With a deadline: of the numbers of members that everybody may have as things go (`level`), the largest at which the request is
+expected in time, with the set probability, and at which everybody else who has a deadline could still be in time if taken down to
+as many. That shares what there is: gains fall with every further member, so several requests at a middling number are worth more
+than one large among small ones. A number between two tiers is the larger tier, begun without some members.
 """
 
 import math

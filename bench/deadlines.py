@@ -82,12 +82,14 @@ def verdicts(runs: list[dict[str, Any]]) -> Iterator[str]:
         by_policy.setdefault(each["policy"], []).append(each)
     ours = by_policy.pop(CHORUS)
     for idx, mine in enumerate(ours):
-        as_good = [fixed[idx] for fixed in by_policy.values() if fixed[idx]["attainment"] >= mine["attainment"]]
+        as_good = [
+            fixed[idx] for fixed in by_policy.values() if (fixed[idx]["attainment"] or 0) >= (mine["attainment"] or 0)
+        ]
         yield f"at {mine['factor']}x: {_beside([mine], [[each] for each in as_good])}"
     as_good = [
         fixed
         for fixed in by_policy.values()
-        if all(each["attainment"] >= mine["attainment"] for each, mine in zip(fixed, ours, strict=True))
+        if all((each["attainment"] or 0) >= (mine["attainment"] or 0) for each, mine in zip(fixed, ours, strict=True))
     ]
     yield f"at all three loads: {_beside(ours, as_good)}"
 
@@ -101,7 +103,7 @@ def _beside(ours: list[dict[str, Any]], as_good: list[list[dict[str, Any]]]) -> 
 
 
 def _mean_members(runs: list[dict[str, Any]]) -> float:
-    """Over the requests that were served."""
+    """Of the answers in time, weighted by what was served at each load."""
     served = sum(each["served"] for each in runs)
     return sum(each["served"] * (each["mean_members"] or 0.0) for each in runs) / max(1, served)
 

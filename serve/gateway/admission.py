@@ -11,8 +11,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from weakref import WeakKeyDictionary
 
 from population.manifest import Tier
 from serve.gateway.calls import Call
@@ -21,7 +22,7 @@ from serve.gateway.engines import Engine
 from serve.gateway.errors import ApiError
 from serve.gateway.flights import Flight
 from serve.gateway.level import Level, Supply
-from serve.gateway.plans import NotNow, Plan, Wish, at_floor, least_s, plan
+from serve.gateway.plans import NotNow, Plan, Wish, alone_s, at_floor, least_s, plan
 from serve.gateway.tenants import Tenant
 
 _TICK_S = 0.02
@@ -89,7 +90,7 @@ class Admission:
         self._clock = 0.0
         self._ends: deque[float] = deque(maxlen=32)
         self._demand = Demand()
-        self._level = Level()
+        self._levels: WeakKeyDictionary[Engine, Level] = WeakKeyDictionary()
         self._most_members = 1
         self._look_again_at = 0.0
         self._later: asyncio.TimerHandle | None = None
@@ -209,15 +210,20 @@ class Admission:
         )
 
     def _note(self, ask: Ask) -> None:
-        size, now, largest = ask.wish.size, time.perf_counter(), len(ask.wish.tiers[0].members)
-        engines = self._engines(ask.call, ask.avoid)
+        now, tiers, engines = time.perf_counter(), ask.wish.tiers, self._engines(ask.call, ask.avoid)
+        # No more sequences than can run at all: how many a request may ask for, its engine decides later.
+        most_sequences = self.limits.max_sequences * len(engines)
+        size = replace(ask.wish.size, num_sequences=min(ask.wish.size.num_sequences, most_sequences))
         prompt_tokens = engines[0].model.prompt_tokens(tokens=size.prompt_tokens, characters=size.prompt_characters)
-        self._most_members = max(self._most_members, largest)
-        if ask.wish.finish_by is not None and len(ask.wish.tiers) > 1:
-            budget_s = max(0.0, ask.wish.finish_by - now)
-            self._demand.note_free(size, prompt_tokens=prompt_tokens, budget_s=budget_s, now=now)
+        self._most_members = max(self._most_members, len(tiers[0].members))
+        if ask.wish.finish_by is None or len(tiers) == 1 or ask.is_hopeless:
+            members = len(tiers[-1 if ask.is_hopeless else 0].members)
+            self._demand.note_fixed(size, prompt_tokens=prompt_tokens, members=members, now=now)
         else:
-            self._demand.note_fixed(size, prompt_tokens=prompt_tokens, members=largest, now=now)
+            # Nobody waits longer than that, however much time there is.
+            most_s = alone_s(tiers[0], ask.wish, engines[0].model) + self.limits.queue_timeout_s
+            budget_s = min(most_s, max(0.0, ask.wish.finish_by - now))
+            self._demand.note_free(size, prompt_tokens=prompt_tokens, budget_s=budget_s, now=now)
 
     def _choose_level(self, engine: Engine, num_engines: int, now: float) -> int:
         supply = Supply(
@@ -227,10 +233,12 @@ class Admission:
             max_sequences=self.limits.max_sequences,
             probability=self.limits.probability,
         )
-        waiting_tokens = sum(ask.wish.size.total_tokens for asks in self._waiting.values() for ask in asks)
-        return self._level.choose(
-            self._demand.rates(now), supply, most=self._most_members, waiting_tokens=waiting_tokens
+        waiting = (ask.wish for asks in self._waiting.values() for ask in asks if ask.wish.finish_by is not None)
+        waiting_tokens = sum(
+            wish.size.total_tokens for wish in waiting if wish.size.num_sequences <= self.limits.max_sequences
         )
+        level = self._levels.setdefault(engine, Level())
+        return level.choose(self._demand.rates(now), supply, most=self._most_members, waiting_tokens=waiting_tokens)
 
     def _try(self, ask: Ask, *, pressure: float) -> Grant | None:
         """Begin on the best engine that takes it; None if none does now.

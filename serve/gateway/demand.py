@@ -26,6 +26,8 @@ class _Asked:
     rows: float = 0.0
     """These tokens, counted once for each member."""
     prompt_tokens: float = 0.0
+    squares: float = 0.0
+    """Of the tokens of each request's answers."""
     budgets_s: float = 0.0
     """Time budgets, counted once for each sequence."""
     seconds: float = 0.0
@@ -34,10 +36,6 @@ class _Asked:
         for each in fields(self):
             setattr(self, each.name, kept * getattr(self, each.name))
         self.seconds = self.seconds + (1 - kept) * memory_s if self.requests > _NOBODY else 0.0
-
-    def span_s(self, memory_s: float) -> float:
-        """Seconds in which it came: at first those since anybody asked, where a mean over the whole memory would be too low."""
-        return max(self.seconds, _LEAST * memory_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +48,8 @@ class Rates:
     """Tokens of these answers."""
     budget_s: float
     """Their mean time budget."""
+    scatter: float
+    """Standard deviation of the tokens of theirs that are asked for in a second, as they come at random."""
     fixed_tokens: float
     """Tokens of all other answers."""
     fixed_rows: float
@@ -75,19 +75,21 @@ class Demand:
     def note_free(self, size: Size, *, prompt_tokens: float, budget_s: float, now: float) -> None:
         """A request was made that has so many seconds, and may have more members or fewer."""
         self._fade(now)
+        tokens = _tokens(size)
         self._free.requests += 1
         self._free.sequences += size.num_sequences
-        self._free.tokens += size.total_tokens
+        self._free.tokens += tokens
+        self._free.squares += tokens**2
         self._free.prompt_tokens += prompt_tokens
         self._free.budgets_s += size.num_sequences * budget_s
         self._memory_s = min(_LONGEST_S, max(_SHORTEST_S, _BUDGETS * self._free.budgets_s / self._free.sequences))
 
     def note_fixed(self, size: Size, *, prompt_tokens: float, members: int, now: float) -> None:
-        """A request was made that is served by so many members whatever happens."""
+        """A request was made that is served by so many members, as far as time budgets go."""
         self._fade(now)
         self._fixed.requests += 1
-        self._fixed.tokens += size.total_tokens
-        self._fixed.rows += size.total_tokens * members
+        self._fixed.tokens += _tokens(size)
+        self._fixed.rows += _tokens(size) * members
         self._fixed.prompt_tokens += prompt_tokens
 
     def rates(self, now: float) -> Rates | None:
@@ -95,11 +97,16 @@ class Demand:
         self._fade(now)
         if self._free.requests < _NOBODY:
             return None
-        free_s, fixed_s = (each.span_s(self._memory_s) for each in (self._free, self._fixed))
+        # At first over the time since anybody asked: a mean over the whole memory would be too low.
+        free_s, fixed_s = (
+            max(self._free.seconds, _LEAST * self._memory_s),
+            max(self._fixed.seconds, _LEAST * _SHORTEST_S),
+        )
         return Rates(
             free_sequences=self._free.sequences / free_s,
             free_tokens=self._free.tokens / free_s,
             budget_s=self._free.budgets_s / self._free.sequences,
+            scatter=math.sqrt(self._free.squares / free_s),
             fixed_tokens=self._fixed.tokens / fixed_s,
             fixed_rows=self._fixed.rows / fixed_s,
             prompt_tokens=self._free.prompt_tokens / free_s + self._fixed.prompt_tokens / fixed_s,
@@ -110,3 +117,8 @@ class Demand:
         self._at = max(self._at, now)
         self._free.fade(kept, self._memory_s)
         self._fixed.fade(kept, self._memory_s)
+
+
+def _tokens(size: Size) -> int:
+    """Of a request's answers. Where only the prompt is to be scored a token is generated all the same."""
+    return size.num_sequences * max(1, size.max_tokens)

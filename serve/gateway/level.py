@@ -106,7 +106,7 @@ def prospect(rates: Rates, supply: Supply, members: int) -> Prospect:
     return Prospect(
         store=_STORE * (rates.budget_s - total_s) * rate,
         excess=rates.tokens - rate,
-        scatter=tokens * math.sqrt(rates.free_sequences),
+        scatter=rates.scatter,
     )
 
 
@@ -120,7 +120,8 @@ def _pace(rates: Rates, supply: Supply, members: int) -> tuple[float, float]:
     rows = (rates.free_tokens * members + rates.fixed_rows) / rates.tokens
     if (costs := supply.costs) is not None:
         step_s = costs.step + costs.member * _active(rates, supply, costs, members)
-        sequence_s = costs.request + costs.row * rows
+        context = rates.free_tokens / rates.free_sequences * (rates.prompt_tokens / rates.tokens + 0.5)
+        sequence_s = costs.request + (costs.row + costs.context * context) * rows
         prompt_token_s = costs.row * members
     else:
         step_s = supply.model.token_s(Load(members=members))

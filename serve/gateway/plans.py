@@ -79,7 +79,7 @@ def plan(
         return _expect_whole(tiers[0], wish, flights, model)
     left_s = wish.finish_by - now
     rungs = _rungs(tiers)
-    most = level()
+    most = level() if len(rungs) > 1 else math.inf
     for rung in rungs:
         is_floor = rung is rungs[-1]
         if len(rung.members) > most and not is_floor:
@@ -105,11 +105,16 @@ def at_floor(wish: Wish, flights: Flights, model: LatencyModel) -> Plan:
 
 def least_s(wish: Wish, model: LatencyModel) -> float:
     """Expected seconds at its floor on an idle engine; 0 while nothing is known."""
+    return alone_s(wish.tiers[-1], wish, model)
+
+
+def alone_s(tier: Tier, wish: Wish, model: LatencyModel) -> float:
+    """Expected seconds at that tier on an idle engine; 0 while nothing is known."""
     if not model.is_seeded:
         return 0.0
-    floor = _Rung(tier=wish.tiers[-1], members=wish.tiers[-1].members)
-    alone = Load(members=len(floor.members), rows=len(floor.members) * wish.size.num_sequences)
-    return model.total_s(Load(), alone, _work(floor, wish.size, model))
+    rung = _Rung(tier=tier, members=tier.members)
+    alone = Load(members=len(rung.members), rows=len(rung.members) * wish.size.num_sequences)
+    return model.total_s(Load(), alone, _work(rung, wish.size, model))
 
 
 @dataclass(frozen=True, kw_only=True)

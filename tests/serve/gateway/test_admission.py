@@ -250,3 +250,40 @@ def test_planning_beside_a_full_engine_is_quick_enough(tiny: Population) -> None
 
 def read(population: Population) -> Call:
     return read_call(b'{"prompt": "a"}', "completion", population, default_tier(population))
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"latency_budget_ms": 1},  # hopeless: served at their floor whatever is decided
+        {"latency_budget_ms": 86_400_000, "max_tokens": 4000},  # nobody waits for as long as that
+        {"n": 100_000},  # the engine will refuse it
+        {"max_tokens": 0, "echo": True},  # prompts to be scored
+    ],
+)
+def test_odd_requests_do_not_change_what_others_get(tiny: Population, others: dict[str, Any]) -> None:
+    async def story(door: Door) -> None:
+        door.engine.model = known(first_s=0.001, member_s=0.0002, row_s=0.00001)
+        for idx in range(12):
+            task = door.ask(latency_budget_ms=1000) if idx % 2 else door.ask(**{"latency_budget_ms": 1000, **others})
+            await settle()
+            grant = await task
+            if idx % 2:
+                assert grant.flight.work.members == 4
+            door.admission.release(grant)
+
+    at_the_door(tiny, story)
+
+
+def test_where_only_prompts_are_scored_the_queue_goes_on(tiny: Population) -> None:
+    async def story(door: Door) -> None:
+        door.engine.model = known(first_s=0.001, member_s=0.0002, row_s=0.00001)
+        score = {"max_tokens": 0, "echo": True}
+        first = await door.ask(**score)
+        second = door.ask(**score, latency_budget_ms=5000)
+        await settle()
+        assert door.admission.num_waiting == 1
+        door.admission.release(first)
+        assert (await second).is_promised
+
+    at_the_door(tiny, story, max_sequences=1)

@@ -81,7 +81,9 @@ def test_deadlines_are_kept_with_more_members_than_any_fixed_tier_that_keeps_the
     print(factor, ours, fixed)
     assert ours.attainment >= BARS[factor]
     assert ours.refused < 0.2
-    best = max((budget for budget, figures in fixed.items() if figures.attainment >= ours.attainment), default=0)
+    as_good = [budget for budget, figures in fixed.items() if figures.attainment >= min(ours.attainment, 0.999)]
+    assert as_good, "the smallest tier keeps nearly all deadlines at any of these loads"
+    best = max(as_good)
     assert ours.members > best or (best == max(fixed) and ours.members > 0.99 * best), "there is no more than all"
 
 

@@ -58,7 +58,7 @@ def measure(url: str, directory: Path, options: argparse.Namespace) -> dict[str,
                 rate_per_s=factor * capacity,
                 duration_s=options.seconds,
                 budgets_ms=(2000 * unloaded_s,),
-                seed=round_,
+                seed=options.seed + round_,
             )
             policies = {CHORUS: replace(loaded, tiers=((None, 1.0),))}
             policies |= {name: replace(loaded, tiers=((name, 1.0),), tells_budget=False) for name in reversed(tiers)}

@@ -159,5 +159,5 @@ class RedisStore:
             return None
         if not self._is_up:
             logger.warning("Redis is back")
-        self._is_up = True
+        self._is_up, self._try_again_at = True, 0.0
         return found

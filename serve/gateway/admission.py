@@ -92,6 +92,8 @@ class Admission:
         self._demand = Demand()
         self._levels: WeakKeyDictionary[Engine, Level] = WeakKeyDictionary()
         self._most_members = 1
+        self._losses: dict[int, float] = {}
+        """Of the tiers that were asked for, by their number of members."""
         self._look_again_at = 0.0
         self._later: asyncio.TimerHandle | None = None
 
@@ -216,6 +218,7 @@ class Admission:
         size = replace(ask.wish.size, num_sequences=min(ask.wish.size.num_sequences, most_sequences))
         prompt_tokens = engines[0].model.prompt_tokens(tokens=size.prompt_tokens, characters=size.prompt_characters)
         self._most_members = max(self._most_members, len(tiers[0].members))
+        self._losses |= {tier.budget: tier.test_loss.nats for tier in tiers if tier.test_loss is not None}
         if ask.wish.finish_by is None or len(tiers) == 1 or ask.is_hopeless:
             members = len(tiers[-1 if ask.is_hopeless else 0].members)
             self._demand.note_fixed(size, prompt_tokens=prompt_tokens, members=members, now=now)
@@ -238,7 +241,13 @@ class Admission:
             wish.size.total_tokens for wish in waiting if wish.size.num_sequences <= self.limits.max_sequences
         )
         level = self._levels.setdefault(engine, Level())
-        return level.choose(self._demand.rates(now), supply, most=self._most_members, waiting_tokens=waiting_tokens)
+        return level.choose(
+            self._demand.rates(now),
+            supply,
+            most=self._most_members,
+            waiting_tokens=waiting_tokens,
+            losses=self._losses,
+        )
 
     def _try(self, ask: Ask, *, pressure: float) -> Grant | None:
         """Begin on the best engine that takes it; None if none does now.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from serve.gateway.loadtest import Sent
+from serve.gateway.tiers import expected_loss
 
 _PERCENTILES = (50, 90, 95, 99)
 
@@ -55,16 +56,6 @@ def summarise(sent: Sequence[Sent], cards: dict[str, dict[str, Any]], duration_s
             sum(tokens * math.exp(best - loss) for tokens, loss in weighed) / duration_s
         )
     return figures
-
-
-def expected_loss(num_members: int, losses: dict[int, float]) -> float:
-    """Loss of a mixture of so many members: that of the tier of this size, else on the line between the next ones."""
-    below = max((size for size in losses if size <= num_members), default=min(losses))
-    above = min((size for size in losses if size >= num_members), default=max(losses))
-    if below == above:
-        return losses[below]
-    part = (num_members - below) / (above - below)
-    return losses[below] + part * (losses[above] - losses[below])
 
 
 def _mixed(sent: Sent, cards: dict[str, dict[str, Any]]) -> list[tuple[int, int]]:

@@ -4,15 +4,19 @@ What runs now says little about the next second: beside an idle engine all membe
 Gains fall with every further member, so it is better to serve all with the same number. Where what can be kept up lies between two
 numbers, these take turns. While anybody has the larger one, each step runs all its members, so that serving some with more and some
 with fewer costs nearly as much as serving all with more; but time budgets are a store. The larger number runs while it fills the
-queue, the smaller one while that drains.
+queue, the smaller one while that drains. A full store is nothing to fall back on, though: where the next number down costs much
+more than this one brings, less is risked.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import NormalDist
 
 from serve.gateway.costs import StepCosts
 from serve.gateway.demand import Rates
 from serve.gateway.latency import LatencyModel, Load, Work
+from serve.gateway.tiers import expected_loss
 
 _STORE = 0.9
 """Part of what time budgets leave that a queue may take: the rest is for what nobody expects."""
@@ -24,6 +28,10 @@ _TAKE_S = 0.2
 """And gone down to only if it lasts for so long beside the queue that stands."""
 _BURSTS = 1.0
 """Standard deviations by which more may come than on average."""
+_RISK_S = 1.0
+"""For so long the number below must be kept up with, for a number to be worth its risk."""
+_LEAST_RISK = 0.05
+"""And not with less than this probability, or more than 1 less this, whatever is lost or gained."""
 _MOST_PROMPTS = 0.95
 """Part of an engine's time that prompts may seem to take: with more, nothing could be said."""
 _PROMPT = 256
@@ -50,23 +58,36 @@ class Level:
     def __init__(self) -> None:
         self._members = 0
 
-    def choose(self, rates: Rates | None, supply: Supply, *, most: int, waiting_tokens: float) -> int:
-        """From 1 to `most`, while requests of so many tokens of answers wait.
+    def choose(
+        self,
+        rates: Rates | None,
+        supply: Supply,
+        *,
+        most: int,
+        waiting_tokens: float,
+        losses: Mapping[int, float] | None = None,
+    ) -> int:
+        """From 1 to `most`, while requests of so many tokens of answers wait. `losses` are those of mixtures, by their size.
 
         It goes down once the queue takes more than it may of the time budgets, as far as it has to. It goes up to what can be kept
-        up when little is left of the queue, and to one more when nothing is.
+        up when little is left of the queue, and to one more when nothing is. It is never more than what is worth its risk.
         """
         if rates is None:
             return most
         prospects = {members: prospect(rates, supply, members) for members in range(1, most + 1)}
+        worth = [
+            members
+            for members in prospects
+            if members <= 2 or prospects[members - 1].probability_kept_up(_RISK_S) >= _enough(members, losses or {})
+        ]
         held = [
             members
             for members, each in prospects.items()
-            if each.lasts_s(waiting_tokens) > (0.0 if members == self._members else _TAKE_S)
+            if members in worth and each.lasts_s(waiting_tokens) > (0.0 if members == self._members else _TAKE_S)
         ]
         kept_up = [members for members in held if prospects[members].lasts_s(_AGAIN * waiting_tokens) == math.inf]
         highest = max(kept_up, default=1)
-        if not waiting_tokens and highest < most and prospects[highest + 1].lasts_s(0.0) > _BEGIN_S:
+        if not waiting_tokens and highest + 1 in worth and prospects[highest + 1].lasts_s(0.0) > _BEGIN_S:
             highest += 1
         self._members = max([highest, *(members for members in held if members <= self._members)])
         return self._members
@@ -95,6 +116,26 @@ class Prospect:
         bursts = _BURSTS * self.scatter
         under_root = bursts**2 + 4 * self.excess * store
         return (2 * store / (bursts + math.sqrt(under_root))) ** 2 if under_root >= 0 else math.inf
+
+    def probability_kept_up(self, seconds: float) -> float:
+        """That no more come in so many seconds than are served."""
+        return NormalDist(self.excess * seconds, max(1e-9, self.scatter * math.sqrt(seconds))).cdf(0.0)
+
+
+def _enough(members: int, losses: Mapping[int, float]) -> float:
+    """Probability with which one member less must be kept up for `members` to be worth their risk.
+
+    They fill the queue, so that in the next burst there are two fewer. The critical ratio of the newsvendor (Arrow, Harris,
+    Marschak 1951), of what that costs and what they bring. Where no losses are known, they are taken to fall with 1 / members,
+    like the variance of a mean.
+    """
+
+    def loss(size: int) -> float:
+        return expected_loss(size, losses) if losses else 1 / size
+
+    brings, costs = (max(0.0, loss(size - 1) - loss(size)) for size in (members, members - 1))
+    ratio = costs / (brings + costs) if brings + costs else 0.5
+    return min(1 - _LEAST_RISK, max(_LEAST_RISK, ratio))
 
 
 def prospect(rates: Rates, supply: Supply, members: int) -> Prospect:

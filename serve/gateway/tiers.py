@@ -1,5 +1,6 @@
 """Choosing the tier of a request from what its client asked for: a model name, a budget, both or neither."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from population.manifest import Population, Tier
@@ -143,3 +144,16 @@ def _largest_tier_within(population: Population, budget: int) -> Tier:
             param="budget",
         )
     return max(reversed(fitting), key=lambda tier: tier.budget)
+
+
+def expected_loss(num_members: int, losses: Mapping[int, float]) -> float:
+    """Loss of a mixture of so many members, from those of tiers by their size.
+
+    That of the tier of this size, else on the line between the next ones; outside of all, that of the nearest.
+    """
+    below = max((size for size in losses if size <= num_members), default=min(losses))
+    above = min((size for size in losses if size >= num_members), default=max(losses))
+    if below == above:
+        return losses[below]
+    part = (num_members - below) / (above - below)
+    return losses[below] + part * (losses[above] - losses[below])

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from population.manifest import Population
 from serve.gateway.bench_command import bench
-from serve.gateway.figures import expected_loss, summarise
+from serve.gateway.figures import summarise
 from serve.gateway.loadtest import Arrivals, Sent, arrivals
 from tests.serve.gateway.conftest import Pair, gateway_before
 from tests.serve.gateway.scripted import DONE, USAGE, WHOLE, ScriptedEngine, event
@@ -49,10 +49,6 @@ def test_the_figures_count_what_was_served_in_time_and_weigh_it_by_its_loss() ->
     assert found["mean_members"] == pytest.approx((15 * 5 + 5 * 3) / 20)
     assert found["expected_loss_nats"] == pytest.approx((15 * 3.0 + 5 * 3.5) / 20)
     assert found["quality_weighted_tokens_per_s"] == pytest.approx((15 + 5 * 2.718281828**-0.5) / 2)
-
-
-def test_the_loss_between_two_tiers_lies_on_the_line_between_them() -> None:
-    assert [expected_loss(size, {2: 4.0, 4: 3.0}) for size in (1, 2, 3, 4, 9)] == [4.0, 4.0, 3.5, 3.0, 3.0]
 
 
 def run(pair: Pair, *options: str) -> dict[str, Any]:

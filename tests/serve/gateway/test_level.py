@@ -16,6 +16,7 @@ from tests.serve.gateway.conftest import known
 
 COSTS = StepCosts(step=0.002, request=0.0, member=0.001, row=0.00004, context=0.0)
 TOKENS = 50
+EQUAL_GAINS = {1: 5.0, 6: 4.0}
 
 
 def supply(costs: StepCosts | None = COSTS, *, num_engines: int = 1, max_sequences: int = 16) -> Supply:
@@ -135,7 +136,7 @@ def test_the_larger_number_runs_while_the_queue_fills_and_the_smaller_one_while_
     assert prospect(each, ours, 2).excess < 0 < prospect(each, ours, 3).excess
 
     def at(waiting: float) -> int:
-        return level.choose(each, ours, most=6, waiting_tokens=waiting * TOKENS)
+        return level.choose(each, ours, most=6, waiting_tokens=waiting * TOKENS, losses=EQUAL_GAINS)
 
     assert at(0) == 3, "one more than can be kept up"
     assert at(3) == 3, "and while there is room in the queue"
@@ -145,6 +146,36 @@ def test_the_larger_number_runs_while_the_queue_fills_and_the_smaller_one_while_
     assert at(200) == 1, "as far as it has to"
     assert at(24) == 1
     assert at(1) == 2, "what can be kept up, when little is left of the queue"
+
+
+@given(excess=st.floats(-1e3, 1e3), scatter=st.floats(1.0, 1e3), seconds=st.floats(0.1, 10.0))
+def test_the_probability_to_keep_up_is_that_of_a_random_walk(excess: float, scatter: float, seconds: float) -> None:
+    found = Prospect(store=1.0, excess=excess, scatter=scatter).probability_kept_up(seconds)
+    deviations = -excess * math.sqrt(seconds) / scatter
+    assert found == pytest.approx(0.5 * math.erfc(-deviations / math.sqrt(2)), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        (EQUAL_GAINS, 3),
+        ({1: 5.0, 2: 4.1, 6: 4.0}, 2),  # a third member brings little, and with one alone much is lost
+        ({1: 5.0, 2: 4.9, 3: 4.1, 6: 4.0}, 3),
+        ({2: 4.1, 6: 4.0}, 3),  # nobody is served by less than two
+        ({1: 5.0, 6: 5.0}, 3),  # says nothing
+        ({}, 2),  # gains fall, as a rule
+    ],
+)
+def test_more_than_can_be_kept_up_runs_only_where_that_is_worth_its_risk(
+    losses: dict[int, float], expected: int
+) -> None:
+    ours, each, level = supply(replace(COSTS, step=0.001, member=0.002)), demand(47.0), Level()
+    assert 0.5 < prospect(each, ours, 2).probability_kept_up(1.0) < 0.75
+    assert level.choose(each, ours, most=6, waiting_tokens=0, losses=losses) == expected
+    least = level.choose(demand(5.0), ours, most=6, waiting_tokens=0, losses=losses)
+    assert least == 6, "where all can be kept up, all run"
+    again = level.choose(each, ours, most=6, waiting_tokens=0, losses=losses)
+    assert again == expected, "and nobody waits for a queue to become full"
 
 
 def test_a_request_that_is_served_by_all_members_makes_steps_longer_for_everybody() -> None:

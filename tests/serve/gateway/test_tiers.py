@@ -4,7 +4,7 @@ import pytest
 
 from population.manifest import Population
 from serve.gateway.errors import ApiError
-from serve.gateway.tiers import choose, default_tier, model_names
+from serve.gateway.tiers import choose, default_tier, expected_loss, model_names
 
 
 def pick(population: Population, model: str | None = None, budget: str | int | None = None) -> tuple[str, str, str]:
@@ -75,3 +75,7 @@ def test_of_two_tiers_of_one_size_the_dearer_is_chosen(tiny: Population) -> None
 
 def test_every_name_that_is_listed_can_be_asked_for(tiny: Population) -> None:
     assert [pick(tiny, name)[0] for name in model_names(tiny)] == ["max", "economy", "standard", "max"]
+
+
+def test_the_loss_between_two_tiers_lies_on_the_line_between_them() -> None:
+    assert [expected_loss(size, {2: 4.0, 4: 3.0}) for size in (1, 2, 3, 4, 9)] == [4.0, 4.0, 3.5, 3.0, 3.0]

@@ -1,8 +1,9 @@
 """Deadlines under load: Poisson arrivals at 0.5, 1 and 2 times the capacity of `max`, each with twice the unloaded time.
 
-The gateway's own choice of tiers beside every fixed tier, in turn, in one run. Usage:
+The gateway's own choice of tiers beside every fixed tier, in turn, in one run. Each load lasts long enough for a tier that asks for
+a little more than there is to fall behind: for ten seconds it may live on the time budgets alone. Usage:
 
-    python bench/deadlines.py DIR [--seconds 20] [--rounds 2] [--tokens 48] [-- ENGINE_ARGUMENT...]
+    python bench/deadlines.py DIR [--seconds 40] [--rounds 1] [--tokens 48] [-- ENGINE_ARGUMENT...]
     python bench/deadlines.py DIR --url http://127.0.0.1:8000
 """
 
@@ -112,8 +113,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--url", help="a gateway that runs already")
-    parser.add_argument("--seconds", type=float, default=20)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=40)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)

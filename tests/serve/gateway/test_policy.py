@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from population.manifest import Population
+from population.manifest import Loss, Population
 from serve.gateway.admission import Limits
 from tests.serve.gateway.virtual import Costs, Outcome, World, in_virtual_time
 
@@ -43,7 +43,7 @@ class Setting:
     max_sequences: int = 64
     tells_costs: bool = True
 
-    async def under_load(self, population: Population, factor: float, tier: str | None) -> Figures:
+    async def under_load(self, population: Population, factor: float, tier: str | None) -> list[Outcome]:
         """Poisson arrivals at a multiple of the largest tier's capacity, each with twice the time that it takes alone."""
         limits = Limits(max_sequences=self.max_sequences)
         world = World(population, costs=self.costs, limits=limits, tells_costs=self.tells_costs, seed=SEED)
@@ -54,7 +54,7 @@ class Setting:
         for task in working:
             task.cancel()
         await asyncio.gather(*working, return_exceptions=True)
-        return Figures.of(outcomes)
+        return outcomes
 
 
 # As measured on two cores, in round figures: members of 3 layers and width 128, at first and with a matrix unit; and what a GPU,
@@ -74,10 +74,10 @@ SETTINGS = {
 def test_deadlines_are_kept_with_more_members_than_any_fixed_tier_that_keeps_them(
     tiny: Population, monkeypatch: pytest.MonkeyPatch, setting: Setting, factor: float
 ) -> None:
-    ours = in_virtual_time(monkeypatch, setting.under_load(tiny, factor, None))
-    fixed = {
-        tier.budget: in_virtual_time(monkeypatch, setting.under_load(tiny, factor, tier.name)) for tier in tiny.tiers
-    }
+    def figures(tier: str | None) -> Figures:
+        return Figures.of(in_virtual_time(monkeypatch, setting.under_load(tiny, factor, tier)))
+
+    ours, fixed = figures(None), {tier.budget: figures(tier.name) for tier in tiny.tiers}
     print(factor, ours, fixed)
     assert ours.attainment >= BARS[factor]
     assert ours.refused < 0.2
@@ -91,3 +91,38 @@ def test_what_happens_in_virtual_time_happens_again(tiny: Population, monkeypatc
     setting = SETTINGS["members and rows"]
     first, second = (in_virtual_time(monkeypatch, setting.under_load(tiny, 1.0, None)) for _ in range(2))
     assert first == second
+
+
+def test_who_has_time_takes_no_members_from_who_has_not(tiny: Population, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> Outcome:
+        world = World(tiny, costs=BOTH, limits=Limits(max_sequences=1), seed=SEED)
+        working = world.working()
+        await world.crowd(1, 3, budget_s=None)
+        waiting = [asyncio.create_task(world.ask(budget_s=None, max_tokens=3000)) for _ in range(20)]
+        await asyncio.sleep(15)
+        outcome = await world.ask(budget_s=10)
+        for task in [*working, *waiting]:
+            task.cancel()
+        await asyncio.gather(*working, *waiting, return_exceptions=True)
+        return outcome
+
+    outcome = in_virtual_time(monkeypatch, story())
+    assert outcome.is_in_time
+    assert outcome.members == 4, "a queue of requests without a time budget is nobody's deadline"
+
+
+def test_where_the_second_member_brings_most_fewer_are_left_without_it(
+    tiny: Population, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def left_alone(second: float) -> float:
+        """Part of the requests served by one member here or there, where the second brings that much of one nat."""
+        losses = {1: 5.0, 2: 5.0 - second, 4: 4.0}
+        tiers = tuple(
+            tier.model_copy(update={"test_loss": Loss(nats=losses[tier.budget], low=4.0, high=5.0, num_tokens=1)})
+            for tier in tiny.tiers
+        )
+        setting, population = SETTINGS["members and rows"], tiny.model_copy(update={"tiers": tiers})
+        outcomes = in_virtual_time(monkeypatch, setting.under_load(population, 1.4, None))
+        return statistics.fmean(each.members < 2 for each in outcomes)
+
+    assert left_alone(0.9) < 0.7 * left_alone(0.05)

@@ -60,7 +60,7 @@ class Setting:
 # As measured on two cores, in round figures: members of 3 layers and width 128, at first and with a matrix unit; and what a GPU,
 # which has to read each member's weights for however many rows, would make of larger ones.
 ROWS = Costs(step_s=0.0005, member_s=0.0007, row_s=0.00016, prompt_row_s=0.00002)
-BOTH = Costs(step_s=0.0019, member_s=0.0011, row_s=0.00004, prompt_row_s=0.00003)
+BOTH = Costs(step_s=0.0019, member_s=0.0011, row_s=0.00004, prompt_row_s=0.000005, prompt_s=0.002)
 MEMBERS = Costs(step_s=0.003, member_s=0.005, row_s=0.00002, prompt_row_s=0.000004)
 SETTINGS = {
     "rows cost most, and the engine does not say so": Setting(costs=ROWS, tells_costs=False),
@@ -82,8 +82,7 @@ def test_deadlines_are_kept_with_more_members_than_any_fixed_tier_that_keeps_the
     assert ours.attainment >= BARS[factor]
     assert ours.refused < 0.2
     as_good = [budget for budget, figures in fixed.items() if figures.attainment >= min(ours.attainment, 0.999)]
-    assert as_good, "the smallest tier keeps nearly all deadlines at any of these loads"
-    best = max(as_good)
+    best = max(as_good, default=0)  # none, where even the smallest falls behind
     assert ours.members > best or (best == max(fixed) and ours.members > 0.99 * best), "there is no more than all"
 
 

@@ -71,6 +71,8 @@ class Costs:
     member_s: float
     row_s: float
     prompt_row_s: float
+    prompt_s: float = 0.0
+    """More, in a step that takes up prompts."""
     scatter: float = 0.1
     """Standard deviation of a step's logarithm."""
     hiccup: float = 0.0005
@@ -120,7 +122,9 @@ class VirtualEngine:
             self._keep_deadlines(loop.time())
             batch = list(self._running)
             prompts = sum(run.prompt_tokens * run.members for run in batch if not run.members_per_token)
-            seconds = self._costs.of(self._load()) + self._costs.prompt_row_s * prompts
+            seconds = (
+                self._costs.of(self._load()) + self._costs.prompt_row_s * prompts + self._costs.prompt_s * (prompts > 0)
+            )
             seconds *= self._dice.lognormvariate(0, self._costs.scatter)
             self._learned.observe(self._load(prompts), seconds, members_s=seconds - self._costs.step_s)
             await asyncio.sleep(seconds + 0.05 * (self._dice.random() < self._costs.hiccup))

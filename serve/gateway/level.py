@@ -11,6 +11,7 @@ more than this one brings, less is risked.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 from serve.gateway.costs import StepCosts
@@ -75,10 +76,11 @@ class Level:
         if rates is None:
             return most
         prospects = {members: prospect(rates, supply, members) for members in range(1, most + 1)}
+        known = frozenset((losses or {}).items())
         worth = [
             members
             for members in prospects
-            if members <= 2 or prospects[members - 1].probability_kept_up(_RISK_S) >= _enough(members, losses or {})
+            if members <= 2 or prospects[members - 1].probability_kept_up(_RISK_S) >= _enough(members, known)
         ]
         held = [
             members
@@ -122,7 +124,8 @@ class Prospect:
         return NormalDist(self.excess * seconds, max(1e-9, self.scatter * math.sqrt(seconds))).cdf(0.0)
 
 
-def _enough(members: int, losses: Mapping[int, float]) -> float:
+@lru_cache
+def _enough(members: int, losses: frozenset[tuple[int, float]]) -> float:
     """Probability with which one member less must be kept up for `members` to be worth their risk.
 
     They fill the queue, so that in the next burst there are two fewer. The critical ratio of the newsvendor (Arrow, Harris,
@@ -131,7 +134,7 @@ def _enough(members: int, losses: Mapping[int, float]) -> float:
     """
 
     def loss(size: int) -> float:
-        return expected_loss(size, losses) if losses else 1 / size
+        return expected_loss(size, dict(losses)) if losses else 1 / size
 
     brings, costs = (max(0.0, loss(size - 1) - loss(size)) for size in (members, members - 1))
     ratio = costs / (brings + costs) if brings + costs else 0.5

@@ -15,6 +15,7 @@ COPY requirements/vllm-name requirements/vllm-name
 COPY population population
 COPY prior prior
 COPY serve serve
+COPY src src
 COPY train train
 RUN /venv/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels . ./requirements/vllm-name
 

@@ -22,10 +22,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from population import manifest
-from serve.gateway.cards import model_cards
-from serve.gateway.figures import summarise
-from serve.gateway.loadtest import Plan, Sent, run
+from chorus.population import manifest
+from chorus.serve.gateway.cards import model_cards
+from chorus.serve.gateway.figures import summarise
+from chorus.serve.gateway.loadtest import Plan, Sent, run
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gateway import chorus_serve

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from population import manifest
+from chorus.population import manifest
 
 CHORUS = Path(sys.executable).with_name("chorus")
 PROMPT = "def read_file("

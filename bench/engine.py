@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from population import manifest
+from chorus.population import manifest
 
 PROMPT_TOKENS = 16
 

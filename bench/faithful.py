@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from bench import wikitext
-from prior.selection import cross_folds, nested_path
-from prior.weights import fit_weights, mixture_losses
-from train.run import Run, member_name
+from chorus.prior.selection import cross_folds, nested_path
+from chorus.prior.weights import fit_weights, mixture_losses
+from chorus.train.run import Run, member_name
 
 SEEDS = (0, 1, 2)
 CYCLES = 15  # of each of q0's three trajectories

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from bench import wikitext
 from bench.faithful import CYCLES, EPOCHS, FURTHER, MATCHED, METHODS, SEEDS, Losses, Trained, finished, load, place
-from population.tokens import TokenSplit, split_path
-from prior.bootstrap import Bootstrap
-from prior.weights import fit_weights
-from train.run import Run, member_name
-from train.snapshot import load_member
+from chorus.population.tokens import TokenSplit, split_path
+from chorus.prior.bootstrap import Bootstrap
+from chorus.prior.weights import fit_weights
+from chorus.train.run import Run, member_name
+from chorus.train.snapshot import load_member
 
 # M members, N tokens, V vocabulary
 

@@ -29,7 +29,7 @@ PROMPT = "def read_settings(path):\n"
 @contextlib.contextmanager
 def chorus_serve(directory: str, engine_arguments: list[str]) -> Iterator[tuple[str, str]]:
     """Addresses of a gateway and of its engine."""
-    command = [sys.executable, "-m", "population.cli", "serve", directory, "--port", "0", "--", *engine_arguments]
+    command = [sys.executable, "-m", "chorus", "serve", directory, "--port", "0", "--", *engine_arguments]
     with tempfile.TemporaryFile("w+") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
         try:
             while not (found := re.search(r"ready in .*?(http://\S+)/v1.*engine (http://\S+)", _read(output))):

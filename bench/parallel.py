@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.engine import Engine
-from population import manifest
-from serve.engine.parallel import SWITCH
+from chorus.population import manifest
+from chorus.serve.engine.parallel import SWITCH
 
 
 def main() -> None:

@@ -16,9 +16,9 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from prior.reference import reference_weights, top_by_weight
-from prior.selection import best_set, nested_path, same_tokens
-from prior.weights import fit_weights, mixture_losses
+from chorus.prior.reference import reference_weights, top_by_weight
+from chorus.prior.selection import best_set, nested_path, same_tokens
+from chorus.prior.weights import fit_weights, mixture_losses
 
 NUM_TRAJECTORIES = 5
 FREE_UP_TO = 4  # members of a set that is searched without the bond of nesting; more take minutes

@@ -12,10 +12,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from population import assemble, manifest
-from population.corpus import read_documents
-from population.files import sha256
-from population.manifest import Population, Provenance, Tier
+from chorus.population import assemble, manifest
+from chorus.population.corpus import read_documents
+from chorus.population.files import sha256
+from chorus.population.manifest import Population, Provenance, Tier
 
 
 def make(

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from bench import wikitext
-from prior.selection import cross_folds, nested_path
-from train.run import Run
+from chorus.prior.selection import cross_folds, nested_path
+from chorus.train.run import Run
 
 BUDGETS = (6, 12, 24, 36, 60, 90)
 MEMBERS = 6

@@ -29,14 +29,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import _muon
 
-from train import run as runs
-from train.data import Epoch, TrainTokens
-from train.launch import ALLOCATOR
-from train.model import Llama
-from train.run import Prepared, Run
-from train.settings import Settings
-from train.trajectory import Trajectory, autocast, micro_tokens
-from train.worker import choose_device
+from chorus.train import run as runs
+from chorus.train.data import Epoch, TrainTokens
+from chorus.train.launch import ALLOCATOR
+from chorus.train.model import Llama
+from chorus.train.run import Prepared, Run
+from chorus.train.settings import Settings
+from chorus.train.trajectory import Trajectory, autocast, micro_tokens
+from chorus.train.worker import choose_device
 
 BARS = {"ours": 0.9, "taught": 1 / 1.4}
 # Dense bfloat16, FLOP/s, from the vendor's data sheets; SXM boards where there are several.

@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from population.tokens import TokenSplit, split_path
-from train import run as runs
-from train.data import TrainTokens
-from train.evaluate import likelihoods
-from train.log import Record
-from train.run import Prepared, Run, member_name
-from train.settings import Settings
-from train.snapshot import load_member
-from train.tokenizer import train_tokenizer
-from train.trajectory import Trajectory
-from train.worker import choose_device
+from chorus.population.tokens import TokenSplit, split_path
+from chorus.train import run as runs
+from chorus.train.data import TrainTokens
+from chorus.train.evaluate import likelihoods
+from chorus.train.log import Record
+from chorus.train.run import Prepared, Run, member_name
+from chorus.train.settings import Settings
+from chorus.train.snapshot import load_member
+from chorus.train.tokenizer import train_tokenizer
+from chorus.train.trajectory import Trajectory
+from chorus.train.worker import choose_device
 
 # Articles and tokens of each: enough articles for a bootstrap, little enough text that a model saturates within minutes.
 _SPLITS = {"train": (30, 800), "fitness": (15, 1_200), "selection": (15, 1_200), "test": (62, 768)}

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from population.errors import ChorusError
-from population.files import sha256, write_text
-from population.manifest import Member, Population, Provenance, now, read_config, save
+from chorus.population.errors import ChorusError
+from chorus.population.files import sha256, write_text
+from chorus.population.manifest import Member, Population, Provenance, now, read_config, save
 
 ARCHITECTURE = "PopulationForCausalLM"
 _TOKENIZER_FILES = (

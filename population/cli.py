@@ -1,22 +1,23 @@
 """The command's front door: `chorus`. It knows the names of the sub-commands and loads a room only when its command is called."""
 
 import importlib
+import os
 import sys
 
 import click
 
-from population.errors import ChorusError
+from chorus.population.errors import ChorusError
 
 # name: (module:attribute, the line that `chorus --help` shows). Rooms are named, not imported: this room knows no other.
 _COMMANDS = {
-    "train": ("train.command:train", "Train a population of models from text."),
-    "distil": ("train.candidates:distil", "Distil the mixture into one student that joins the population."),
-    "average": ("train.candidates:average", "Add weight averages of each trajectory's last members."),
-    "prior": ("prior.command:prior", "Fit the weights and members for every budget."),
-    "serve": ("serve.gateway.command:serve", "Serve a population over HTTP, with a budget per request."),
-    "engine": ("serve.engine.command:engine", "Run an engine by itself, for gateways elsewhere."),
-    "bench": ("serve.gateway.bench_command:bench", "Put load on a gateway and print what became of it."),
-    "population": ("population.command:population", "Look at a population, or make one from checkpoints."),
+    "train": ("chorus.train.command:train", "Train a population of models from text."),
+    "distil": ("chorus.train.candidates:distil", "Distil the mixture into one student that joins the population."),
+    "average": ("chorus.train.candidates:average", "Add weight averages of each trajectory's last members."),
+    "prior": ("chorus.prior.command:prior", "Fit the weights and members for every budget."),
+    "serve": ("chorus.serve.gateway.command:serve", "Serve a population over HTTP, with a budget per request."),
+    "engine": ("chorus.serve.engine.command:engine", "Run an engine by itself, for gateways elsewhere."),
+    "bench": ("chorus.serve.gateway.bench_command:bench", "Put load on a gateway and print what became of it."),
+    "population": ("chorus.population.command:population", "Look at a population, or make one from checkpoints."),
 }
 
 
@@ -53,6 +54,9 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command. What a user did wrong is one sentence on stderr and exit status 2, never a traceback."""
+    # Every Python process that we start, and that those start, leaves the working directory out of its path: a user's `types.py`,
+    # `train.py` or `chorus.py` there is data, not code.
+    os.environ["PYTHONSAFEPATH"] = "1"
     try:
         cli.main(standalone_mode=False)
     except ChorusError as error:

@@ -6,9 +6,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from population import assemble, manifest
-from population import fetch as fetching
-from population.manifest import Loss, Population
+from chorus.population import assemble, manifest
+from chorus.population import fetch as fetching
+from chorus.population.manifest import Loss, Population
 
 
 @click.group()

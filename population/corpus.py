@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from population.errors import ChorusError
-from population.rows import ROW_SUFFIXES, read_rows
-from population.textfile import read_pieces
+from chorus.population.errors import ChorusError
+from chorus.population.rows import ROW_SUFFIXES, read_rows
+from chorus.population.textfile import read_pieces
 
 SPLITS = ("train", "fitness", "selection", "test")
 STDLIB = "stdlib"

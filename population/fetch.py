@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import IO, cast
 from urllib.parse import urlsplit
 
-from population import manifest
-from population.errors import ChorusError
-from population.manifest import MANIFEST, Population
+from chorus.population import manifest
+from chorus.population.errors import ChorusError
+from chorus.population.manifest import MANIFEST, Population
 
 AUTHORIZATION = "CHORUS_FETCH_AUTHORIZATION"
 """Environment variable with the value of the request's Authorization header, if the archive's server wants one."""

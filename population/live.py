@@ -3,8 +3,8 @@
 import logging
 from pathlib import Path
 
-from population.errors import ChorusError
-from population.manifest import MANIFEST, Population, load
+from chorus.population.errors import ChorusError
+from chorus.population.manifest import MANIFEST, Population, load
 
 logger = logging.getLogger(__name__)
 

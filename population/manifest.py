@@ -20,8 +20,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from population.errors import ChorusError
-from population.files import sha256, write_text
+from chorus.population.errors import ChorusError
+from chorus.population.files import sha256, write_text
 
 MANIFEST = "population.json"
 SCHEMA_VERSION = 1

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from population.errors import ChorusError
+from chorus.population.errors import ChorusError
 
 JSON_LINES, PARQUET = {".jsonl", ".ndjson"}, {".parquet"}
 ROW_SUFFIXES = JSON_LINES | PARQUET

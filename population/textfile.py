@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from population.errors import ChorusError
+from chorus.population.errors import ChorusError
 
 END_OF_TEXT = "<|endoftext|>"
 _PASSAGE_CHARACTERS = 4_000

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from population.errors import ChorusError
-from population.files import replacing
+from chorus.population.errors import ChorusError
+from chorus.population.files import replacing
 
 SPLITS_DIRECTORY = "splits"
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from population.errors import ChorusError
-from prior.quadratic import FloatArray
+from chorus.population.errors import ChorusError
+from chorus.prior.quadratic import FloatArray
 
 # N tokens, D documents, R draws
 NUM_DRAWS = 2_000

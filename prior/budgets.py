@@ -9,11 +9,11 @@ from typing import Literal
 
 import numpy as np
 
-from population.errors import ChorusError
-from population.manifest import Population
-from prior.latency import LatencyTable
-from prior.quadratic import FloatArray
-from prior.selection import Limits
+from chorus.population.errors import ChorusError
+from chorus.population.manifest import Population
+from chorus.prior.latency import LatencyTable
+from chorus.prior.quadratic import FloatArray
+from chorus.prior.selection import Limits
 
 # M members
 Unit = Literal["members", "x", "bytes", "ms"]

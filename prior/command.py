@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from population.errors import ChorusError
+from chorus.population.errors import ChorusError
 
 if TYPE_CHECKING:
-    from population.manifest import Pool
-    from prior.budgets import Amount
-    from prior.likelihoods import Progress
+    from chorus.population.manifest import Pool
+    from chorus.prior.budgets import Amount
+    from chorus.prior.likelihoods import Progress
 
 _DIRECTORY = click.argument("directory", type=click.Path(path_type=Path))
 _MAX_BYTES = click.option(
@@ -95,8 +95,8 @@ def fit(
 
     Writes the tiers and their losses into population.json, and prior/report.md, prior/frontier.png and prior/fit.json.
     """
-    from prior.budgets import Budgets
-    from prior.run import OWN, fit_population
+    from chorus.prior.budgets import Budgets
+    from chorus.prior.run import OWN, fit_population
 
     wished = Budgets.parse(budgets, _cap(max_latency_ms, max_flops, max_memory))
     with _progress() as progress:
@@ -115,7 +115,7 @@ def fit(
 
     from rich.console import Console
 
-    from prior.report import REPORT, member_table, tier_table
+    from chorus.prior.report import REPORT, member_table, tier_table
 
     console = Console()
     for named in fits:
@@ -153,7 +153,7 @@ def evaluate(directory: Path, corpus: str | None, engine: str | None, max_bytes:
     """
     from rich.console import Console
 
-    from prior.evaluate import check_engine, evaluate_population, served_table, shift_table
+    from chorus.prior.evaluate import check_engine, evaluate_population, served_table, shift_table
 
     console = Console()
     if engine is not None:
@@ -203,10 +203,10 @@ def measure(directory: Path, engine: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from population import manifest
-    from prior.engine import connect
-    from prior.latency import LATENCY_JSON, save_table
-    from prior.latency import measure as measure_latency
+    from chorus.population import manifest
+    from chorus.prior.engine import connect
+    from chorus.prior.latency import LATENCY_JSON, save_table
+    from chorus.prior.latency import measure as measure_latency
 
     population = manifest.load(directory)
     table = measure_latency(connect(engine, population), population)
@@ -222,7 +222,7 @@ def measure(directory: Path, engine: str) -> None:
 
 
 def _cap(max_latency_ms: float | None, max_flops: float | None, max_memory: str | None) -> "Amount | None":
-    from prior.budgets import Amount
+    from chorus.prior.budgets import Amount
 
     caps = []
     if max_latency_ms is not None:
@@ -240,7 +240,7 @@ def _cap(max_latency_ms: float | None, max_flops: float | None, max_memory: str 
 
 def _named(corpora: tuple[str, ...]) -> dict[str | None, str | None]:
     """Priors by name. A lone corpus may go without one."""
-    from prior.budgets import TIER_NAME
+    from chorus.prior.budgets import TIER_NAME
 
     found: dict[str | None, str | None] = {}
     for corpus in corpora:

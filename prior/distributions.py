@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from population.manifest import Population, Tier
-from prior.likelihoods import batches, load_model
-from prior.pools import Block, Pooled, pooled_losses
-from prior.quadratic import FloatArray
-from prior.splits import ScoredSplit
+from chorus.population.manifest import Population, Tier
+from chorus.prior.likelihoods import batches, load_model
+from chorus.prior.pools import Block, Pooled, pooled_losses
+from chorus.prior.quadratic import FloatArray
+from chorus.prior.splits import ScoredSplit
 
 _BLOCK_BYTES = 1 << 27  # of float32 log-probabilities, all members together; at least one window of each
 

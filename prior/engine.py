@@ -17,10 +17,10 @@ from urllib.parse import urlsplit
 import numpy as np
 from pydantic import JsonValue
 
-from population.errors import ChorusError
-from population.manifest import Population
-from prior.quadratic import FloatArray
-from prior.splits import ScoredSplit
+from chorus.population.errors import ChorusError
+from chorus.population.manifest import Population
+from chorus.prior.quadratic import FloatArray
+from chorus.prior.splits import ScoredSplit
 
 _IN_FLIGHT = 8  # requests at once: enough to fill an engine's batches, few enough to be a polite guest
 _TIMEOUT_S = 600.0

@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from population import manifest
-from population.errors import ChorusError
-from population.manifest import Population
-from population.tokens import TextTokenizer
-from prior.distributions import follows_from_likelihoods, tier_losses
-from prior.engine import connect, engine_losses
-from prior.likelihoods import Progress, likelihoods
-from prior.report import interval_text, signed_text
-from prior.shift import Offer, TierShift, evaluate_shift
-from prior.splits import HELD_OUT, ScoredSplit, own_splits, whole_corpus
-from prior.weights import mixture_losses
+from chorus.population import manifest
+from chorus.population.errors import ChorusError
+from chorus.population.manifest import Population
+from chorus.population.tokens import TextTokenizer
+from chorus.prior.distributions import follows_from_likelihoods, tier_losses
+from chorus.prior.engine import connect, engine_losses
+from chorus.prior.likelihoods import Progress, likelihoods
+from chorus.prior.report import interval_text, signed_text
+from chorus.prior.shift import Offer, TierShift, evaluate_shift
+from chorus.prior.splits import HELD_OUT, ScoredSplit, own_splits, whole_corpus
+from chorus.prior.weights import mixture_losses
 
 AGREEMENT = 1e-3  # nats between an engine's mean loss and ours that rounding explains
 

@@ -12,17 +12,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from population.errors import ChorusError
-from population.manifest import Pool
-from prior.bootstrap import FEW_DOCUMENTS, Bootstrap, Interval
-from prior.pools import TEST, LinearSet, Pooled, PoolFit, Source, fit_pools, pooled_losses
-from prior.portrait import Portrait, portray
-from prior.quadratic import FloatArray
-from prior.reference import reference_weights, top_by_weight
-from prior.selection import Choice, Limits, best_set, best_within, cross_folds, path_within
-from prior.sequential import fit_power, sequential_losses
-from prior.shrinkage import choose_shrinkage
-from prior.weights import Fit, Probabilities, check_probabilities, mixture_losses, solve
+from chorus.population.errors import ChorusError
+from chorus.population.manifest import Pool
+from chorus.prior.bootstrap import FEW_DOCUMENTS, Bootstrap, Interval
+from chorus.prior.pools import TEST, LinearSet, Pooled, PoolFit, Source, fit_pools, pooled_losses
+from chorus.prior.portrait import Portrait, portray
+from chorus.prior.quadratic import FloatArray
+from chorus.prior.reference import reference_weights, top_by_weight
+from chorus.prior.selection import Choice, Limits, best_set, best_within, cross_folds, path_within
+from chorus.prior.sequential import fit_power, sequential_losses
+from chorus.prior.shrinkage import choose_shrinkage
+from chorus.prior.weights import Fit, Probabilities, check_probabilities, mixture_losses, solve
 
 # M members, N tokens, K members of a tier
 DEFAULT_BUDGETS = {"economy": 1, "standard": 2, "premium": 4}

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from population import manifest
-from population.errors import ChorusError
-from population.files import write_text
-from population.manifest import Population
-from prior.engine import Engine, generate
+from chorus.population import manifest
+from chorus.population.errors import ChorusError
+from chorus.population.files import write_text
+from chorus.population.manifest import Population
+from chorus.prior.engine import Engine, generate
 
 LATENCY_JSON = Path("prior") / "latency.json"
 _PROMPT_TOKENS = 8

@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from population.errors import ChorusError
-from population.manifest import Member, Population
-from prior.engine import Engine, engine_losses
-from prior.matrix import Index, Part, RowFile
-from prior.splits import ScoredSplit
+from chorus.population.errors import ChorusError
+from chorus.population.manifest import Member, Population
+from chorus.prior.engine import Engine, engine_losses
+from chorus.prior.matrix import Index, Part, RowFile
+from chorus.prior.splits import ScoredSplit
 
 DIRECTORY = Path("prior") / "likelihoods"
 # A softmax gives no zeros; below this float32 would make one. It caps a token's loss at 87 nats.

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from population.files import write_text
+from chorus.population.files import write_text
 
 ROWS, INDEX = "rows.f32", "index.json"
 _DTYPE = np.dtype("<f4")

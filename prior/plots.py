@@ -8,12 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from population.files import replacing
-from population.manifest import Population
-from prior.bootstrap import Interval
-from prior.fit import PriorFit
-from prior.frontier import knee
-from prior.results import cost
+from chorus.population.files import replacing
+from chorus.population.manifest import Population
+from chorus.prior.bootstrap import Interval
+from chorus.prior.fit import PriorFit
+from chorus.prior.frontier import knee
+from chorus.prior.results import cost
 
 MEMBERS_PNG = "members.png"
 FRONTIER_PNG = "frontier.png"

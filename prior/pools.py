@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from population.manifest import Pool
-from prior.quadratic import FloatArray, minimise_quadratic
+from chorus.population.manifest import Pool
+from chorus.prior.quadratic import FloatArray, minimise_quadratic
 
 # K members of a set, F features, B tokens of a block, V vocabulary, N tokens of a part
 DEFAULT_GAP = 1e-5

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prior.bootstrap import Bootstrap
-from prior.quadratic import FloatArray
-from prior.weights import Probabilities, mixture_losses
+from chorus.prior.bootstrap import Bootstrap
+from chorus.prior.quadratic import FloatArray
+from chorus.prior.weights import Probabilities, mixture_losses
 
 # M members, N tokens, D documents
 _BLOCK_TOKENS = 4_096

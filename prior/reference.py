@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from prior.quadratic import FloatArray
-from prior.weights import Probabilities, Problem
+from chorus.prior.quadratic import FloatArray
+from chorus.prior.weights import Probabilities, Problem
 
 _STEPS, _RATE = 300, 0.5
 _BETAS, _EPSILON, _DECAY = (0.9, 0.999), 1e-8, 0.01  # PyTorch's defaults for AdamW

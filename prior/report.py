@@ -5,13 +5,13 @@ from pathlib import Path
 
 from rich.table import Table
 
-from population.files import write_text
-from population.manifest import Population
-from prior.bootstrap import Interval
-from prior.fit import MAX_TIER, POOL_NATS, USEFUL_NATS, Mixture, PriorFit
-from prior.frontier import knee
-from prior.plots import FRONTIER_PNG, MEMBERS_PNG
-from prior.results import FittedText, cost, names
+from chorus.population.files import write_text
+from chorus.population.manifest import Population
+from chorus.prior.bootstrap import Interval
+from chorus.prior.fit import MAX_TIER, POOL_NATS, USEFUL_NATS, Mixture, PriorFit
+from chorus.prior.frontier import knee
+from chorus.prior.plots import FRONTIER_PNG, MEMBERS_PNG
+from chorus.prior.results import FittedText, cost, names
 
 REPORT = "report.md"
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from population import manifest
-from population.files import write_text
-from population.manifest import Loss, Population, Tier
-from prior.bootstrap import Interval
-from prior.fit import HeldOut, Mixture, PriorFit, TierFit
+from chorus.population import manifest
+from chorus.population.files import write_text
+from chorus.population.manifest import Loss, Population, Tier
+from chorus.prior.bootstrap import Interval
+from chorus.prior.fit import HeldOut, Mixture, PriorFit, TierFit
 
 FIT_JSON = "fit.json"
 

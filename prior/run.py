@@ -6,20 +6,20 @@ from pathlib import Path
 
 import numpy as np
 
-from population import manifest
-from population.errors import ChorusError
-from population.manifest import Name, Pool, Population
-from population.tokens import TextTokenizer
-from prior.budgets import Budgets, Spending, resolve
-from prior.distributions import MemberDistributions
-from prior.engine import Engine, connect
-from prior.fit import HeldOut, PriorFit, check_budgets, fit_prior
-from prior.latency import LATENCY_JSON, load_table
-from prior.likelihoods import Progress, likelihoods
-from prior.plots import save_frontier, save_members
-from prior.report import save_report
-from prior.results import FittedText, NamedFit, fitted_population, save_json
-from prior.splits import HELD_OUT, ScoredSplit, corpus_splits, own_splits
+from chorus.population import manifest
+from chorus.population.errors import ChorusError
+from chorus.population.manifest import Name, Pool, Population
+from chorus.population.tokens import TextTokenizer
+from chorus.prior.budgets import Budgets, Spending, resolve
+from chorus.prior.distributions import MemberDistributions
+from chorus.prior.engine import Engine, connect
+from chorus.prior.fit import HeldOut, PriorFit, check_budgets, fit_prior
+from chorus.prior.latency import LATENCY_JSON, load_table
+from chorus.prior.likelihoods import Progress, likelihoods
+from chorus.prior.plots import save_frontier, save_members
+from chorus.prior.report import save_report
+from chorus.prior.results import FittedText, NamedFit, fitted_population, save_json
+from chorus.prior.splits import HELD_OUT, ScoredSplit, corpus_splits, own_splits
 
 NO_BUDGETS = Budgets(tiers={})
 OWN: Mapping[Name | None, str | None] = {None: None}

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from population.errors import ChorusError
-from prior.quadratic import FloatArray
-from prior.weights import Probabilities, check_probabilities, mixture_losses, solve
+from chorus.population.errors import ChorusError
+from chorus.prior.quadratic import FloatArray
+from chorus.prior.weights import Probabilities, check_probabilities, mixture_losses, solve
 
 # M members of the population, N tokens, S members of a set
 EXACT_SETS = 1_000  # search all sets of a size where there are at most so many; covers every size of up to 12 members

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prior.quadratic import FloatArray
-from prior.shrinkage import document_folds
-from prior.weights import Probabilities
+from chorus.prior.quadratic import FloatArray
+from chorus.prior.shrinkage import document_folds
+from chorus.prior.weights import Probabilities
 
 # M members, N tokens, D documents
 POWERS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

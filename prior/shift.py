@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from population.errors import ChorusError
-from prior.bootstrap import Bootstrap, Interval
-from prior.quadratic import FloatArray
-from prior.selection import nested_path, same_tokens
-from prior.weights import Probabilities, check_probabilities, mixture_losses, solve
+from chorus.population.errors import ChorusError
+from chorus.prior.bootstrap import Bootstrap, Interval
+from chorus.prior.quadratic import FloatArray
+from chorus.prior.selection import nested_path, same_tokens
+from chorus.prior.weights import Probabilities, check_probabilities, mixture_losses, solve
 
 # M members, N tokens, K members of a tier
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from population.errors import ChorusError
-from prior.weights import Probabilities, check_probabilities, mixture_losses, solve
+from chorus.population.errors import ChorusError
+from chorus.prior.weights import Probabilities, check_probabilities, mixture_losses, solve
 
 # M members, N tokens, D documents
 STRENGTHS = (0.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from population.corpus import read_documents, sample_documents, split_documents
-from population.errors import ChorusError
-from population.tokens import TextTokenizer, TokenSplit, split_path
+from chorus.population.corpus import read_documents, sample_documents, split_documents
+from chorus.population.errors import ChorusError
+from chorus.population.tokens import TextTokenizer, TokenSplit, split_path
 
 HELD_OUT = ("fitness", "selection", "test")
 

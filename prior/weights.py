@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from population.errors import ChorusError
-from prior.quadratic import FloatArray, minimise_quadratic
+from chorus.population.errors import ChorusError
+from chorus.prior.quadratic import FloatArray, minimise_quadratic
 
 # M members, N tokens, A members of the working set
 Probabilities = NDArray[np.float32] | NDArray[np.float64]

@@ -31,7 +31,7 @@ def tiny_population(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained_population(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a population of four members that `chorus train` made, under `tests.worlds.with_nested_tiers`."""
-    from population import manifest
+    from chorus.population import manifest
     from tests.worlds import with_nested_tiers
 
     directory = tmp_path_factory.mktemp("populations") / "trained"
@@ -48,7 +48,7 @@ def trained_population(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--batch-tokens",
         "1024",
     ]
-    command = [sys.executable, "-m", "population.cli", "train", "stdlib", "--out", str(directory), *shape, *length]
+    command = [sys.executable, "-m", "chorus", "train", "stdlib", "--out", str(directory), *shape, *length]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     manifest.save(with_nested_tiers(manifest.load(directory)), directory)
     return directory

@@ -76,10 +76,11 @@ class ChorusServe:
 
 
 @contextmanager
-def chorus_serve(directory: Path, output: Path, *arguments: str) -> Iterator[ChorusServe]:
-    """`chorus serve DIRECTORY ARGUMENTS` on a free port; listening, not necessarily ready."""
+def chorus_serve(directory: Path, output: Path, *arguments: str, chorus: Path | None = None) -> Iterator[ChorusServe]:
+    """`chorus serve DIRECTORY ARGUMENTS` on a free port; listening, perhaps not ready. `chorus`: another environment's command."""
     port = free_port()
-    command = [sys.executable, "-m", "population.cli", "serve", str(directory), "--port", str(port), *arguments]
+    program = [str(chorus)] if chorus else [sys.executable, "-m", "chorus"]
+    command = [*program, "serve", str(directory), "--port", str(port), *arguments]
     with output.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     server = ChorusServe(process, f"http://127.0.0.1:{port}", output)

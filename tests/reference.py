@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from population import manifest
+from chorus.population import manifest
 
 
 @cache

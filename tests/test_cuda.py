@@ -13,27 +13,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from population import manifest
-from population.tokens import TokenSplit, split_path
-from prior.likelihoods import likelihoods as prior_likelihoods
-from prior.splits import ScoredSplit
-from serve.engine.mixing import make_headers, mix, mix_alike
-from serve.engine.mixture import Mixture
-from serve.engine.rows import plan_step
-from serve.engine.stopwatch import MIXING, Stopwatch
+from chorus.population import manifest
+from chorus.population.tokens import TokenSplit, split_path
+from chorus.prior.likelihoods import likelihoods as prior_likelihoods
+from chorus.prior.splits import ScoredSplit
+from chorus.serve.engine.mixing import make_headers, mix, mix_alike
+from chorus.serve.engine.mixture import Mixture
+from chorus.serve.engine.rows import plan_step
+from chorus.serve.engine.stopwatch import MIXING, Stopwatch
+from chorus.train.evaluate import likelihoods
+from chorus.train.log import Record
+from chorus.train.loss import Distillation, Teacher, next_token_loss
+from chorus.train.model import Llama
+from chorus.train.optimiser import orthogonalise
+from chorus.train.perturb import generator_for, perturb
+from chorus.train.prepare import prepare
+from chorus.train.run import Run
+from chorus.train.settings import Settings
+from chorus.train.shape import Shape
+from chorus.train.snapshot import load_member
+from chorus.train.trajectory import Trajectory
 from tests.serve.engine.test_mixing import reference as pooled_in_float64
-from train.evaluate import likelihoods
-from train.log import Record
-from train.loss import Distillation, Teacher, next_token_loss
-from train.model import Llama
-from train.optimiser import orthogonalise
-from train.perturb import generator_for, perturb
-from train.prepare import prepare
-from train.run import Run
-from train.settings import Settings
-from train.shape import Shape
-from train.snapshot import load_member
-from train.trajectory import Trajectory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that PyTorch can use")
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -18,11 +18,11 @@ from transformers import (
     Qwen2Config,
 )
 
-from population import assemble, manifest
-from population.corpus import Document, read_documents
-from population.files import sha256
-from population.manifest import Population, Provenance, Tier
-from population.tokens import TextTokenizer, TokenSplit, split_path
+from chorus.population import assemble, manifest
+from chorus.population.corpus import Document, read_documents
+from chorus.population.files import sha256
+from chorus.population.manifest import Population, Provenance, Tier
+from chorus.population.tokens import TextTokenizer, TokenSplit, split_path
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 CHAT_TEMPLATE = """\

@@ -6,11 +6,11 @@ trajectories the mean is noise, so none is made there.
 
 import torch
 
-from population import manifest
-from population.errors import ChorusError
-from train.model import Llama
-from train.run import Run, member_name
-from train.snapshot import load_member
+from chorus.population import manifest
+from chorus.population.errors import ChorusError
+from chorus.train.model import Llama
+from chorus.train.run import Run, member_name
+from chorus.train.snapshot import load_member
 
 
 def average_name(trajectory: int, last: int) -> str:

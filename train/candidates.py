@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from population import manifest
-from population.errors import ChorusError
+from chorus.population import manifest
+from chorus.population.errors import ChorusError
 
 if TYPE_CHECKING:
-    from train.run import Run
+    from chorus.train.run import Run
 
 
 @click.command()
@@ -31,8 +31,8 @@ def distil(directory: Path, name: str, tier: str | None, checkpoint_seconds: flo
     """
     import signal
 
-    from train import launch, student, watch
-    from train.run import Run
+    from chorus.train import launch, student, watch
+    from chorus.train.run import Run
 
     run = Run.load(directory)
     if not run.finished:
@@ -66,11 +66,11 @@ def average(directory: Path, last: int) -> None:
     """Add the mean of the weights of each trajectory's last members to the population in DIRECTORY."""
     import torch
 
-    from train import launch
-    from train.average import average as mean
-    from train.average import average_name, check_average
-    from train.member import add_member
-    from train.run import Run
+    from chorus.train import launch
+    from chorus.train.average import average as mean
+    from chorus.train.average import average_name, check_average
+    from chorus.train.member import add_member
+    from chorus.train.run import Run
 
     run = Run.load(directory)
     check_average(run, last)
@@ -87,8 +87,8 @@ def _report(run: "Run", names: list[str]) -> None:
     """The new members beside those that were there, on the selection split."""
     import numpy as np
 
-    from train import heldout
-    from train.run import likelihoods_path
+    from chorus.train import heldout
+    from chorus.train.run import likelihoods_path
 
     known = {
         member.name: np.load(likelihoods_path(run, member.name))

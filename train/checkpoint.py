@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from population.files import replacing
-from train.optimiser import Optimiser
+from chorus.population.files import replacing
+from chorus.train.optimiser import Optimiser
 
 _KEPT = 2
 _log = logging.getLogger(__name__)

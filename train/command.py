@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from population.errors import ChorusError
-from train.recipes import deal
-from train.settings import Settings, default_max_bytes
-from train.vary import parse_variations
+from chorus.population.errors import ChorusError
+from chorus.train.recipes import deal
+from chorus.train.settings import Settings, default_max_bytes
+from chorus.train.vary import parse_variations
 
 if TYPE_CHECKING:
-    from train.run import Run
+    from chorus.train.run import Run
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 _DEFAULT = Settings(corpus="stdlib")
@@ -104,7 +104,7 @@ def train(
     options["vary"] = _varied(vary, given)
     settings = Settings(corpus=corpus, **options)
     if plan:
-        from train.plan import print_plan
+        from chorus.train.plan import print_plan
 
         print_plan(settings, plan_picture)
         return
@@ -141,8 +141,8 @@ def _varied(texts: tuple[str, ...], given: set[str]) -> dict[str, Any]:
 
 
 def _train(settings: Settings, out: Path, checkpoint_seconds: float, tensorboard: bool) -> None:
-    from train import launch, run, watch
-    from train.prepare import prepare
+    from chorus.train import launch, run, watch
+    from chorus.train.prepare import prepare
 
     run.check_out(out, settings)
     if settings.compile:

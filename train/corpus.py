@@ -14,10 +14,10 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from population.corpus import Document, Outline, sample_outlines, split_outlines, survey_documents
-from population.errors import ChorusError
-from population.tokens import TextTokenizer, TokenSplit
-from train.data import TrainTokens
+from chorus.population.corpus import Document, Outline, sample_outlines, split_outlines, survey_documents
+from chorus.population.errors import ChorusError
+from chorus.population.tokens import TextTokenizer, TokenSplit
+from chorus.train.data import TrainTokens
 
 _HELD_BYTES = 64 << 20
 HELD_OUT_CHARACTERS = 20_000_000  # of each held-out split: some five million tokens, far more than a prior needs

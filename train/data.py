@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from population.errors import ChorusError
-from population.files import replacing
+from chorus.population.errors import ChorusError
+from chorus.population.files import replacing
 
 _TOKENS, _OFFSETS = "train-tokens.npy", "train-offsets.npy"
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from population.tokens import TokenSplit
+from chorus.population.tokens import TokenSplit
 
 if TYPE_CHECKING:
-    from train.model import Llama
+    from chorus.train.model import Llama
 
 _SAMPLED_VALUES = 1 << 19  # 1 MB in float16 for each member
 _FEWEST_TOKENS = 32

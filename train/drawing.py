@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from population.files import replacing
-from train.schedule import Schedule
+from chorus.population.files import replacing
+from chorus.train.schedule import Schedule
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _COLOURS = ("#1f6feb", "#c2410c", "#15803d", "#7c3aed")

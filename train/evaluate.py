@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from population.tokens import TokenSplit
-from train.model import Llama
+from chorus.population.tokens import TokenSplit
+from chorus.train.model import Llama
 
 _BATCH_TOKENS = 8_192
 

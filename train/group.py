@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from population.errors import ChorusError
+from chorus.population.errors import ChorusError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

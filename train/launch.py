@@ -15,9 +15,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from population.errors import ChorusError
-from train.log import Record
-from train.run import Run
+from chorus.population.errors import ChorusError
+from chorus.train.log import Record
+from chorus.train.run import Run
 
 STOPPED = 3
 """Exit status of a process that was told to stop and left a checkpoint."""
@@ -45,7 +45,7 @@ class Workers:
         self._processes = [
             subprocess.Popen(
                 [
-                    sys.executable, "-m", "train.worker", str(run.directory),
+                    sys.executable, "-P", "-m", "chorus.train.worker", str(run.directory),
                     "--rank", str(rank), "--world", str(self.world), "--threads", str(self.threads),
                     "--checkpoint-seconds", str(checkpoint_seconds),
                     *(["--student", student] if student else []),
@@ -134,7 +134,7 @@ def check_compiler() -> None:
     Raises:
         ChorusError: there is no C++ compiler, which `torch.compile` needs on CPUs and GPUs alike.
     """
-    from train.compiling import has_compiler  # with torch, which other commands start without
+    from chorus.train.compiling import has_compiler  # with torch, which other commands start without
 
     if not has_compiler():
         raise ChorusError(

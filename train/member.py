@@ -5,14 +5,14 @@ whatever is in the manifest is whole.
 import torch
 from pydantic import JsonValue
 
-from population import assemble
-from population.files import write_array
-from population.tokens import TokenSplit, split_path
-from train import diversity, heldout
-from train.evaluate import likelihoods
-from train.model import Llama
-from train.run import Run, diversity_path, likelihoods_path
-from train.snapshot import load_member, register, save_member
+from chorus.population import assemble
+from chorus.population.files import write_array
+from chorus.population.tokens import TokenSplit, split_path
+from chorus.train import diversity, heldout
+from chorus.train.evaluate import likelihoods
+from chorus.train.model import Llama
+from chorus.train.run import Run, diversity_path, likelihoods_path
+from chorus.train.snapshot import load_member, register, save_member
 
 
 def add_member(model: Llama, run: Run, name: str, device: torch.device, *, epochs: float, **origin: JsonValue) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train.shape import RMS_EPSILON, ROPE_THETA, Shape
+from chorus.train.shape import RMS_EPSILON, ROPE_THETA, Shape
 
 
 class Llama(nn.Module):

@@ -8,13 +8,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from train import drawing
-from train import run as runs
-from train.launch import plan_processes
-from train.prepare import check_fits_a_batch, disk_bytes, read_corpus
-from train.schedule import Cycle, Schedule
-from train.settings import Settings
-from train.shape import Shape
+from chorus.train import drawing
+from chorus.train import run as runs
+from chorus.train.launch import plan_processes
+from chorus.train.prepare import check_fits_a_batch, disk_bytes, read_corpus
+from chorus.train.schedule import Cycle, Schedule
+from chorus.train.settings import Settings
+from chorus.train.shape import Shape
 
 _LONG_STEP_SECONDS = 3.0
 _TIMED_STEPS = 3
@@ -107,12 +107,12 @@ def _time_steps(settings: Settings, shape: Shape, world: int, threads: int) -> t
     """Seconds per row of a batch, without and with a teacher, of one process among `world` (alone on its threads here)."""
     import torch
 
-    from train.loss import Distillation, Teacher, next_token_loss
-    from train.model import Llama
-    from train.perturb import generator_for
-    from train.schedule import batch_rows
-    from train.trajectory import autocast, make_optimiser, micro_tokens
-    from train.worker import choose_device
+    from chorus.train.loss import Distillation, Teacher, next_token_loss
+    from chorus.train.model import Llama
+    from chorus.train.perturb import generator_for
+    from chorus.train.schedule import batch_rows
+    from chorus.train.trajectory import autocast, make_optimiser, micro_tokens
+    from chorus.train.worker import choose_device
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

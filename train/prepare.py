@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from population.corpus import STDLIB, read_all_documents
-from population.errors import ChorusError
-from population.tokens import TextTokenizer, split_path
-from train import pretokenised
-from train import run as runs
-from train.corpus import Corpus, Dealt, Tokenised
-from train.run import Prepared, Run
-from train.schedule import batch_rows
-from train.settings import VOCAB_SIZE, Settings
-from train.shape import Shape
-from train.tokenizer import given_tokenizer, train_tokenizer
+from chorus.population.corpus import STDLIB, read_all_documents
+from chorus.population.errors import ChorusError
+from chorus.population.tokens import TextTokenizer, split_path
+from chorus.train import pretokenised
+from chorus.train import run as runs
+from chorus.train.corpus import Corpus, Dealt, Tokenised
+from chorus.train.run import Prepared, Run
+from chorus.train.schedule import batch_rows
+from chorus.train.settings import VOCAB_SIZE, Settings
+from chorus.train.shape import Shape
+from chorus.train.tokenizer import given_tokenizer, train_tokenizer
 
 _FRACTIONS = {"train": 0.76, "fitness": 0.08, "selection": 0.06, "test": 0.10}
 # The embedded corpus is sampled for a short run, and there is far more of it: text to judge by costs nothing there.

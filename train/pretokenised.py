@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from population.corpus import Outline, sample_outlines, split_outlines
-from population.errors import ChorusError
-from population.tokens import TextTokenizer
-from train.corpus import Tokenised, capped
+from chorus.population.corpus import Outline, sample_outlines, split_outlines
+from chorus.population.errors import ChorusError
+from chorus.population.tokens import TextTokenizer
+from chorus.train.corpus import Tokenised, capped
 
 SUFFIXES = {".bin", ".npy"}
 _AT_ONCE = 1 << 22  # tokens looked at

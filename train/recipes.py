@@ -6,7 +6,7 @@ Epochs are passes over the train split summed over all trajectories: what the po
 from dataclasses import dataclass
 from typing import Literal
 
-from population.errors import ChorusError
+from chorus.population.errors import ChorusError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from population import manifest
-from population.files import replacing, write_text
-from train import diversity, heldout
-from train.run import Run, diversity_path, likelihoods_path
+from chorus.population import manifest
+from chorus.population.files import replacing, write_text
+from chorus.train import diversity, heldout
+from chorus.train.run import Run, diversity_path, likelihoods_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

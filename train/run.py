@@ -14,12 +14,12 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from population import manifest
-from population.errors import ChorusError
-from population.files import write_text
-from train.schedule import Schedule
-from train.settings import Settings
-from train.shape import Shape
+from chorus.population import manifest
+from chorus.population.errors import ChorusError
+from chorus.population.files import write_text
+from chorus.train.schedule import Schedule
+from chorus.train.settings import Settings
+from chorus.train.shape import Shape
 
 _RECORD = "run.json"
 

@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import JsonValue
 
-from population.corpus import STDLIB
-from population.errors import ChorusError
+from chorus.population.corpus import STDLIB
+from chorus.population.errors import ChorusError
 
 # What vLLM's CPU attention serves; its CUDA backends serve these too.
 _HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)

@@ -11,13 +11,13 @@ import torch
 from pydantic import JsonValue
 from safetensors.torch import load_file, save
 
-from population import assemble, manifest
-from population.errors import ChorusError
-from population.files import sha256
-from population.manifest import Member, Population, Provenance, read_config
-from train.model import Llama
-from train.run import Run
-from train.shape import RMS_EPSILON, ROPE_THETA, Shape
+from chorus.population import assemble, manifest
+from chorus.population.errors import ChorusError
+from chorus.population.files import sha256
+from chorus.population.manifest import Member, Population, Provenance, read_config
+from chorus.train.model import Llama
+from chorus.train.run import Run
+from chorus.train.shape import RMS_EPSILON, ROPE_THETA, Shape
 
 WEIGHTS = "model.safetensors"
 

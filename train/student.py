@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from population import manifest
-from population.errors import ChorusError
-from population.files import write_text
-from population.manifest import Tier
-from train.model import Llama
-from train.run import Run
-from train.schedule import Cycle
-from train.settings import Settings
-from train.snapshot import load_member
-from train.trajectory import Trajectory
+from chorus.population import manifest
+from chorus.population.errors import ChorusError
+from chorus.population.files import write_text
+from chorus.population.manifest import Tier
+from chorus.train.model import Llama
+from chorus.train.run import Run
+from chorus.train.schedule import Cycle
+from chorus.train.settings import Settings
+from chorus.train.snapshot import load_member
+from chorus.train.trajectory import Trajectory
 
 
 class StudentPlan(BaseModel):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from population.errors import ChorusError
-from population.files import write_text
-from population.tokens import TextTokenizer
+from chorus.population.errors import ChorusError
+from chorus.population.files import write_text
+from chorus.population.tokens import TextTokenizer
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 # For a base model: turns as plain paragraphs, of which it has seen many; no marks that it has never seen.

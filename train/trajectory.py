@@ -18,22 +18,22 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from population.errors import ChorusError
-from train import heldout
-from train.checkpoint import Position, load_checkpoint, remove_checkpoints, save_checkpoint
-from train.compiling import Compilation
-from train.data import Epoch, TrainTokens
-from train.group import Averaged, Group
-from train.log import Log, Record
-from train.loss import Distillation, Teacher, next_token_loss
-from train.member import add_member
-from train.model import Llama
-from train.optimiser import Optimiser, clip_gradients
-from train.perturb import generator_for, perturb
-from train.run import Run, finished_members, likelihoods_path, member_name
-from train.schedule import Cycle, saturated
-from train.settings import Settings
-from train.snapshot import load_member
+from chorus.population.errors import ChorusError
+from chorus.train import heldout
+from chorus.train.checkpoint import Position, load_checkpoint, remove_checkpoints, save_checkpoint
+from chorus.train.compiling import Compilation
+from chorus.train.data import Epoch, TrainTokens
+from chorus.train.group import Averaged, Group
+from chorus.train.log import Log, Record
+from chorus.train.loss import Distillation, Teacher, next_token_loss
+from chorus.train.member import add_member
+from chorus.train.model import Llama
+from chorus.train.optimiser import Optimiser, clip_gradients
+from chorus.train.perturb import generator_for, perturb
+from chorus.train.run import Run, finished_members, likelihoods_path, member_name
+from chorus.train.schedule import Cycle, saturated
+from chorus.train.settings import Settings
+from chorus.train.snapshot import load_member
 
 _INITIALISATION, _PERTURBATION = 0, 1
 _MAX_GRADIENT_NORM = 1.0

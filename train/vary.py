@@ -4,8 +4,8 @@ from typing import get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from population.errors import ChorusError
-from train.settings import VARIABLE, Settings
+from chorus.population.errors import ChorusError
+from chorus.train.settings import VARIABLE, Settings
 
 Variations = dict[str, tuple[float | int | str, ...]]
 

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from population import manifest
-from population.errors import ChorusError
-from train import heldout
-from train import report as reports
-from train.log import Record
-from train.run import Run, likelihoods_path
+from chorus.population import manifest
+from chorus.population.errors import ChorusError
+from chorus.train import heldout
+from chorus.train import report as reports
+from chorus.train.log import Record
+from chorus.train.run import Run, likelihoods_path
 
 _LINE_EVERY_SECONDS = 10.0
 _SMOOTHING = 0.9

@@ -1,4 +1,4 @@
-"""A process that trains trajectories: `python -m train.worker DIR`. It reads a prepared run and prints records as JSON lines.
+"""A process that trains trajectories: `python -m chorus.train.worker DIR`. It reads a prepared run and prints JSON lines.
 
 Process r of w trains trajectories r, r + w, ...: the numbers come from `--rank` and `--world`, or from torchrun's environment. With
 `--ranks-per-trajectory N`, under torchrun, N neighbouring processes share each trajectory and average their gradients.
@@ -17,13 +17,13 @@ from types import FrameType
 
 import torch
 
-from population.errors import ChorusError
-from train.group import joined
-from train.launch import STOPPED, disk_sentence
-from train.log import Record
-from train.run import Run
-from train.student import Student
-from train.trajectory import Trajectory
+from chorus.population.errors import ChorusError
+from chorus.train.group import joined
+from chorus.train.launch import STOPPED, disk_sentence
+from chorus.train.log import Record
+from chorus.train.run import Run
+from chorus.train.student import Student
+from chorus.train.trajectory import Trajectory
 
 
 def main() -> int:

@@ -7,9 +7,9 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata, subclass_attention_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from population.errors import ChorusError
-from serve.engine.kv import MemberAttentionSpec
-from serve.engine.rows import MemberRows, Step
+from chorus.population.errors import ChorusError
+from chorus.serve.engine.kv import MemberAttentionSpec
+from chorus.serve.engine.rows import MemberRows, Step
 
 
 class CurrentStep(SimpleNamespace):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import click
 
-from population import manifest
-from population.errors import ChorusError
+from chorus.population import manifest
+from chorus.population.errors import ChorusError
 
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -53,7 +53,7 @@ def serve(directory: Path, host: str, port: int, engine_arguments: tuple[str, ..
     os.environ.update({**_DEFAULT_ENVIRONMENT, **os.environ, **_ENVIRONMENT})
     # `vllm serve` without its front, which the CPU build lacks the metadata for; see docs/gateway.md.
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"),
+        *(sys.executable, "-P", "-m", "vllm.entrypoints.launchers.api_server.entry"),
         *("--model", str(directory.resolve()), "--served-model-name", population.name),
         *("--host", host, "--port", str(port), "--disable-uvicorn-access-log"),
         *engine_arguments,

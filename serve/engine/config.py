@@ -5,10 +5,10 @@ from typing import Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from population.errors import ChorusError
-from serve.engine.loader import LOAD_FORMAT
-from serve.engine.parallel import settle
-from serve.engine.requests import check_every_request
+from chorus.population.errors import ChorusError
+from chorus.serve.engine.loader import LOAD_FORMAT
+from chorus.serve.engine.parallel import settle
+from chorus.serve.engine.requests import check_every_request
 
 
 class PopulationConfig(VerifyAndUpdateConfig):
@@ -20,10 +20,10 @@ class PopulationConfig(VerifyAndUpdateConfig):
         _refuse(vllm_config)
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the runner that `worker` knows; the new one has other hooks
         scheduler, parallel, load = vllm_config.scheduler_config, vllm_config.parallel_config, vllm_config.load_config
-        scheduler.scheduler_cls = "serve.engine.scheduler.PopulationScheduler"
+        scheduler.scheduler_cls = "chorus.serve.engine.scheduler.PopulationScheduler"
         scheduler.disable_hybrid_kv_cache_manager = False
         scheduler.async_scheduling = False
-        parallel.worker_cls = "serve.engine.worker.PopulationWorker"
+        parallel.worker_cls = "chorus.serve.engine.worker.PopulationWorker"
         # vLLM keys compiled artifacts by a model's shape, which members share: one would load another's. And CUDA graphs are
         # captured for a number of rows, on which the members of a mixed batch do not agree.
         vllm_config.model_config.enforce_eager = True

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from serve.engine.mixture import Mixture
-from serve.least_squares import LeastSquares
+from chorus.serve.engine.mixture import Mixture
+from chorus.serve.least_squares import LeastSquares
 
 BUDGET_ARGUMENT = "chorus_time_budget_ms"
 """Key of a request's `vllm_xargs`: milliseconds from its arrival in which it should finish."""

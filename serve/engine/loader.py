@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from population import manifest
+from chorus.population import manifest
 
 LOAD_FORMAT = "population"
 

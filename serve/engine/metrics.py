@@ -14,9 +14,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from population import manifest
-from population.assemble import ARCHITECTURE
-from serve.engine.stopwatch import MIXING
+from chorus.population import manifest
+from chorus.population.assemble import ARCHITECTURE
+from chorus.serve.engine.stopwatch import MIXING
 
 DROP_REASONS = {
     "start": "the request asked to begin with fewer",

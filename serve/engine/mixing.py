@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from serve.engine.mixture import Mixture
+from chorus.serve.engine.mixture import Mixture
 
 _CPU = torch.device("cpu")
 _EXTRA_COLUMNS = 2  # pool, temperature

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from population.errors import ChorusError
-from population.live import LiveManifest
-from population.manifest import Pool, Population, Tier
+from chorus.population.errors import ChorusError
+from chorus.population.live import LiveManifest
+from chorus.population.manifest import Pool, Population, Tier
 
 TIER_ARGUMENT = "chorus_tier"
 """Key of a request's `vllm_xargs` that names its tier."""

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_registered_model
 from vllm.transformers_utils.config import get_config
 
-from population import manifest
-from serve.engine.attention import CurrentStep, claim_layers
-from serve.engine.mixing import Exchange, header_width, mix, mix_alike, uniform_headers
-from serve.engine.mixture import Mixture
-from serve.engine.parallel import Ranks, SpreadRanks
-from serve.engine.stopwatch import MIXING, Stopwatch
+from chorus.population import manifest
+from chorus.serve.engine.attention import CurrentStep, claim_layers
+from chorus.serve.engine.mixing import Exchange, header_width, mix, mix_alike, uniform_headers
+from chorus.serve.engine.mixture import Mixture
+from chorus.serve.engine.parallel import Ranks, SpreadRanks
+from chorus.serve.engine.stopwatch import MIXING, Stopwatch
 
 
 @dataclass(slots=True)

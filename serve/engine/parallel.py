@@ -14,9 +14,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from population import manifest
-from population.errors import ChorusError
-from population.manifest import Population
+from chorus.population import manifest
+from chorus.population.errors import ChorusError
+from chorus.population.manifest import Population
 
 SWITCH = "chorus_member_parallel"
 """Key of vLLM's `--additional-config`: true spreads whole members over the ranks of `--tensor-parallel-size`."""

@@ -2,7 +2,7 @@
 
 import warnings
 
-from population.assemble import ARCHITECTURE
+from chorus.population.assemble import ARCHITECTURE
 
 KNOWN_VLLM = "0.32."
 """Versions whose internals this package was written against and is tested with."""
@@ -15,9 +15,9 @@ def register() -> None:
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from serve.engine.config import PopulationConfig
-    from serve.engine.kv import register_spec
-    from serve.engine.loader import LOAD_FORMAT, PopulationLoader
+    from chorus.serve.engine.config import PopulationConfig
+    from chorus.serve.engine.kv import register_spec
+    from chorus.serve.engine.loader import LOAD_FORMAT, PopulationLoader
 
     if ARCHITECTURE in MODELS_CONFIG_MAP:
         return
@@ -25,7 +25,7 @@ def register() -> None:
         warnings.warn(
             f"chorus knows vLLM {KNOWN_VLLM}x, this is {vllm.__version__}: mixtures may fail or be wrong", stacklevel=2
         )
-    ModelRegistry.register_model(ARCHITECTURE, "serve.engine.model:PopulationForCausalLM")
+    ModelRegistry.register_model(ARCHITECTURE, "chorus.serve.engine.model:PopulationForCausalLM")
     MODELS_CONFIG_MAP[ARCHITECTURE] = PopulationConfig
     register_model_loader(LOAD_FORMAT)(PopulationLoader)
     register_spec()

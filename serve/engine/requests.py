@@ -4,9 +4,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from population.errors import ChorusError
-from serve.engine.deadline import BUDGET_ARGUMENT, FLOOR_ARGUMENT, MOST_ARGUMENT, REPORT_ARGUMENT
-from serve.engine.mixture import MEMBER_ARGUMENT, TIER_ARGUMENT, Prior
+from chorus.population.errors import ChorusError
+from chorus.serve.engine.deadline import BUDGET_ARGUMENT, FLOOR_ARGUMENT, MOST_ARGUMENT, REPORT_ARGUMENT
+from chorus.serve.engine.mixture import MEMBER_ARGUMENT, TIER_ARGUMENT, Prior
 
 _ARGUMENTS = (TIER_ARGUMENT, MEMBER_ARGUMENT, BUDGET_ARGUMENT, FLOOR_ARGUMENT, MOST_ARGUMENT, REPORT_ARGUMENT)
 

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from serve.engine.mixing import make_headers
-from serve.engine.mixture import Mixture
+from chorus.serve.engine.mixing import make_headers
+from chorus.serve.engine.mixture import Mixture
 
 
 @dataclass(frozen=True, kw_only=True)

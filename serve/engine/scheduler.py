@@ -13,9 +13,9 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from population import manifest
-from population.errors import ChorusError
-from serve.engine.deadline import (
+from chorus.population import manifest
+from chorus.population.errors import ChorusError
+from chorus.serve.engine.deadline import (
     BUDGET_ARGUMENT,
     FLOOR_ARGUMENT,
     MOST_ARGUMENT,
@@ -29,9 +29,9 @@ from serve.engine.deadline import (
     choose_drops,
     way_down,
 )
-from serve.engine.kv import MemberCoordinator, groups_by_member
-from serve.engine.metrics import DROP_REASONS, StepCounts, attach
-from serve.engine.mixture import TIER_ARGUMENT, Mixture, Prior
+from chorus.serve.engine.kv import MemberCoordinator, groups_by_member
+from chorus.serve.engine.metrics import DROP_REASONS, StepCounts, attach
+from chorus.serve.engine.mixture import TIER_ARGUMENT, Mixture, Prior
 
 logger = init_logger(__name__)
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from serve.engine.allocator import keep_freed_memory
-from serve.engine.kv import groups_by_member
-from serve.engine.mixture import Mixture
-from serve.engine.rows import Step, plan_step
+from chorus.serve.engine.allocator import keep_freed_memory
+from chorus.serve.engine.kv import groups_by_member
+from chorus.serve.engine.mixture import Mixture
+from chorus.serve.engine.rows import Step, plan_step
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker

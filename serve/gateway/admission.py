@@ -15,15 +15,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from weakref import WeakKeyDictionary
 
-from population.manifest import Tier
-from serve.gateway.calls import Call
-from serve.gateway.demand import Demand
-from serve.gateway.engines import Engine
-from serve.gateway.errors import ApiError
-from serve.gateway.flights import Flight
-from serve.gateway.level import Level, Supply
-from serve.gateway.plans import NotNow, Plan, Wish, alone_s, at_floor, least_s, plan
-from serve.gateway.tenants import Tenant
+from chorus.population.manifest import Tier
+from chorus.serve.gateway.calls import Call
+from chorus.serve.gateway.demand import Demand
+from chorus.serve.gateway.engines import Engine
+from chorus.serve.gateway.errors import ApiError
+from chorus.serve.gateway.flights import Flight
+from chorus.serve.gateway.level import Level, Supply
+from chorus.serve.gateway.plans import NotNow, Plan, Wish, alone_s, at_floor, least_s, plan
+from chorus.serve.gateway.tenants import Tenant
 
 _TICK_S = 0.02
 _LOOK_AT = 8  # waiting requests that are looked at in one go, for each tenant

@@ -5,10 +5,10 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from population.assemble import chorus_version
-from serve.gateway import document, errors, playground, routes
-from serve.gateway.gateway import Gateway
-from serve.gateway.records import RecordMiddleware
+from chorus.population.assemble import chorus_version
+from chorus.serve.gateway import document, errors, playground, routes
+from chorus.serve.gateway.gateway import Gateway
+from chorus.serve.gateway.records import RecordMiddleware
 
 
 def create_app(gateway: Gateway) -> FastAPI:

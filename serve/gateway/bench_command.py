@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from population.errors import ChorusError
+from chorus.population.errors import ChorusError
 
 
 def _mix(text: str) -> tuple[tuple[str | None, float], ...]:
@@ -53,8 +53,8 @@ def bench(url: str, budgets: tuple[float, ...], as_json: bool, **options: Any) -
     """
     import asyncio
 
-    from serve.gateway.figures import summarise
-    from serve.gateway.loadtest import Plan, run
+    from chorus.serve.gateway.figures import summarise
+    from chorus.serve.gateway.loadtest import Plan, run
 
     plan = Plan(
         url=url.rstrip("/").removesuffix("/v1"),

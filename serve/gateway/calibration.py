@@ -13,15 +13,15 @@ from collections.abc import Sequence
 
 import aiohttp
 
-from population.manifest import Population, Tier
-from serve.gateway import upstream
-from serve.gateway.admission import Grant
-from serve.gateway.calls import Call, read_call
-from serve.gateway.engines import Engine
-from serve.gateway.exchange import Exchange
-from serve.gateway.flights import Flight
-from serve.gateway.latency import Work
-from serve.gateway.splice import Additions, EventSplicer
+from chorus.population.manifest import Population, Tier
+from chorus.serve.gateway import upstream
+from chorus.serve.gateway.admission import Grant
+from chorus.serve.gateway.calls import Call, read_call
+from chorus.serve.gateway.engines import Engine
+from chorus.serve.gateway.exchange import Exchange
+from chorus.serve.gateway.flights import Flight
+from chorus.serve.gateway.latency import Work
+from chorus.serve.gateway.splice import Additions, EventSplicer
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from typing import Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictBool, StrictInt, StrictStr, ValidationError
 
-from population.manifest import Population, Tier
-from serve.gateway.errors import ApiError, bad_request
-from serve.gateway.sizes import read_size
-from serve.gateway.terms import OnDeadline, Size, Terms
-from serve.gateway.tiers import Choice, at_least, choose
+from chorus.population.manifest import Population, Tier
+from chorus.serve.gateway.errors import ApiError, bad_request
+from chorus.serve.gateway.sizes import read_size
+from chorus.serve.gateway.terms import OnDeadline, Size, Terms
+from chorus.serve.gateway.tiers import Choice, at_least, choose
 
 Kind = Literal["completion", "chat", "tokens"]
 """What is asked of the engine: to complete, to chat, or to cut text into tokens (or join them), which no member does."""

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from population.manifest import Population, Tier
-from serve.gateway.tiers import SEPARATOR
+from chorus.population.manifest import Population, Tier
+from chorus.serve.gateway.tiers import SEPARATOR
 
 
 def population_object(population: Population, tier: Tier) -> dict[str, Any]:

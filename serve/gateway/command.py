@@ -98,8 +98,8 @@ def serve(
     Starts an engine (vLLM) for all members and an OpenAI API in front of it. What follows `--` goes to the engine as
     `vllm serve` takes it: `chorus serve DIR -- --dtype float32`.
     """
-    from serve.gateway import launch
-    from serve.gateway.admission import Limits
+    from chorus.serve.gateway import launch
+    from chorus.serve.gateway.admission import Limits
 
     if engine_urls and engine_arguments:
         raise click.UsageError("arguments after -- are for an engine of our own; with --engine there is none.")

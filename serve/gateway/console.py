@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from population.manifest import Population, Tier
+from chorus.population.manifest import Population, Tier
 
 
 def print_offer(console: Console, population: Population, default: Tier) -> None:

@@ -4,7 +4,7 @@ import math
 import time
 from dataclasses import dataclass, fields
 
-from serve.gateway.terms import Size
+from chorus.serve.gateway.terms import Size
 
 _BUDGETS = 1.5
 """Time budgets for which a request is remembered: what came in that time is what may still run or wait."""

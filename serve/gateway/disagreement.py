@@ -11,13 +11,13 @@ import json
 import math
 from typing import Any
 
-from serve.gateway import quotas, upstream
-from serve.gateway.calls import Call
-from serve.gateway.engines import Engine
-from serve.gateway.errors import ApiError, bad_request
-from serve.gateway.proxy import Passage
-from serve.gateway.splice import Usage
-from serve.gateway.terms import Size
+from chorus.serve.gateway import quotas, upstream
+from chorus.serve.gateway.calls import Call
+from chorus.serve.gateway.engines import Engine
+from chorus.serve.gateway.errors import ApiError, bad_request
+from chorus.serve.gateway.proxy import Passage
+from chorus.serve.gateway.splice import Usage
+from chorus.serve.gateway.terms import Size
 
 MEMBER_ARGUMENT = "chorus_member"
 """Key of an engine's extra arguments that names one member, to be asked alone."""

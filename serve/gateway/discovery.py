@@ -6,7 +6,7 @@ import socket
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from serve.gateway.store import Store
+from chorus.serve.gateway.store import Store
 
 logger = logging.getLogger(__name__)
 

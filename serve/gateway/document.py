@@ -10,8 +10,8 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from serve.gateway.calls import CallFields
-from serve.gateway.offer import Offer
+from chorus.serve.gateway.calls import CallFields
+from chorus.serve.gateway.offer import Offer
 
 Schema = dict[str, Any]
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import aiohttp
 
-from population.manifest import Tier
-from serve.gateway import upstream
-from serve.gateway.calls import TIER_ARGUMENT, Call
-from serve.gateway.engines import Engine
-from serve.gateway.flights import Flight
-from serve.gateway.latency import Work
-from serve.gateway.pool import Pool
+from chorus.population.manifest import Tier
+from chorus.serve.gateway import upstream
+from chorus.serve.gateway.calls import TIER_ARGUMENT, Call
+from chorus.serve.gateway.engines import Engine
+from chorus.serve.gateway.flights import Flight
+from chorus.serve.gateway.latency import Work
+from chorus.serve.gateway.pool import Pool
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 import aiohttp
 
-from serve.gateway.breaker import Breaker
-from serve.gateway.costs import StepCosts, read_costs
-from serve.gateway.flights import Flights
-from serve.gateway.latency import LatencyModel
-from serve.gateway.squeeze import Squeeze
+from chorus.serve.gateway.breaker import Breaker
+from chorus.serve.gateway.costs import StepCosts, read_costs
+from chorus.serve.gateway.flights import Flights
+from chorus.serve.gateway.latency import LatencyModel
+from chorus.serve.gateway.squeeze import Squeeze
 
 logger = logging.getLogger(__name__)
 

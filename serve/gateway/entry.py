@@ -5,14 +5,14 @@ Called by the routes, not declared as FastAPI's dependencies: to resolve those t
 
 from fastapi import Request
 
-from serve.gateway.calls import Call, Kind, read_call
-from serve.gateway.errors import ApiError
-from serve.gateway.gateway import Gateway
-from serve.gateway.offer import Offer
-from serve.gateway.proxy import Passage
-from serve.gateway.records import REQUEST_ID, Record
-from serve.gateway.rights import offer_to
-from serve.gateway.tenants import Tenant
+from chorus.serve.gateway.calls import Call, Kind, read_call
+from chorus.serve.gateway.errors import ApiError
+from chorus.serve.gateway.gateway import Gateway
+from chorus.serve.gateway.offer import Offer
+from chorus.serve.gateway.proxy import Passage
+from chorus.serve.gateway.records import REQUEST_ID, Record
+from chorus.serve.gateway.rights import offer_to
+from chorus.serve.gateway.tenants import Tenant
 
 _PASSED_ON = ("traceparent", "tracestate")
 

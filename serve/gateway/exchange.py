@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 
-from serve.gateway.admission import Grant
-from serve.gateway.latency import Work
-from serve.gateway.splice import Usage
+from chorus.serve.gateway.admission import Grant
+from chorus.serve.gateway.latency import Work
+from chorus.serve.gateway.splice import Usage
 
 LEAD_S = 0.01
 """What is cut at a deadline is cut so much before it, so that it arrives in time."""

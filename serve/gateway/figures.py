@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from serve.gateway.loadtest import Sent
-from serve.gateway.tiers import expected_loss
+from chorus.serve.gateway.loadtest import Sent
+from chorus.serve.gateway.tiers import expected_loss
 
 _PERCENTILES = (50, 90, 95, 99)
 

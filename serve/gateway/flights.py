@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from population.manifest import Tier
-from serve.gateway.latency import Load, Work
+from chorus.population.manifest import Tier
+from chorus.serve.gateway.latency import Load, Work
 
 
 @dataclass(kw_only=True, eq=False)

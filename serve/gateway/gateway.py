@@ -9,20 +9,20 @@ from typing import Any
 
 import aiohttp
 
-from serve.gateway import upstream
-from serve.gateway.admission import Admission
-from serve.gateway.calibration import calibrate
-from serve.gateway.discovery import changes, discover
-from serve.gateway.echoes import Echoes
-from serve.gateway.engines import Engine
-from serve.gateway.metrics import Metrics
-from serve.gateway.offer import LiveOffer, Offer
-from serve.gateway.pool import Pool
-from serve.gateway.settings import Settings, Supervision
-from serve.gateway.sharing import seed, share
-from serve.gateway.store import MemoryStore, Store
-from serve.gateway.supervisor import EngineFailedError, Supervisor, engine_command
-from serve.gateway.tracing import Tracing
+from chorus.serve.gateway import upstream
+from chorus.serve.gateway.admission import Admission
+from chorus.serve.gateway.calibration import calibrate
+from chorus.serve.gateway.discovery import changes, discover
+from chorus.serve.gateway.echoes import Echoes
+from chorus.serve.gateway.engines import Engine
+from chorus.serve.gateway.metrics import Metrics
+from chorus.serve.gateway.offer import LiveOffer, Offer
+from chorus.serve.gateway.pool import Pool
+from chorus.serve.gateway.settings import Settings, Supervision
+from chorus.serve.gateway.sharing import seed, share
+from chorus.serve.gateway.store import MemoryStore, Store
+from chorus.serve.gateway.supervisor import EngineFailedError, Supervisor, engine_command
+from chorus.serve.gateway.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Gateway:
         self.keys = settings.keys
         self.store: Store = MemoryStore()
         if settings.redis is not None:
-            from serve.gateway.redis_store import RedisStore  # only those who share need the client
+            from chorus.serve.gateway.redis_store import RedisStore  # only those who share need the client
 
             self.store = RedisStore(settings.redis, self.population_name)
         self.is_draining = False

@@ -5,7 +5,7 @@ has. When the pipe closes (the gateway asked for it, or was killed), or when the
 engine is several processes, and the loss of one is the loss of all. If the guard itself is killed, the kernel kills the child, and
 the gateway, which sees the guard end, kills the rest of the group.
 
-Usage: python -m serve.gateway.guard STOP_TIMEOUT_S COMMAND [ARGUMENT...], with the pipe as standard input.
+Usage: python -m chorus.serve.gateway.guard STOP_TIMEOUT_S COMMAND [ARGUMENT...], with the pipe as standard input.
 """
 
 import contextlib

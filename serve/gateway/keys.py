@@ -13,10 +13,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from population.errors import ChorusError
-from population.manifest import Name
-from serve.gateway.errors import ApiError
-from serve.gateway.tenants import ANYONE, Tenant
+from chorus.population.errors import ChorusError
+from chorus.population.manifest import Name
+from chorus.serve.gateway.errors import ApiError
+from chorus.serve.gateway.tenants import ANYONE, Tenant
 
 logger = logging.getLogger(__name__)
 

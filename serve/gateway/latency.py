@@ -9,8 +9,8 @@ the engine. A step's cost is linear in the members that run at all and in the ro
 from dataclasses import dataclass
 from typing import Any
 
-from serve.gateway.surprises import Surprises
-from serve.least_squares import LeastSquares
+from chorus.serve.gateway.surprises import Surprises
+from chorus.serve.least_squares import LeastSquares
 
 _LOWEST, _HIGHEST = 0.6, 0.995
 _RATE = 0.2

@@ -16,17 +16,17 @@ from types import FrameType
 import uvicorn
 from rich.console import Console
 
-from population import manifest
-from population.errors import ChorusError
-from population.live import LiveManifest
-from population.manifest import Population
-from serve.gateway import logs
-from serve.gateway.admission import Limits
-from serve.gateway.app import create_app
-from serve.gateway.console import print_example, print_offer, print_ready
-from serve.gateway.gateway import Gateway
-from serve.gateway.keys import Keys
-from serve.gateway.settings import Settings, Supervision
+from chorus.population import manifest
+from chorus.population.errors import ChorusError
+from chorus.population.live import LiveManifest
+from chorus.population.manifest import Population
+from chorus.serve.gateway import logs
+from chorus.serve.gateway.admission import Limits
+from chorus.serve.gateway.app import create_app
+from chorus.serve.gateway.console import print_example, print_offer, print_ready
+from chorus.serve.gateway.gateway import Gateway
+from chorus.serve.gateway.keys import Keys
+from chorus.serve.gateway.settings import Settings, Supervision
 
 
 @dataclass(frozen=True, kw_only=True)

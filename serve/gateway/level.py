@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
 
-from serve.gateway.costs import StepCosts
-from serve.gateway.demand import Rates
-from serve.gateway.latency import LatencyModel, Load, Work
-from serve.gateway.tiers import expected_loss
+from chorus.serve.gateway.costs import StepCosts
+from chorus.serve.gateway.demand import Rates
+from chorus.serve.gateway.latency import LatencyModel, Load, Work
+from chorus.serve.gateway.tiers import expected_loss
 
 _STORE = 0.9
 """Part of what time budgets leave that a queue may take: the rest is for what nobody expects."""

@@ -7,13 +7,13 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from serve.gateway.admission import Admission
-from serve.gateway.engines import Engine
-from serve.gateway.latency import Load
-from serve.gateway.offer import Offer
-from serve.gateway.pool import Pool
-from serve.gateway.records import Record
-from serve.gateway.store import Store
+from chorus.serve.gateway.admission import Admission
+from chorus.serve.gateway.engines import Engine
+from chorus.serve.gateway.latency import Load
+from chorus.serve.gateway.offer import Offer
+from chorus.serve.gateway.pool import Pool
+from chorus.serve.gateway.records import Record
+from chorus.serve.gateway.store import Store
 
 # OpenTelemetry's semantic conventions for generative AI name these buckets for time to first token, per token, and duration.
 _FIRST_TOKEN_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)

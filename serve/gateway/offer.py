@@ -5,10 +5,10 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from population.live import LiveManifest
-from population.manifest import Population, Tier
-from serve.gateway import cards
-from serve.gateway.tiers import default_tier
+from chorus.population.live import LiveManifest
+from chorus.population.manifest import Population, Tier
+from chorus.serve.gateway import cards
+from chorus.serve.gateway.tiers import default_tier
 
 logger = logging.getLogger(__name__)
 

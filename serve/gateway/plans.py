@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
 
-from population.manifest import Tier
-from serve.gateway.flights import Flights
-from serve.gateway.latency import LatencyModel, Load, Work
-from serve.gateway.terms import Size
+from chorus.population.manifest import Tier
+from chorus.serve.gateway.flights import Flights
+from chorus.serve.gateway.latency import LatencyModel, Load, Work
+from chorus.serve.gateway.terms import Size
 
 _AT_FLOOR = 0.8
 """Probability with which a request must be expected in time to begin at its floor, where the only choice is to begin or to wait."""

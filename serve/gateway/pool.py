@@ -4,10 +4,10 @@ import random
 from collections import OrderedDict
 from collections.abc import Container, Sequence
 
-from serve.gateway.calls import Call
-from serve.gateway.engines import Engine
-from serve.gateway.errors import unavailable
-from serve.gateway.terms import Size
+from chorus.serve.gateway.calls import Call
+from chorus.serve.gateway.engines import Engine
+from chorus.serve.gateway.errors import unavailable
+from chorus.serve.gateway.terms import Size
 
 _REMEMBERED = 4096
 _PREFIX_BYTES = 256

@@ -9,23 +9,23 @@ import aiohttp
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from population.manifest import Tier
-from serve.gateway import quotas, upstream
-from serve.gateway.admission import Admission, Grant, deadline_exceeded
-from serve.gateway.assembly import Assembly, empty_answer, last_event
-from serve.gateway.calls import Call
-from serve.gateway.echoes import Echo, Echoes
-from serve.gateway.engines import Engine
-from serve.gateway.errors import ApiError, engine_error, error_status, unavailable
-from serve.gateway.exchange import Exchange, Stop, StoppedError
-from serve.gateway.offer import Offer
-from serve.gateway.pace import tokens_per_event
-from serve.gateway.pool import Pool
-from serve.gateway.records import Record
-from serve.gateway.report import Report, new_mark
-from serve.gateway.splice import ERROR, Additions, EventSplicer, Usage, read_usage
-from serve.gateway.store import Store
-from serve.gateway.tenants import Tenant
+from chorus.population.manifest import Tier
+from chorus.serve.gateway import quotas, upstream
+from chorus.serve.gateway.admission import Admission, Grant, deadline_exceeded
+from chorus.serve.gateway.assembly import Assembly, empty_answer, last_event
+from chorus.serve.gateway.calls import Call
+from chorus.serve.gateway.echoes import Echo, Echoes
+from chorus.serve.gateway.engines import Engine
+from chorus.serve.gateway.errors import ApiError, engine_error, error_status, unavailable
+from chorus.serve.gateway.exchange import Exchange, Stop, StoppedError
+from chorus.serve.gateway.offer import Offer
+from chorus.serve.gateway.pace import tokens_per_event
+from chorus.serve.gateway.pool import Pool
+from chorus.serve.gateway.records import Record
+from chorus.serve.gateway.report import Report, new_mark
+from chorus.serve.gateway.splice import ERROR, Additions, EventSplicer, Usage, read_usage
+from chorus.serve.gateway.store import Store
+from chorus.serve.gateway.tenants import Tenant
 
 TIER_HEADER = b"x-chorus-tier"
 _EVENT_STREAM = "text/event-stream"

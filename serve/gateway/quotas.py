@@ -3,11 +3,11 @@
 import math
 from dataclasses import dataclass
 
-from serve.gateway.errors import ApiError
-from serve.gateway.splice import Usage
-from serve.gateway.store import Bucket, Store
-from serve.gateway.tenants import Tenant
-from serve.gateway.terms import Size
+from chorus.serve.gateway.errors import ApiError
+from chorus.serve.gateway.splice import Usage
+from chorus.serve.gateway.store import Bucket, Store
+from chorus.serve.gateway.tenants import Tenant
+from chorus.serve.gateway.terms import Size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from typing import Protocol
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.gateway.errors import CLIENT_CLOSED_REQUEST
-from serve.gateway.splice import Usage
+from chorus.serve.gateway.errors import CLIENT_CLOSED_REQUEST
+from chorus.serve.gateway.splice import Usage
 
 logger = logging.getLogger(__name__)
 

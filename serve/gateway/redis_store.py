@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.exceptions import RedisError
 
-from serve.gateway.store import Bucket, MemoryStore
+from chorus.serve.gateway.store import Bucket, MemoryStore
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
-from population.manifest import Tier
-from serve.gateway.offer import Offer
-from serve.gateway.terms import Terms
+from chorus.population.manifest import Tier
+from chorus.serve.gateway.offer import Offer
+from chorus.serve.gateway.terms import Terms
 
 _KEY = re.compile(rb'"kv_transfer_params"\s*:\s*')
 _STOP_REASON = re.compile(rb'"stop_reason"\s*:\s*(?=")')

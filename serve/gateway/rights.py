@@ -1,8 +1,8 @@
 """What a tenant may see and ask for of what is on offer."""
 
-from serve.gateway.errors import ApiError
-from serve.gateway.offer import Offer
-from serve.gateway.tenants import Tenant
+from chorus.serve.gateway.errors import ApiError
+from chorus.serve.gateway.offer import Offer
+from chorus.serve.gateway.tenants import Tenant
 
 
 def offer_to(tenant: Tenant, offer: Offer) -> Offer:

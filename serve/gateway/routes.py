@@ -8,13 +8,13 @@ from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import PlainTextResponse
 
-from population.assemble import chorus_version
-from serve.gateway import disagreement, document, upstream
-from serve.gateway.calls import Kind
-from serve.gateway.entry import gateway_of, offer_for, read
-from serve.gateway.errors import ApiError, unavailable
-from serve.gateway.proxy import Relay
-from serve.gateway.tiers import tiers_between
+from chorus.population.assemble import chorus_version
+from chorus.serve.gateway import disagreement, document, upstream
+from chorus.serve.gateway.calls import Kind
+from chorus.serve.gateway.entry import gateway_of, offer_for, read
+from chorus.serve.gateway.errors import ApiError, unavailable
+from chorus.serve.gateway.proxy import Relay
+from chorus.serve.gateway.tiers import tiers_between
 
 
 class _Direct(APIRoute):

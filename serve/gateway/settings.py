@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from population.errors import ChorusError
-from population.live import LiveManifest
-from population.manifest import Population, Tier
-from serve.gateway.admission import Limits
-from serve.gateway.discovery import DNS, SHARED
-from serve.gateway.keys import Keys
-from serve.gateway.tiers import default_tier
+from chorus.population.errors import ChorusError
+from chorus.population.live import LiveManifest
+from chorus.population.manifest import Population, Tier
+from chorus.serve.gateway.admission import Limits
+from chorus.serve.gateway.discovery import DNS, SHARED
+from chorus.serve.gateway.keys import Keys
+from chorus.serve.gateway.tiers import default_tier
 
 _OURS = ("--model", "--host", "--port", "--uds", "--served-model-name", "--api-key")
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from population import manifest
-from population.errors import ChorusError
-from population.manifest import Population
-from serve.gateway.engines import Engine
-from serve.gateway.pool import Pool
-from serve.gateway.store import Store
+from chorus.population import manifest
+from chorus.population.errors import ChorusError
+from chorus.population.manifest import Population
+from chorus.serve.gateway.engines import Engine
+from chorus.serve.gateway.pool import Pool
+from chorus.serve.gateway.store import Store
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from serve.gateway.terms import Size
+from chorus.serve.gateway.terms import Size
 
 _COMPLETION_DEFAULT_TOKENS = 16
 """OpenAI's default for completions, which the engine keeps to; a chat goes on to the end of the context."""

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from serve.gateway.engines import Engine
-from serve.gateway.settings import Supervision
+from chorus.serve.gateway.engines import Engine
+from chorus.serve.gateway.settings import Supervision
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def engine_command(name: str, engine: Supervision, port: int) -> list[str]:
     It is `vllm serve` without its front: that one looks up the metadata of a package `vllm`, which the CPU build does not have.
     """
     return [
-        *(sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"),
+        *(sys.executable, "-P", "-m", "vllm.entrypoints.launchers.api_server.entry"),
         *("--model", str(engine.directory.resolve()), "--served-model-name", name),
         *("--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"),
         *engine.arguments,
@@ -109,7 +109,7 @@ class Supervisor:
         port = _free_port()
         self._engine.url = f"http://127.0.0.1:{port}"
         environment = {**_DEFAULT_ENVIRONMENT, **os.environ, **_ENVIRONMENT}
-        guard = [sys.executable, "-m", "serve.gateway.guard", f"{self._settings.stop_timeout_s:g}"]
+        guard = [sys.executable, "-P", "-m", "chorus.serve.gateway.guard", f"{self._settings.stop_timeout_s:g}"]
         log = None if self._settings.log is None else self._settings.log.open("ab")
         try:
             return await asyncio.create_subprocess_exec(

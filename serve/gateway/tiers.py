@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from population.manifest import Population, Tier
-from serve.gateway.errors import ApiError, bad_request
+from chorus.population.manifest import Population, Tier
+from chorus.serve.gateway.errors import ApiError, bad_request
 
 SEPARATOR = ":"
 """Between the population's name and the tier's, in a model name: `my-population:premium`. Neither name can contain it."""

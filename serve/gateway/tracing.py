@@ -7,8 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from population.errors import ChorusError
-from serve.gateway.records import Record, Trace
+from chorus.population.errors import ChorusError
+from chorus.serve.gateway.records import Record, Trace
 
 _OPERATIONS = {"/v1/completions": "text_completion", "/v1/chat/completions": "chat"}
 
@@ -39,7 +39,7 @@ class Tracing:
             resource=Resource.create({"service.name": "chorus-gateway", "chorus.population": population})
         )
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
-        self._tracer = self._provider.get_tracer("serve.gateway")
+        self._tracer = self._provider.get_tracer("chorus.serve.gateway")
 
     def begin(self, method: str, headers: Mapping[str, str]) -> Trace:
         """A span for a request, below the one that its headers name."""

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import aiohttp
 
-from serve.gateway.engines import Engine
-from serve.gateway.errors import ApiError, engine_error, unavailable
+from chorus.serve.gateway.engines import Engine
+from chorus.serve.gateway.errors import ApiError, engine_error, unavailable
 
 logger = logging.getLogger(__name__)
 

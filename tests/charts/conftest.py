@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from population import manifest
-from population.manifest import Loss
+from chorus.population import manifest
+from chorus.population.manifest import Loss
 from tests.charts.cluster import ENGINES, GATEWAYS, REDIS, Cluster, num_engines_up
 from tests.live import wait_for
 

@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from population import manifest
-from population.command import population as command
-from population.errors import ChorusError
+from chorus.population import manifest
+from chorus.population.command import population as command
+from chorus.population.errors import ChorusError
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "population.cli", *arguments], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-m", "chorus", *arguments], capture_output=True, text=True, check=False, timeout=60
     )
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = "import sys; from population import cli; cli.cli.main(['--help'], standalone_mode=False); print(sorted(sys.modules))"
+    code = "import sys; from chorus.population.cli import cli; cli(['--help'], standalone_mode=False); print(sorted(sys.modules))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     help_text, _, modules = output.rpartition("[")
     assert all(name in help_text for name in ("train", "prior", "serve", "population"))
@@ -30,7 +30,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("name", ["train", "prior", "serve", "population"])
 def test_the_help_of_a_command_needs_no_torch(name: str) -> None:
-    code = f"import sys; from population import cli; cli.cli.main(['{name}', '--help'], standalone_mode=False)"
+    code = f"import sys; from chorus.population import cli; cli.cli.main(['{name}', '--help'], standalone_mode=False)"
     code += "; assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
 

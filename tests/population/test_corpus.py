@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from population.corpus import Document, read_documents, sample_documents, split_documents
-from population.errors import ChorusError
+from chorus.population.corpus import Document, read_documents, sample_documents, split_documents
+from chorus.population.errors import ChorusError
 
 FRACTIONS = {"train": 0.7, "fitness": 0.1, "selection": 0.1, "test": 0.1}
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from population import manifest
-from population.command import population as command
-from population.errors import ChorusError
-from population.fetch import AUTHORIZATION, fetch
+from chorus.population import manifest
+from chorus.population.command import population as command
+from chorus.population.errors import ChorusError
+from chorus.population.fetch import AUTHORIZATION, fetch
 
 
 class Shelf:

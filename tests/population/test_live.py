@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from population import manifest
-from population.live import LiveManifest
-from population.manifest import Population
+from chorus.population import manifest
+from chorus.population.live import LiveManifest
+from chorus.population.manifest import Population
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from population import manifest
-from population.errors import ChorusError
+from chorus.population import manifest
+from chorus.population.errors import ChorusError
 
 
 @pytest.fixture

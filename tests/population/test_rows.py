@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from pyarrow import parquet, table
 
-from population.corpus import read_documents
-from population.errors import ChorusError
+from chorus.population.corpus import read_documents
+from chorus.population.errors import ChorusError
 
 
 def test_every_row_is_a_document_and_empty_ones_are_left_out(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from population import textfile
-from population.errors import ChorusError
-from population.textfile import END_OF_TEXT, read_pieces
+from chorus.population import textfile
+from chorus.population.errors import ChorusError
+from chorus.population.textfile import END_OF_TEXT, read_pieces
 
 ALPHABET = st.sampled_from(["a", "é", "🎶", "\n", "\n\n", "\r\n", " = T = \n", END_OF_TEXT, "<|endof", "word "])
 

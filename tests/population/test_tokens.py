@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from population.errors import ChorusError
-from population.tokens import TextTokenizer, TokenSplit
+from chorus.population.errors import ChorusError
+from chorus.population.tokens import TextTokenizer, TokenSplit
 
 
 def test_a_document_stands_between_its_marks(tiny_population: Path) -> None:

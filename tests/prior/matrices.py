@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from population.tokens import TokenSplit, split_path
-from prior.splits import HELD_OUT
+from chorus.population.tokens import TokenSplit, split_path
+from chorus.prior.splits import HELD_OUT
 
 
 def some_likelihoods(

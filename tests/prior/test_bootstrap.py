@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from population.errors import ChorusError
-from prior.bootstrap import Bootstrap
+from chorus.population.errors import ChorusError
+from chorus.prior.bootstrap import Bootstrap
 
 
 def test_the_estimate_is_the_mean_over_tokens_and_lies_in_its_interval():

@@ -4,11 +4,11 @@ import math
 import numpy as np
 import pytest
 
-from population import manifest
-from population.errors import ChorusError
-from population.manifest import Member
-from prior.budgets import Amount, Budgets, resolve
-from prior.latency import LatencyTable, Point, load_table, measure
+from chorus.population import manifest
+from chorus.population.errors import ChorusError
+from chorus.population.manifest import Member
+from chorus.prior.budgets import Amount, Budgets, resolve
+from chorus.prior.latency import LatencyTable, Point, load_table, measure
 
 TABLE = LatencyTable(points=(Point(relative_cost=1, ms_per_token=3), Point(relative_cost=4, ms_per_token=9)))
 
@@ -177,7 +177,7 @@ def test_measures_the_time_of_a_token_without_that_of_the_prompt(even, monkeypat
         nonlocal now
         now += 0.5 + 0.002 * population.tier(tier).budget * num_tokens
 
-    monkeypatch.setattr("prior.latency.generate", generate)
+    monkeypatch.setattr("chorus.prior.latency.generate", generate)
 
     class Anywhere:
         url = "http://here"

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from population import manifest
-from population.cli import cli, main
-from population.corpus import read_documents
-from population.errors import ChorusError
-from population.tokens import TextTokenizer, TokenSplit, split_path
-from prior.distributions import tier_losses
-from prior.likelihoods import likelihoods
-from prior.splits import own_splits, whole_corpus
-from prior.weights import mixture_losses
+from chorus.population import manifest
+from chorus.population.cli import cli, main
+from chorus.population.corpus import read_documents
+from chorus.population.errors import ChorusError
+from chorus.population.tokens import TextTokenizer, TokenSplit, split_path
+from chorus.prior.distributions import tier_losses
+from chorus.prior.likelihoods import likelihoods
+from chorus.prior.splits import own_splits, whole_corpus
+from chorus.prior.weights import mixture_losses
 from tests.prior.matrices import cut_splits
 from tests.worlds import make_population
 

@@ -3,12 +3,12 @@ import itertools
 import numpy as np
 import pytest
 
-from population.errors import ChorusError
-from prior.fit import HeldOut, fit_prior, tier_sizes, useful_members
-from prior.frontier import knee
-from prior.reference import top_by_weight
-from prior.selection import Limits
-from prior.weights import mixture_losses
+from chorus.population.errors import ChorusError
+from chorus.prior.fit import HeldOut, fit_prior, tier_sizes, useful_members
+from chorus.prior.frontier import knee
+from chorus.prior.reference import top_by_weight
+from chorus.prior.selection import Limits
+from chorus.prior.weights import mixture_losses
 from tests.prior.matrices import some_likelihoods, trained_snapshots
 
 

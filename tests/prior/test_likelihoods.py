@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from population import assemble, manifest
-from population.errors import ChorusError
-from population.tokens import TokenSplit
-from prior import likelihoods as rows
-from prior.likelihoods import likelihoods, row_file
-from prior.matrix import INDEX, ROWS
-from prior.splits import ScoredSplit, own_splits
+from chorus.population import assemble, manifest
+from chorus.population.errors import ChorusError
+from chorus.population.tokens import TokenSplit
+from chorus.prior import likelihoods as rows
+from chorus.prior.likelihoods import likelihoods, row_file
+from chorus.prior.matrix import INDEX, ROWS
+from chorus.prior.splits import ScoredSplit, own_splits
 from tests.prior.matrices import cut_splits
 from tests.worlds import save_member
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from prior.pools import FITNESS, SELECTION, TEST, Block, LinearSet, Pooled, fit_pools, log_pool, pooled_losses
-from prior.weights import fit_weights
+from chorus.prior.pools import FITNESS, SELECTION, TEST, Block, LinearSet, Pooled, fit_pools, log_pool, pooled_losses
+from chorus.prior.weights import fit_weights
 
 MEMBERS, VOCABULARY = 4, 13
 LENGTHS = (150, 110, 90)

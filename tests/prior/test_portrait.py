@@ -1,8 +1,8 @@
 import numpy as np
 
-from prior.bootstrap import Bootstrap
-from prior.portrait import loss_correlation, portray
-from prior.weights import mixture_losses
+from chorus.prior.bootstrap import Bootstrap
+from chorus.prior.portrait import loss_correlation, portray
+from chorus.prior.weights import mixture_losses
 from tests.prior.matrices import some_likelihoods
 
 

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from population.errors import ChorusError
-from prior.reference import reference_weights, top_by_weight
-from prior.selection import (
+from chorus.population.errors import ChorusError
+from chorus.prior.reference import reference_weights, top_by_weight
+from chorus.prior.selection import (
     Limits,
     _full_sets,
     best_set,
@@ -17,7 +17,7 @@ from prior.selection import (
     path_within,
     same_tokens,
 )
-from prior.weights import fit_weights, mixture_losses
+from chorus.prior.weights import fit_weights, mixture_losses
 from tests.prior.matrices import some_likelihoods, trained_snapshots
 
 NUM_TOKENS = 1_200

@@ -3,8 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from prior.sequential import fit_power, sequential_losses
-from prior.weights import mixture_losses
+from chorus.prior.sequential import fit_power, sequential_losses
+from chorus.prior.weights import mixture_losses
 from tests.prior.matrices import some_likelihoods
 
 OFFSETS = np.array([0, 40, 40, 41, 100])

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from population.errors import ChorusError
-from prior.shift import Offer, evaluate_shift
-from prior.weights import fit_weights, mixture_losses
+from chorus.population.errors import ChorusError
+from chorus.prior.shift import Offer, evaluate_shift
+from chorus.prior.weights import fit_weights, mixture_losses
 from tests.prior.matrices import some_likelihoods
 
 OFFSETS = np.arange(0, 2_001, 50)

@@ -3,9 +3,9 @@ import itertools
 import numpy as np
 import pytest
 
-from population.errors import ChorusError
-from prior.shrinkage import choose_shrinkage, document_folds
-from prior.weights import fit_weights, mixture_losses
+from chorus.population.errors import ChorusError
+from chorus.prior.shrinkage import choose_shrinkage, document_folds
+from chorus.prior.weights import fit_weights, mixture_losses
 from tests.prior.matrices import some_likelihoods
 
 

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from scipy.optimize import minimize
 
-from population.errors import ChorusError
-from prior.quadratic import minimise_quadratic
-from prior.weights import Fit, fit_weights, mixture_losses
+from chorus.population.errors import ChorusError
+from chorus.prior.quadratic import minimise_quadratic
+from chorus.prior.weights import Fit, fit_weights, mixture_losses
 from tests.prior.matrices import some_likelihoods, trained_snapshots
 
 # Probabilities of a few members on a few tokens; zeros allowed, but no column of them.

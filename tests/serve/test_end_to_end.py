@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI, NotFoundError
 
-from population import manifest
-from population.manifest import Tier
-from population.tokens import TokenSplit, split_path
+from chorus.population import manifest
+from chorus.population.manifest import Tier
+from chorus.population.tokens import TokenSplit, split_path
 from tests.live import ENGINE_ARGUMENTS, ChorusServe, chorus_serve
 from tests.reference import mixture_log_probs
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import nnls
 
-from serve.least_squares import LeastSquares
+from chorus.serve.least_squares import LeastSquares
 
 
 @pytest.mark.parametrize("seed", range(5))

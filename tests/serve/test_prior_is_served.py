@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from population import manifest
-from population.cli import cli
-from population.errors import ChorusError
-from population.manifest import Loss, Tier
-from population.tokens import TokenSplit, split_path
-from prior.distributions import tier_losses
-from prior.engine import connect, engine_losses
-from prior.evaluate import check_engine
-from prior.likelihoods import likelihoods
-from prior.splits import HELD_OUT, ScoredSplit, own_splits
+from chorus.population import manifest
+from chorus.population.cli import cli
+from chorus.population.errors import ChorusError
+from chorus.population.manifest import Loss, Tier
+from chorus.population.tokens import TokenSplit, split_path
+from chorus.prior.distributions import tier_losses
+from chorus.prior.engine import connect, engine_losses
+from chorus.prior.evaluate import check_engine
+from chorus.prior.likelihoods import likelihoods
+from chorus.prior.splits import HELD_OUT, ScoredSplit, own_splits
 from tests.live import ChorusServe
 from tests.prior.matrices import cut_splits
 
@@ -121,7 +121,7 @@ def test_members_are_scored_by_an_engine_as_they_are_here(
     kept = refitted / "prior" / "likelihoods"
     here_MN = np.array(likelihoods(population, refitted, [test_split(refitted)]))
     shutil.rmtree(kept)
-    monkeypatch.setattr("prior.likelihoods.load_model", None)  # no member is run in this process
+    monkeypatch.setattr("chorus.prior.likelihoods.load_model", None)  # no member is run in this process
     engine = connect(chorus_server.engine_url, population)
     found_MN = likelihoods(population, refitted, [test_split(refitted)], engine=engine)
     np.testing.assert_allclose(np.log(found_MN), np.log(here_MN), atol=TOLERANCE)

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from train.prepare import prepare
-from train.run import Run
-from train.settings import Settings
-from train.trajectory import Trajectory
+from chorus.train.prepare import prepare
+from chorus.train.run import Run
+from chorus.train.settings import Settings
+from chorus.train.trajectory import Trajectory
 
 TINY = Settings(
     corpus="stdlib", max_bytes=40_000, layers=1, width=32, heads=1, context_length=32, vocab_size=300,

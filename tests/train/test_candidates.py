@@ -8,15 +8,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from population import manifest
-from population.errors import ChorusError
-from train import student
-from train.average import average
-from train.candidates import average as average_command
-from train.candidates import distil
-from train.run import Run
-from train.snapshot import load_member
-from train.student import Student
+from chorus.population import manifest
+from chorus.population.errors import ChorusError
+from chorus.train import student
+from chorus.train.average import average
+from chorus.train.candidates import average as average_command
+from chorus.train.candidates import distil
+from chorus.train.run import Run
+from chorus.train.snapshot import load_member
+from chorus.train.student import Student
 
 CPU = torch.device("cpu")
 SMALL = {"layers": 1, "width": 32, "heads": 1, "epochs": 2, "alpha": 0.9, "temperature": 1.0}
@@ -61,7 +61,7 @@ def test_a_student_hears_the_whole_mixture_and_goes_on_after_a_stop(run: Run) ->
     # The first batch again, with the mixture's probabilities written out.
     fresh = Student(run, "apprentice", CPU)
     fresh._initialise(0)
-    from train.data import Epoch, TrainTokens
+    from chorus.train.data import Epoch, TrainTokens
 
     epoch = Epoch(TrainTokens(run.directory / "training"), seed=0, trajectory=2, epoch=0)
     cycle = fresh.run.schedule(0).cycles()[0]

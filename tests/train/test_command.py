@@ -13,12 +13,12 @@ import pytest
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from population import manifest
-from population.errors import ChorusError
-from population.tokens import TokenSplit, split_path
-from train.command import train
-from train.heldout import loss
-from train.run import Run, likelihoods_path
+from chorus.population import manifest
+from chorus.population.errors import ChorusError
+from chorus.population.tokens import TokenSplit, split_path
+from chorus.train.command import train
+from chorus.train.heldout import loss
+from chorus.train.run import Run, likelihoods_path
 
 TINY = [
     "--max-bytes", "60000", "--layers", "1", "--width", "32", "--heads", "1", "--context-length", "32",
@@ -29,7 +29,7 @@ NUM_STEPS = 60  # at least, in each trajectory
 
 def start(out: Path, *more: str, **options: object) -> "subprocess.Popen[str]":
     """`chorus train` on the standard library as a process group of its own."""
-    command = [sys.executable, "-m", "population.cli", "train", "stdlib", "--out", str(out), *TINY, *more]
+    command = [sys.executable, "-m", "chorus", "train", "stdlib", "--out", str(out), *TINY, *more]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, **options
     )  # type: ignore[call-overload,no-any-return]

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from train import compiling
-from train.compiling import Compilation
+from chorus.train import compiling
+from chorus.train.compiling import Compilation
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

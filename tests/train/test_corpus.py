@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from population.corpus import Document, read_documents
-from population.errors import ChorusError
+from chorus.population.corpus import Document, read_documents
+from chorus.population.errors import ChorusError
+from chorus.train import corpus as module
+from chorus.train.corpus import Corpus, Dealt, capped
+from chorus.train.data import TrainTokens
+from chorus.train.prepare import prepare
+from chorus.train.settings import Settings
 from tests.worlds import save_tokenizer, some_documents
-from train import corpus as module
-from train.corpus import Corpus, Dealt, capped
-from train.data import TrainTokens
-from train.prepare import prepare
-from train.settings import Settings
 
 FRACTIONS = {"train": 0.7, "fitness": 0.1, "selection": 0.1, "test": 0.1}
 

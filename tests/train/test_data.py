@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from population.errors import ChorusError
-from train.data import Epoch, TrainTokens
+from chorus.population.errors import ChorusError
+from chorus.train.data import Epoch, TrainTokens
 
 BOS, EOS = 0, 1
 

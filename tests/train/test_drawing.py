@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from chorus.train.drawing import Traces, as_png, chart, in_terminal
 from tests.train.test_schedule import make_schedule
-from train.drawing import Traces, as_png, chart, in_terminal
 
 
 def test_columns_rise_to_their_share_of_the_highest_value() -> None:

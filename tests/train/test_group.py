@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from population.errors import ChorusError
-from train.group import Group, joined
-from train.prepare import prepare
-from train.run import Run
-from train.settings import Settings
-from train.snapshot import load_member
-from train.trajectory import Trajectory
-from train.worker import check_shares
+from chorus.population.errors import ChorusError
+from chorus.train.group import Group, joined
+from chorus.train.prepare import prepare
+from chorus.train.run import Run
+from chorus.train.settings import Settings
+from chorus.train.snapshot import load_member
+from chorus.train.trajectory import Trajectory
+from chorus.train.worker import check_shares
 
 # Batches of 3 rows: two processes have unequal shares of them. The second cycle has a teacher.
 TINY = Settings(
@@ -36,7 +36,7 @@ def test_two_processes_under_torchrun_have_the_losses_of_one_with_the_same_batch
     assert Trajectory(alone, 0, CPU).train(lambda record: None, lambda: False)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "train.worker", str(together.directory), "--ranks-per-trajectory", "2", "--threads", "1",
+        "-m", "chorus.train.worker", str(together.directory), "--ranks-per-trajectory", "2", "--threads", "1",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)

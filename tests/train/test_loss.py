@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from train import loss as loss_module
-from train.loss import Distillation, Taught, Teacher, by_formulas, in_place, next_token_loss
+from chorus.train import loss as loss_module
+from chorus.train.loss import Distillation, Taught, Teacher, by_formulas, in_place, next_token_loss
 
 # N tokens, D width, V vocabulary
 N, D, V = 70, 12, 33

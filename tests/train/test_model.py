@@ -5,14 +5,14 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from population.tokens import TokenSplit
-from train.evaluate import likelihoods
-from train.heldout import loss, mixture_loss
-from train.loss import next_token_loss
-from train.model import Llama
-from train.run import Prepared, Run
-from train.settings import Settings
-from train.snapshot import load_member, save_member
+from chorus.population.tokens import TokenSplit
+from chorus.train.evaluate import likelihoods
+from chorus.train.heldout import loss, mixture_loss
+from chorus.train.loss import next_token_loss
+from chorus.train.model import Llama
+from chorus.train.run import Prepared, Run
+from chorus.train.settings import Settings
+from chorus.train.snapshot import load_member, save_member
 
 SETTINGS = Settings(corpus="stdlib", layers=2, width=64, heads=2, context_length=48)
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from train import optimiser as module
-from train.model import Llama
-from train.optimiser import Optimiser, OptimiserName, clip_gradients, orthogonalise
-from train.shape import Shape
+from chorus.train import optimiser as module
+from chorus.train.model import Llama
+from chorus.train.optimiser import Optimiser, OptimiserName, clip_gradients, orthogonalise
+from chorus.train.shape import Shape
 
 SHAPE = Shape(vocab_size=300, context_length=16, layers=2, width=32, heads=1)
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from train.model import Llama
-from train.perturb import generator_for, perturb
-from train.shape import Shape
+from chorus.train.model import Llama
+from chorus.train.perturb import generator_for, perturb
+from chorus.train.shape import Shape
 
 
 def test_noise_has_the_tensors_own_spread_times_sigma() -> None:

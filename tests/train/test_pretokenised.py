@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from population.tokens import TextTokenizer
+from chorus.population.tokens import TextTokenizer
+from chorus.train import pretokenised
+from chorus.train.data import TrainTokens
+from chorus.train.prepare import prepare
+from chorus.train.run import Run
+from chorus.train.settings import Settings
 from tests.worlds import save_tokenizer, some_documents
-from train import pretokenised
-from train.data import TrainTokens
-from train.prepare import prepare
-from train.run import Run
-from train.settings import Settings
 
 FRACTIONS = {"train": 0.7, "fitness": 0.1, "selection": 0.1, "test": 0.1}
 Tokens = NDArray[np.uint16]

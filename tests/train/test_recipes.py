@@ -3,10 +3,10 @@
 import pytest
 from click.testing import CliRunner
 
-from population.errors import ChorusError
-from train.command import _dealt, train
-from train.recipes import RECIPES, Recipe, deal
-from train.settings import Settings
+from chorus.population.errors import ChorusError
+from chorus.train.command import _dealt, train
+from chorus.train.recipes import RECIPES, Recipe, deal
+from chorus.train.settings import Settings
 
 TABLE = (
     Recipe(from_epochs=1, trajectories=1, epochs_per_cycle=2, burn_in=0, distil_after=1, reason="little"),

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from population.corpus import Document
-from population.errors import ChorusError
+from chorus.population.corpus import Document
+from chorus.population.errors import ChorusError
+from chorus.train import prepare
+from chorus.train import run as runs
+from chorus.train.command import _headline, train
+from chorus.train.settings import Settings
 from tests.worlds import save_tokenizer, some_documents
-from train import prepare
-from train import run as runs
-from train.command import _headline, train
-from train.settings import Settings
 
 
 @pytest.fixture(scope="module")

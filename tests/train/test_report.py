@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from population.tokens import TokenSplit, split_path
-from train import diversity, heldout, report
-from train.run import Run, diversity_path, likelihoods_path
-from train.snapshot import load_member
+from chorus.population.tokens import TokenSplit, split_path
+from chorus.train import diversity, heldout, report
+from chorus.train.run import Run, diversity_path, likelihoods_path
+from chorus.train.snapshot import load_member
 
 CPU = torch.device("cpu")
 
@@ -58,7 +58,7 @@ def test_tensorboard_holds_what_was_logged(run: Run) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from train import watch
+    from chorus.train import watch
 
     lines = (run.directory / "training" / "t1" / "log.jsonl").read_text().splitlines()
     logged = [json.loads(line) for line in lines]

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from train.schedule import (
+from chorus.train.schedule import (
     Cycle,
     Schedule,
     batch_multiplier,

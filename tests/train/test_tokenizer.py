@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from population.errors import ChorusError
+from chorus.population.errors import ChorusError
+from chorus.train.tokenizer import given_tokenizer, train_tokenizer
 from tests.worlds import save_tokenizer, some_documents
-from train.tokenizer import given_tokenizer, train_tokenizer
 
 TEXTS = [document.text for document in some_documents(10)]
 ODD = "naïve café — 東京 \U0001f600\n\tdef f(x):\r\n  return '\x00' \\ <|bos|"
@@ -27,7 +27,7 @@ def test_text_survives_the_round_trip_through_hugging_face(trained: Path) -> Non
 
 
 def test_a_prompt_begins_with_bos_and_a_document_stands_between_its_marks(trained: Path) -> None:
-    from population.tokens import TextTokenizer
+    from chorus.population.tokens import TextTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(trained)
     assert tokenizer("def")["input_ids"][0] == tokenizer.bos_token_id

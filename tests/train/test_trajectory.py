@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from population import manifest
-from population.errors import ChorusError
-from train import schedule
-from train.checkpoint import load_checkpoint
-from train.log import Record
-from train.prepare import prepare
-from train.run import Run
-from train.settings import Settings
-from train.trajectory import Trajectory
+from chorus.population import manifest
+from chorus.population.errors import ChorusError
+from chorus.train import schedule
+from chorus.train.checkpoint import load_checkpoint
+from chorus.train.log import Record
+from chorus.train.prepare import prepare
+from chorus.train.run import Run
+from chorus.train.settings import Settings
+from chorus.train.trajectory import Trajectory
 
 TINY = Settings(
     corpus="stdlib", max_bytes=60_000, layers=1, width=32, heads=1, context_length=32, vocab_size=300,

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from population import manifest
-from population.errors import ChorusError
+from chorus.population import manifest
+from chorus.population.errors import ChorusError
+from chorus.train.prepare import prepare
+from chorus.train.run import Run
+from chorus.train.settings import Settings
+from chorus.train.trajectory import Trajectory
+from chorus.train.vary import parse_variations
 from tests.train.conftest import TINY
-from train.prepare import prepare
-from train.run import Run
-from train.settings import Settings
-from train.trajectory import Trajectory
-from train.vary import parse_variations
 
 CPU = torch.device("cpu")
 

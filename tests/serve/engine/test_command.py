@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from population.errors import ChorusError
-from serve.engine.command import engine
+from chorus.population.errors import ChorusError
+from chorus.serve.engine.command import engine
 
 
 def run(*arguments: str) -> Any:

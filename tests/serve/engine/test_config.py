@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from population.errors import ChorusError
+from chorus.population.errors import ChorusError
 
 pytestmark = pytest.mark.filterwarnings("default")  # vLLM's own, while it is imported
 
@@ -30,7 +30,7 @@ def configuration(**changes: Any) -> Any:
     ],
 )
 def test_what_cannot_work_is_refused_and_says_why(changes: dict[str, Any], says: str) -> None:
-    from serve.engine.config import _refuse
+    from chorus.serve.engine.config import _refuse
 
     _refuse(configuration())
     with pytest.raises(ChorusError, match=says):
@@ -41,7 +41,7 @@ def test_attention_that_is_not_full_is_refused_by_layer() -> None:
     import torch
     from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
-    from serve.engine.attention import _own_kv_cache
+    from chorus.serve.engine.attention import _own_kv_cache
 
     spec = SlidingWindowSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32, sliding_window=64)
     layer = SimpleNamespace(layer_name="member_1.model.layers.0", get_kv_cache_spec=lambda config: spec)

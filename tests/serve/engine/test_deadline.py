@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from serve.engine.deadline import Runner, StepCost, StepLoad, StepTally, choose_drops, way_down, without_member
-from serve.engine.mixture import Mixture
+from chorus.serve.engine.deadline import Runner, StepCost, StepLoad, StepTally, choose_drops, way_down, without_member
+from chorus.serve.engine.mixture import Mixture
 
 
 def mixture(weights: dict[int, float], tier: str = "t") -> Mixture:

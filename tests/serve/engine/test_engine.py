@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
-from population import manifest
+from chorus.population import manifest
 from tests.reference import member_log_probs, mixture_log_probs
 from tests.serve.engine.asking import TIERS, assert_isolated, check_against_reference, greedy, prompts
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from serve.engine.mixing import make_headers, mix, mix_alike, uniform_headers
-from serve.engine.mixture import Mixture
+from chorus.serve.engine.mixing import make_headers, mix, mix_alike, uniform_headers
+from chorus.serve.engine.mixture import Mixture
 
 
 def reference(mixture: Mixture, logits_MV: Tensor) -> Tensor:

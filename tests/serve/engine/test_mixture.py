@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from population import manifest
-from population.errors import ChorusError
-from population.manifest import Tier
-from serve.engine.mixture import Mixture, Prior
+from chorus.population import manifest
+from chorus.population.errors import ChorusError
+from chorus.population.manifest import Tier
+from chorus.serve.engine.mixture import Mixture, Prior
 
 
 def test_tiers_become_mixtures_over_member_indices(tiny_population: Path) -> None:

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from population import manifest
-from population.errors import ChorusError
-from serve.engine.mixing import Exchange, make_headers, mix, mix_alike
-from serve.engine.mixture import Mixture
-from serve.engine.parallel import SWITCH, place, settle
+from chorus.population import manifest
+from chorus.population.errors import ChorusError
+from chorus.serve.engine.mixing import Exchange, make_headers, mix, mix_alike
+from chorus.serve.engine.mixture import Mixture
+from chorus.serve.engine.parallel import SWITCH, place, settle
 from tests.serve.engine.test_mixing import mixtures
 
 

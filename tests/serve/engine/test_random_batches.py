@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
-from population import manifest
-from population.manifest import Population, Tier
+from chorus.population import manifest
+from chorus.population.manifest import Population, Tier
 from tests.serve.engine.asking import check_against_reference
 
 # vLLM and the libraries under it warn about themselves while they start; that is theirs to mend.

@@ -5,8 +5,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from serve.engine.mixture import Mixture
-from serve.engine.rows import plan_step
+from chorus.serve.engine.mixture import Mixture
+from chorus.serve.engine.rows import plan_step
 
 
 def mixture_of(members: set[int]) -> Mixture:

@@ -13,7 +13,7 @@ from scipy import stats
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from population import manifest
+from chorus.population import manifest
 from tests.reference import mixture_log_probs
 
 pytestmark = pytest.mark.filterwarnings("default")

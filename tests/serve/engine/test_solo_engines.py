@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from population import assemble
+from chorus.population import assemble
 from tests.serve.engine.asking import TIERS, assert_isolated, check_against_reference, greedy, prompts
 from tests.serve.engine.conftest import running_engine
 from tests.worlds import save_checkpoint, save_member, save_tokenizer
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 
 def test_chunked_prefill_and_preemption_stay_exact(tiny_population: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from serve.engine.scheduler import PopulationScheduler
+    from chorus.serve.engine.scheduler import PopulationScheduler
 
     preempted: list[str] = []
     preempt = PopulationScheduler._preempt_request

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from population import manifest
-from population.manifest import Population
-from serve.gateway.app import create_app
-from serve.gateway.gateway import Gateway
-from serve.gateway.latency import LatencyModel, Load, Work
-from serve.gateway.settings import Settings
+from chorus.population import manifest
+from chorus.population.manifest import Population
+from chorus.serve.gateway.app import create_app
+from chorus.serve.gateway.gateway import Gateway
+from chorus.serve.gateway.latency import LatencyModel, Load, Work
+from chorus.serve.gateway.settings import Settings
 from tests.live import Served, serving, wait_for
 from tests.serve.gateway.scripted import ScriptedEngine
 

@@ -11,14 +11,14 @@ import aiohttp
 import httpx
 import pytest
 
-from population.manifest import Population
-from serve.gateway.admission import Admission, Grant, Limits
-from serve.gateway.calls import Call, read_call
-from serve.gateway.engines import Engine
-from serve.gateway.errors import ApiError
-from serve.gateway.plans import Wish, plan
-from serve.gateway.tenants import ANYONE, Tenant
-from serve.gateway.tiers import default_tier, tiers_between
+from chorus.population.manifest import Population
+from chorus.serve.gateway.admission import Admission, Grant, Limits
+from chorus.serve.gateway.calls import Call, read_call
+from chorus.serve.gateway.engines import Engine
+from chorus.serve.gateway.errors import ApiError
+from chorus.serve.gateway.plans import Wish, plan
+from chorus.serve.gateway.tenants import ANYONE, Tenant
+from chorus.serve.gateway.tiers import default_tier, tiers_between
 from tests.serve.gateway.conftest import gateway_before, known
 from tests.serve.gateway.scripted import WHOLE, ScriptedEngine
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from population.manifest import Population
-from serve.gateway.bench_command import bench
-from serve.gateway.figures import summarise
-from serve.gateway.loadtest import Arrivals, Sent, arrivals
+from chorus.population.manifest import Population
+from chorus.serve.gateway.bench_command import bench
+from chorus.serve.gateway.figures import summarise
+from chorus.serve.gateway.loadtest import Arrivals, Sent, arrivals
 from tests.serve.gateway.conftest import Pair, gateway_before
 from tests.serve.gateway.scripted import DONE, USAGE, WHOLE, ScriptedEngine, event
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from population.manifest import Population
-from serve.gateway.calls import Kind, read_call
-from serve.gateway.errors import ApiError
-from serve.gateway.tiers import default_tier
+from chorus.population.manifest import Population
+from chorus.serve.gateway.calls import Kind, read_call
+from chorus.serve.gateway.errors import ApiError
+from chorus.serve.gateway.tiers import default_tier
 
 
 def read(population: Population, body: bytes | dict[str, Any], kind: Kind = "completion") -> dict[str, Any]:

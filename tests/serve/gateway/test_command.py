@@ -13,13 +13,13 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from population import manifest
-from population.errors import ChorusError
-from population.manifest import Loss, Population
-from serve.gateway import launch
-from serve.gateway.command import serve
-from serve.gateway.console import print_example, print_offer, print_ready
-from serve.gateway.settings import Settings
+from chorus.population import manifest
+from chorus.population.errors import ChorusError
+from chorus.population.manifest import Loss, Population
+from chorus.serve.gateway import launch
+from chorus.serve.gateway.command import serve
+from chorus.serve.gateway.console import print_example, print_offer, print_ready
+from chorus.serve.gateway.settings import Settings
 from tests.live import chorus_serve, serving, wait_for
 from tests.serve.gateway.scripted import ScriptedEngine
 

@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from population.manifest import Population
-from serve.gateway.assembly import Assembly
+from chorus.population.manifest import Population
+from chorus.serve.gateway.assembly import Assembly
 from tests.serve.gateway.conftest import Pair, gateway_before, known
 from tests.serve.gateway.scripted import DONE, USAGE, WHOLE, ScriptedEngine, event
 

@@ -8,12 +8,12 @@ from typing import Any
 import httpx
 import pytest
 
-from population import manifest
-from population.manifest import Population
-from serve.gateway.app import create_app
-from serve.gateway.echoes import mean_loss
-from serve.gateway.gateway import Gateway
-from serve.gateway.settings import Settings
+from chorus.population import manifest
+from chorus.population.manifest import Population
+from chorus.serve.gateway.app import create_app
+from chorus.serve.gateway.echoes import mean_loss
+from chorus.serve.gateway.gateway import Gateway
+from chorus.serve.gateway.settings import Settings
 from tests.live import serving, wait_for
 from tests.serve.gateway.conftest import gateway_before
 from tests.serve.gateway.scripted import WHOLE, ScriptedEngine

@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import pytest
 
-from serve.gateway.admission import Grant
-from serve.gateway.exchange import LEAD_S, Exchange, Stop, StoppedError
-from serve.gateway.pace import tokens_per_event
+from chorus.serve.gateway.admission import Grant
+from chorus.serve.gateway.exchange import LEAD_S, Exchange, Stop, StoppedError
+from chorus.serve.gateway.pace import tokens_per_event
 
 
 async def why(*, deadline_s: float | None, stall_s: float, early_s: float = 0.0) -> Stop:

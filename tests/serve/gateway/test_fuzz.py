@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from population.manifest import Population
-from serve.gateway.keys import Keys
+from chorus.population.manifest import Population
+from chorus.serve.gateway.keys import Keys
 from tests.serve.gateway.conftest import Pair, gateway_before
 from tests.serve.gateway.scripted import ScriptedEngine
 from tests.serve.gateway.test_keys import ALICE, BOB, entry, text

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from serve.gateway.costs import StepCosts
-from serve.gateway.demand import Demand, Rates
-from serve.gateway.level import Level, Prospect, Supply, prospect
-from serve.gateway.terms import Size
+from chorus.serve.gateway.costs import StepCosts
+from chorus.serve.gateway.demand import Demand, Rates
+from chorus.serve.gateway.level import Level, Prospect, Supply, prospect
+from chorus.serve.gateway.terms import Size
 from tests.serve.gateway.conftest import known
 
 COSTS = StepCosts(step=0.002, request=0.0, member=0.001, row=0.00004, context=0.0)

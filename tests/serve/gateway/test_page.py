@@ -13,8 +13,8 @@ import aiohttp
 import httpx
 import pytest
 
-from population.manifest import Population
-from serve.gateway.keys import Keys
+from chorus.population.manifest import Population
+from chorus.serve.gateway.keys import Keys
 from tests.live import wait_for
 from tests.serve.gateway.conftest import gateway_before
 from tests.serve.gateway.scripted import DONE, USAGE, ScriptedEngine, event

@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import nnls
 
-from population.manifest import Population
-from serve.gateway.costs import StepCosts, read_costs
-from serve.gateway.flights import Flight, Flights
-from serve.gateway.latency import LatencyModel, Load, Work
-from serve.gateway.plans import NotNow, Plan, Wish, plan
-from serve.gateway.squeeze import Squeeze
-from serve.gateway.surprises import Surprises
-from serve.gateway.terms import Size
-from serve.least_squares import LeastSquares
+from chorus.population.manifest import Population
+from chorus.serve.gateway.costs import StepCosts, read_costs
+from chorus.serve.gateway.flights import Flight, Flights
+from chorus.serve.gateway.latency import LatencyModel, Load, Work
+from chorus.serve.gateway.plans import NotNow, Plan, Wish, plan
+from chorus.serve.gateway.squeeze import Squeeze
+from chorus.serve.gateway.surprises import Surprises
+from chorus.serve.gateway.terms import Size
+from chorus.serve.least_squares import LeastSquares
 from tests.serve.gateway.conftest import known
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from population.manifest import Loss, Population
-from serve.gateway.admission import Limits
+from chorus.population.manifest import Loss, Population
+from chorus.serve.gateway.admission import Limits
 from tests.serve.gateway.virtual import Costs, Outcome, World, in_virtual_time
 
 BARS = {0.5: 0.99, 1.0: 0.95, 2.0: 0.90}

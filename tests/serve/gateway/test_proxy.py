@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from population.manifest import Population
+from chorus.population.manifest import Population
 from tests.live import wait_for
 from tests.serve.gateway.conftest import Pair, gateway_before, known
 from tests.serve.gateway.scripted import DONE, USAGE, WHOLE, ScriptedEngine, event

@@ -15,16 +15,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from population import manifest
-from population.live import LiveManifest
-from population.manifest import Population
-from serve.gateway.app import create_app
-from serve.gateway.gateway import Gateway
-from serve.gateway.keys import Keys
-from serve.gateway.latency import LatencyModel
-from serve.gateway.redis_store import RedisStore
-from serve.gateway.settings import Settings
-from serve.gateway.store import Bucket, MemoryStore
+from chorus.population import manifest
+from chorus.population.live import LiveManifest
+from chorus.population.manifest import Population
+from chorus.serve.gateway.app import create_app
+from chorus.serve.gateway.gateway import Gateway
+from chorus.serve.gateway.keys import Keys
+from chorus.serve.gateway.latency import LatencyModel
+from chorus.serve.gateway.redis_store import RedisStore
+from chorus.serve.gateway.settings import Settings
+from chorus.serve.gateway.store import Bucket, MemoryStore
 from tests.live import Served, free_port, serving, wait_for
 from tests.serve.gateway.conftest import known
 from tests.serve.gateway.scripted import WHOLE, ScriptedEngine
@@ -151,7 +151,7 @@ def test_without_redis_a_quota_is_the_gateways_share_and_with_it_again_the_whole
 def test_engines_are_known_on_while_redis_is_away_and_until_they_had_time_to_announce_themselves(
     redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve.gateway.redis_store._FRESH_S", 3.0)
+    monkeypatch.setattr("chorus.serve.gateway.redis_store._FRESH_S", 3.0)
 
     async def story(store: RedisStore) -> None:
         await store.announce("http://e")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.gateway.splice import Additions, EventSplicer, Usage, read_usage
+from chorus.serve.gateway.splice import Additions, EventSplicer, Usage, read_usage
 from tests.serve.gateway.scripted import DONE, USAGE, WHOLE, event
 
 POPULATION = {"tier": "max", "members": ["a", "b"], "weights": [0.25, 0.75], "prior_version": 3}

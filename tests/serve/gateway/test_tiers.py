@@ -2,9 +2,9 @@
 
 import pytest
 
-from population.manifest import Population
-from serve.gateway.errors import ApiError
-from serve.gateway.tiers import choose, default_tier, expected_loss, model_names
+from chorus.population.manifest import Population
+from chorus.serve.gateway.errors import ApiError
+from chorus.serve.gateway.tiers import choose, default_tier, expected_loss, model_names
 
 
 def pick(population: Population, model: str | None = None, budget: str | int | None = None) -> tuple[str, str, str]:

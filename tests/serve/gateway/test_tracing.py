@@ -10,7 +10,7 @@ import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from population.manifest import Population
+from chorus.population.manifest import Population
 from tests.live import wait_for
 from tests.serve.gateway.conftest import gateway_before
 from tests.serve.gateway.scripted import DONE, USAGE, ScriptedEngine, event

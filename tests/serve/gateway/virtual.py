@@ -15,17 +15,17 @@ from typing import Any
 
 import pytest
 
-from population.manifest import Population
-from serve.engine.deadline import Runner, StepCost, StepLoad, StepTally, choose_drops
-from serve.gateway.admission import Admission, Grant, Limits
-from serve.gateway.calls import read_call
-from serve.gateway.costs import StepCosts
-from serve.gateway.engines import Engine
-from serve.gateway.errors import ApiError
-from serve.gateway.exchange import Exchange
-from serve.gateway.splice import Usage
-from serve.gateway.tenants import ANYONE
-from serve.gateway.tiers import default_tier, tiers_between
+from chorus.population.manifest import Population
+from chorus.serve.engine.deadline import Runner, StepCost, StepLoad, StepTally, choose_drops
+from chorus.serve.gateway.admission import Admission, Grant, Limits
+from chorus.serve.gateway.calls import read_call
+from chorus.serve.gateway.costs import StepCosts
+from chorus.serve.gateway.engines import Engine
+from chorus.serve.gateway.errors import ApiError
+from chorus.serve.gateway.exchange import Exchange
+from chorus.serve.gateway.splice import Usage
+from chorus.serve.gateway.tenants import ANYONE
+from chorus.serve.gateway.tiers import default_tier, tiers_between
 
 
 class _Idle(selectors.SelectSelector):

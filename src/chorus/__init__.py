@@ -1,0 +1,1 @@
+"""Chorus: train, weigh and serve populations of language models. Its rooms are the repository's folders, linked here."""

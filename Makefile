@@ -2,6 +2,8 @@
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+# Where this is set, every process compiles all that it imports: forty seconds for each of the three of an engine.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint lock clean
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from chorus.population import assemble, manifest
 from chorus.population import fetch as fetching
 from chorus.population.manifest import Loss, Population
+from chorus.population.shell import command
 
 
 @click.group()
@@ -37,10 +38,10 @@ def show(directory: Path, verify: bool) -> None:
 def init(checkpoints: tuple[Path, ...], out: Path, name: str | None) -> None:
     """Make a population from Hugging Face CHECKPOINTS that share a tokenizer, under uniform weights."""
     made = assemble.gather(list(checkpoints), out, name=name)
-    Console().print(
-        f"[bold]{out}[/]: {len(made.members)} members under uniform weights. "
-        f"Fit weights with [bold]chorus prior fit {out} --corpus TEXT[/], or serve it: [bold]chorus serve {out}[/]",
-        highlight=False,
+    click.echo(
+        f"{out}: {len(made.members)} members under uniform weights. Fit weights on a TEXT, or serve it:\n"
+        f"    {command('chorus', 'prior', 'fit', out, '--corpus', 'TEXT')}\n"
+        f"    {command('chorus', 'serve', out)}"
     )
 
 

@@ -6,15 +6,19 @@ It knows nothing of tokens.
 
 import hashlib
 import itertools
+import os
 import random
+import re
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from chorus.population.errors import ChorusError
-from chorus.population.rows import ROW_SUFFIXES, read_rows
-from chorus.population.textfile import read_pieces
+from chorus.population.notes import Notes
+from chorus.population.rows import JSON, ROW_SUFFIXES, holds_rows, read_rows, row_text
+from chorus.population.textfile import COMPRESSED_SUFFIXES, NotTextError, content_suffix, read_pieces
 
 SPLITS = ("train", "fitness", "selection", "test")
 STDLIB = "stdlib"
@@ -66,6 +70,10 @@ _CODE_SUFFIXES |= {
     ".yaml",
     ".toml",
 }
+_READ_SUFFIXES = _TEXT_SUFFIXES | _CODE_SUFFIXES | ROW_SUFFIXES
+_FEW_FILES = 20  # of a folder: too few documents for splits, so that long ones are cut into passages
+_NAMED = 5  # files in one note
+_DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?(:.+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,40 +86,56 @@ class Document:
 
 def read_documents(source: str, *, split_on: str | None = None, text_field: str = "text") -> Iterator[Document]:
     """Yield the documents of a corpus that hold text, in an order that is the same on every run; see `read_all_documents`."""
-    documents = read_all_documents(source, split_on=split_on, text_field=text_field)
-    return (document for document in documents if document.text.strip())
+    notes, num_empty = Notes(), 0
+    for document in read_all_documents(source, split_on=split_on, text_field=text_field, notes=notes):
+        if document.text.strip():
+            yield document
+        else:
+            num_empty += 1
+    if num_empty:
+        notes(f"documents of {source} without text, which stay out: {num_empty}.")
 
 
-def read_all_documents(source: str, *, split_on: str | None = None, text_field: str = "text") -> Iterator[Document]:
+def read_all_documents(
+    source: str, *, split_on: str | None = None, text_field: str = "text", notes: Notes | None = None
+) -> Iterator[Document]:
     """Yield the documents of a corpus, empty ones too, in an order that is the same on every run.
 
     Args:
         source: `stdlib` (the running Python's standard library), a text file, a folder (every text or code file in it is a
-            document; every row of a `.jsonl` or `.parquet` file in it too), such a file of rows, or the name of a Hugging Face
-            dataset, `NAME` or `NAME:CONFIG`, of which the train split is streamed.
+            document; every row of a `.jsonl` or `.parquet` file or `.json` array in it too), such a file of rows, or the name of a
+            Hugging Face dataset, `NAME` or `NAME:CONFIG`, of which the train split is streamed. Files may be compressed.
         split_on: regular expression; a line of a text file where it matches begins a new document. Without it a file is cut
-            at lines `<|endoftext|>` if it has any; and a single file without them is cut at blank lines into passages of
-            about 4,000 characters, so that it can be split by whole documents at all.
+            at lines `<|endoftext|>` if it has any; and a single file without them, or one of fewer than 20 in a folder, is cut at
+            blank lines into passages of about 4,000 characters, so that it can be split by whole documents at all.
         text_field: the field of a row, or column of a dataset, that holds the text.
+        notes: takes what is left out or cut otherwise than the user may expect.
 
     Raises:
         ChorusError: the source does not exist or is not UTF-8, or the dataset cannot be loaded.
     """
-    path = Path(source)
+    path, notes = locate(source), notes or Notes()
     if source == STDLIB:
         documents = _read_stdlib()
     elif path.is_dir():
-        documents = _read_folder(path, split_on, text_field)
-    elif path.is_file() and path.suffix.lower() in ROW_SUFFIXES:
-        documents = _read_rows(path, path.name, text_field)
+        documents = _read_folder(path, split_on, text_field, notes)
     elif path.is_file():
-        documents = _read_file(path, path.name, split_on, passages=True)
-    elif path.suffix in {".txt", ".md", *ROW_SUFFIXES} or source.startswith((".", "/", "~")):
+        documents = _read_file(path, path.name, split_on, text_field, passages=True, notes=notes)
+        if content_suffix(path) == JSON and not holds_rows(path, text_field):
+            raise ChorusError(
+                f"{path} is not an array of objects or strings, nor one object per line. Take the list of documents out of it, "
+                "for example with `jq -c '.data[]'`, and name its text with --text-field."
+            )
+    elif path.exists():
+        raise ChorusError(
+            f"corpus {source!r} is neither a file nor a folder. It is read several times: write it to a file."
+        )
+    elif _is_like_a_path(source):
         raise ChorusError(
             f"corpus {source!r} does not exist. Give a text file, a folder, a dataset name or `{STDLIB}`."
         )
     else:
-        documents = _read_dataset(source, text_field)
+        documents = _read_dataset(source, text_field, notes)
     return documents
 
 
@@ -203,6 +227,12 @@ def split_documents(documents: list[Document], fractions: dict[str, float]) -> d
     return {name: [documents[outline.idx] for outline in held] for name, held in dealt.items()}
 
 
+def _is_like_a_path(source: str) -> bool:
+    """Whether what does not exist can only have been meant as a file or folder."""
+    suffixes = (_READ_SUFFIXES | COMPRESSED_SUFFIXES) - {""}
+    return source.lower().endswith(tuple(suffixes)) or source.startswith(".") or not _DATASET.fullmatch(source)
+
+
 def _read_stdlib() -> Iterator[Document]:
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
@@ -214,28 +244,80 @@ def _read_stdlib() -> Iterator[Document]:
             yield Document(name=str(relative), text=text)
 
 
-def _read_folder(root: Path, split_on: str | None, text_field: str) -> Iterator[Document]:
-    suffixes = _TEXT_SUFFIXES | _CODE_SUFFIXES | ROW_SUFFIXES
-    paths = [path for path in sorted(root.rglob("*")) if path.is_file() and path.suffix.lower() in suffixes]
-    paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+def locate(source: str) -> Path:
+    """The path that a corpus may be.
+
+    Raises:
+        ChorusError: the system cannot look there.
+    """
+    try:
+        Path(source).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # it may be a dataset
+    except OSError as error:
+        raise ChorusError(f"corpus {source[:200]!r} cannot be read: {error.strerror}.") from None
+    return Path(source)
+
+
+def walk(root: Path, notes: Notes) -> list[Path]:
+    """All files below a folder but hidden ones, sorted. Links are followed; no folder is entered twice, none above it at all."""
+    files: list[Path] = []
+    entered = {_identity(parent) for parent in root.resolve().parents}
+
+    def skip(error: OSError) -> None:
+        notes(f"{error.filename} is left out: {error.strerror}.")
+
+    for here, folders, names in os.walk(root, followlinks=True, onerror=skip):
+        if (identity := _identity(Path(here))) in entered:
+            folders.clear()
+            continue
+        entered.add(identity)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [Path(here, name) for name in names if not name.startswith(".")]
+    return sorted(files)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _read_folder(root: Path, split_on: str | None, text_field: str, notes: Notes) -> Iterator[Document]:
+    files = walk(root, notes)
+    paths = [path for path in files if content_suffix(path) in _READ_SUFFIXES and path.is_file()]
+    if other := Counter(path.suffix.lower() or "broken link" for path in sorted(set(files).difference(paths))):
+        kinds = ", ".join(f"{count} {kind}" for kind, count in other.most_common())
+        notes(f"{root}: left out, as files of other kinds: {kinds}.")
     if not paths:
         raise ChorusError(f"the corpus is empty: the folder {root} holds no text files.")
+    left_out: list[str] = []
     for path in paths:
-        name = str(path.relative_to(root))
-        if path.suffix.lower() in ROW_SUFFIXES:
-            yield from _read_rows(path, name, text_field)
-        else:
-            yield from _read_file(path, name, split_on, passages=len(paths) == 1)
+        name, num_given = str(path.relative_to(root)), 0
+        try:
+            for document in _read_file(path, name, split_on, text_field, passages=len(paths) < _FEW_FILES, notes=notes):
+                yield document
+                num_given += 1
+        except ChorusError as error:
+            # A file of rows that breaks off is no stray file, and an array without the field may be one: data of code.
+            if num_given or not (isinstance(error, NotTextError) or content_suffix(path) == JSON):
+                raise
+            left_out.append(str(error))
+    if len(left_out) == len(paths):
+        raise ChorusError(f"the folder {root} holds no text that can be read. {left_out[0]}")
+    if left_out:
+        more = f"\n  and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
+        notes(f"{root}: left out, as they cannot be read as text:\n  " + "\n  ".join(left_out[:_NAMED]) + more)
 
 
-def _read_rows(path: Path, name: str, text_field: str) -> Iterator[Document]:
-    for idx, text in enumerate(read_rows(path, text_field)):
-        yield Document(name=f"{name}#{idx}", text=text)
-
-
-def _read_file(path: Path, name: str, split_on: str | None, *, passages: bool) -> Iterator[Document]:
-    """Its pieces as documents; what is blank between two marks is none, a blank file is one."""
-    pieces = read_pieces(path, split_on, passages=passages)
+def _read_file(
+    path: Path, name: str, split_on: str | None, text_field: str, *, passages: bool, notes: Notes
+) -> Iterator[Document]:
+    """Its rows or pieces as documents; what is blank between two marks is none, a blank file is one."""
+    if content_suffix(path) in ROW_SUFFIXES or (content_suffix(path) == JSON and holds_rows(path, text_field)):
+        for idx, text in enumerate(read_rows(path, text_field, notes)):
+            yield Document(name=f"{name}#{idx}", text=text)
+        return
+    pieces = read_pieces(path, split_on, passages=passages, notes=notes)
     held = (piece for piece in pieces if piece.strip())
     first = next(held, "")
     second = next(held, None)
@@ -244,24 +326,35 @@ def _read_file(path: Path, name: str, split_on: str | None, *, passages: bool) -
     yield from (Document(name=f"{name}#{idx}", text=piece) for idx, piece in enumerate(rest, start=1))
 
 
-def _read_dataset(source: str, text_field: str) -> Iterator[Document]:
+def _read_dataset(source: str, text_field: str, notes: Notes) -> Iterator[Document]:
     name, _, config = source.partition(":")
+    notes(f"{source!r} is no file or folder here: trying the Hugging Face dataset of that name ...")
     try:
+        _check_hub(name)
         import datasets  # heavy, and needed for this source alone
+
+        rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
+        for idx, row in enumerate(rows):
+            yield Document(
+                name=f"{source}#{idx}", text=row_text(row, text_field, f"dataset {source}, row {idx + 1}", notes)
+            )
     except ImportError:
         raise ChorusError(
             f"corpus {source!r} is neither a file nor a folder, and Hugging Face datasets are not installed. "
             "Check the path, or `pip install datasets`."
         ) from None
-    try:
-        rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
-        for idx, row in enumerate(rows):
-            if text_field not in row:
-                raise ChorusError(
-                    f"dataset {source!r} has no column {text_field!r}; it has {', '.join(row)}. Name it with --text-field."
-                )
-            yield Document(name=f"{source}#{idx}", text=row[text_field])
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except ChorusError:
+        raise
+    except Exception as error:  # noqa: BLE001 - of the Hub, of HTTP, of every builder and file format
         raise ChorusError(
             f"corpus {source!r} is neither a file nor a folder, and the dataset of that name cannot be loaded: {error}"
         ) from None
+
+
+def _check_hub(name: str) -> None:
+    """Raise at once what loading would raise after half a minute of retries; a dataset that is kept here needs no Hub."""
+    from huggingface_hub import HfApi, constants
+
+    kept = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets")
+    if not Path(kept, name.replace("/", "___")).is_dir():
+        HfApi().dataset_info(name, timeout=10)

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 
 from chorus.population.errors import ChorusError
 from chorus.population.files import sha256, write_text
+from chorus.population.shell import command
 
 MANIFEST = "population.json"
 SCHEMA_VERSION = 1
@@ -239,7 +240,7 @@ def verify_member(member: Member, population: Population, directory: Path) -> No
     if not root.is_dir():
         raise ChorusError(
             f"member {member.name!r} is missing: {root} does not exist. Restore it, "
-            f"or remove the member from {MANIFEST} and run `chorus prior fit {directory}`."
+            f"or remove the member from {MANIFEST} and run `{command('chorus', 'prior', 'fit', directory)}`."
         )
     for file_name, expected in member.sha256.items():
         file = root / file_name

@@ -1,54 +1,151 @@
-"""Documents out of rows: JSON lines and Parquet, read row by row, so that memory does not grow with the file."""
+"""Documents out of rows: JSON lines, JSON arrays and Parquet, read row by row, so that memory does not grow with the file."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from chorus.population.errors import ChorusError
+from chorus.population.notes import Notes
+from chorus.population.textfile import content_suffix, read_blocks, read_lines
 
-JSON_LINES, PARQUET = {".jsonl", ".ndjson"}, {".parquet"}
+JSON, JSON_LINES, PARQUET = ".json", {".jsonl", ".ndjson"}, {".parquet"}
 ROW_SUFFIXES = JSON_LINES | PARQUET
 _PARQUET_ROWS = 1_000  # read at once
+_SPACE = " \t\n\r"
 
 
-def read_rows(path: Path, text_field: str) -> Iterator[str]:
-    """The text of every row, in their order.
+def read_rows(path: Path, text_field: str, notes: Notes) -> Iterator[str]:
+    """The text of every row, in their order; "" where it is null.
 
     Raises:
         ChorusError: a row cannot be read, or has no text in that field.
     """
-    rows = _parquet(path, text_field) if path.suffix.lower() in PARQUET else _json_lines(path)
-    for number, row in rows:
-        text = row.get(text_field)
-        if not isinstance(text, str):
-            there = f"it has {', '.join(map(str, row))}" if text is None else f"it holds {type(text).__name__}"
-            raise ChorusError(
-                f"{path}, row {number}: no text in the field {text_field!r}; {there}. Name the field with --text-field."
-            )
-        yield text
+    suffix = content_suffix(path)
+    if suffix in PARQUET:
+        rows: Iterator[object] = _parquet(path, text_field)
+    elif suffix == JSON and _first_character(path) == "[":
+        rows = _json_array(path)
+    else:
+        rows = _json_lines(path)
+    for number, row in enumerate(rows, start=1):
+        yield row_text(row, text_field, f"{path}, row {number}", notes)
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    number = 0
+def holds_rows(path: Path, text_field: str) -> bool:
+    """Whether a `.json` file holds documents: an array of objects or strings, or JSON lines. Else it is one text, as code is.
+
+    Raises:
+        NotTextError: it is not UTF-8 text.
+    """
+    if _first_character(path) != "[":
+        lines = (line for line in read_lines(path) if line.strip())
+        first, second = _parsed(next(lines, "")), next(lines, None)
+        return isinstance(first, dict) and (text_field in first or isinstance(_parsed(second or ""), dict))
     try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError(f"a {type(row).__name__}, not an object")
-                    yield number, row
-    except UnicodeDecodeError:
-        raise ChorusError(
-            f"{path} is not UTF-8 (behind line {number}). Convert it, for example with `iconv -f LATIN1 -t UTF-8`."
-        ) from None
-    except ValueError as error:
-        raise ChorusError(
-            f"{path}, line {number}, is not a JSON object ({error}). One object per line is expected."
-        ) from None
+        return isinstance(next(_json_array(path), None), dict | str)
+    except ChorusError:  # no JSON after all
+        return False
 
 
-def _parquet(path: Path, text_field: str) -> Iterator[tuple[int, dict[str, object]]]:
+def row_text(row: object, text_field: str, where: str, notes: Notes) -> str:
+    """The text of one row: a string, or what an object (or row of a dataset) holds in its field.
+
+    Raises:
+        ChorusError: there is none.
+    """
+    if not isinstance(row, Mapping):
+        text = row
+    elif text_field in row:
+        text = row[text_field]
+    else:
+        raise ChorusError(
+            f"{where}: no text in the field {text_field!r}; it has {', '.join(map(str, row))}. Name the field with --text-field."
+        )
+    if text is None:
+        return ""  # a missing text, as pandas and databases write it: an empty document
+    if not isinstance(text, str):
+        raise ChorusError(
+            f"{where}: no text in the field {text_field!r}; it holds {type(text).__name__}. Name the field with --text-field."
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # from JSON's \ud800; halves of a pair are joined, others replaced
+        notes(f"{where}, and maybe others: halves of surrogate pairs stand alone and are read as U+FFFD.")
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, object]]:
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"a {type(row).__name__}, not an object")
+        except (ValueError, RecursionError) as error:
+            raise ChorusError(
+                f"{path}, line {number}, is not a JSON object ({error}). One object per line is expected."
+            ) from None
+        yield row
+
+
+def _json_array(path: Path) -> Iterator[dict[str, object] | str]:
+    """The objects or strings of an array, one after the other."""
+    blocks = read_blocks(path)
+    decode = json.JSONDecoder().raw_decode
+    rest, number = "".join(_until(blocks, 1)).lstrip(_SPACE).removeprefix("["), 0
+    while True:
+        rest = rest.lstrip(_SPACE)
+        while len(rest) < 2 and (more := next(blocks, None)) is not None:
+            rest = (rest + more).lstrip(_SPACE)
+        if rest.startswith("]"):
+            return
+        if number:
+            if not rest.startswith(","):
+                raise _no_array(path, number, "a comma or ] is missing behind it")
+            rest = rest[1:].lstrip(_SPACE)
+        while True:
+            try:
+                row, end = decode(rest)
+                break
+            except (ValueError, RecursionError) as error:
+                more = "".join(_until(blocks, len(rest) + 1))  # as much again, so that a long element costs no squares
+                if not more:
+                    raise _no_array(path, number + 1, str(error)) from None
+                rest = (rest + more).lstrip(_SPACE)
+        number += 1
+        if not isinstance(row, dict | str):
+            raise _no_array(path, number, f"a {type(row).__name__}, not an object or a string")
+        yield row
+        rest = rest[end:]
+
+
+def _until(blocks: Iterator[str], characters: int) -> Iterator[str]:
+    """Blocks, until they hold so many characters that are no space, or end."""
+    while characters > 0 and (block := next(blocks, None)) is not None:
+        characters -= len(block.strip(_SPACE))
+        yield block
+
+
+def _no_array(path: Path, number: int, reason: str) -> ChorusError:
+    return ChorusError(
+        f"{path}, element {number} of the array: {reason}. An array of objects or strings is expected, or one object per line."
+    )
+
+
+def _first_character(path: Path) -> str:
+    return next((block.lstrip()[:1] for block in read_blocks(path) if block.strip()), "")
+
+
+def _parsed(line: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _parquet(path: Path, text_field: str) -> Iterator[dict[str, object]]:
     try:
         import pyarrow
         import pyarrow.parquet as parquet  # heavy, and needed for this format alone
@@ -61,10 +158,8 @@ def _parquet(path: Path, text_field: str) -> Iterator[tuple[int, dict[str, objec
                 f"{path} has no column {text_field!r}; it has {', '.join(file.schema_arrow.names)}. "
                 "Name the column with --text-field."
             )
-        number = 0
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_field]):
             for text in batch.column(0).to_pylist():
-                number += 1
-                yield number, {text_field: text}
-    except (pyarrow.ArrowException, OSError) as error:
+                yield {text_field: text}
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ChorusError(f"{path} is not a Parquet file that can be read ({error}).") from None

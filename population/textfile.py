@@ -1,32 +1,62 @@
-"""A text file as pieces, read block by block: memory does not grow with the file, only with its longest piece."""
+"""A text file as pieces, read block by block: memory does not grow with the file, only with its longest piece.
 
+Files may be compressed (gzip, bzip2, xz, zstandard); their first bytes tell, whatever they are called.
+"""
+
+import bz2
 import codecs
+import gzip
 import io
+import lzma
 import re
-from collections.abc import Iterator
+import shlex
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import IO, Any
 
 from chorus.population.errors import ChorusError
+from chorus.population.notes import Notes
 
 END_OF_TEXT = "<|endoftext|>"
+COMPRESSED_SUFFIXES = {".gz", ".bz2", ".xz", ".zst"}
 _PASSAGE_CHARACTERS = 4_000
-_BLOCK_BYTES = 1 << 20
+_LONGEST = 4  # passages in one, where no blank line comes
+_BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
+_BLOCK_BYTES = 1 << 17
+_HEAD_BYTES = 8_000  # looked at for NULs, as git does
+_DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
 
-def read_pieces(path: Path, split_on: str | None, *, passages: bool) -> Iterator[str]:
+class NotTextError(ChorusError):
+    """A file is not UTF-8 text, or cannot be read at all."""
+
+
+def content_suffix(path: Path) -> str:
+    """The suffix of what a file holds, in lower case: `.jsonl` of `rows.jsonl.gz`."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSED_SUFFIXES else suffix
+
+
+def read_pieces(path: Path, split_on: str | None, *, passages: bool, notes: Notes) -> Iterator[str]:
     """The pieces of a file, which together are the file but for its marks.
 
     With `split_on`, each line that the pattern matches begins a piece. Without it the file is cut at `<|endoftext|>` if it has any;
-    else, with `passages`, at the first blank line behind every 4,000 characters; else it is one piece.
+    else, with `passages`, at the first blank line behind every 4,000 characters; else it is one piece. Where no blank line comes
+    within 16,000 characters, a passage ends at the first line end behind 4,000; in a line of that length at a space; else there.
 
     Raises:
-        ChorusError: the file is not UTF-8, or `split_on` is no regular expression.
+        NotTextError: the file is not UTF-8 text; before the first piece is given.
+        ChorusError: `split_on` is no regular expression.
     """
-    if split_on is not None:
-        return _at_lines(path, _pattern(split_on))
-    if _holds(path, END_OF_TEXT):
+    pattern = None if split_on is None else _pattern(split_on)
+    is_marked = _holds(path, END_OF_TEXT)
+    if pattern is not None:
+        return _at_lines(path, pattern)
+    if is_marked:
         return _at_marks(path)
-    return _passages(path) if passages else iter(["".join(_blocks(path))])
+    return _passages(path, notes) if passages else iter(["".join(read_blocks(path))])
 
 
 def _pattern(split_on: str) -> "re.Pattern[str]":
@@ -36,39 +66,111 @@ def _pattern(split_on: str) -> "re.Pattern[str]":
         raise ChorusError(f"--split-on {split_on!r} is not a regular expression: {error}.") from None
 
 
-def _blocks(path: Path) -> Iterator[str]:
-    """The text in blocks, its line ends translated as Python's text mode does."""
+def read_blocks(path: Path) -> Iterator[str]:
+    """The text in blocks, without a byte order mark, its line ends translated as Python's text mode does.
+
+    Raises:
+        NotTextError: it is not UTF-8 text, or cannot be read.
+    """
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
-    num_read = 0
-    with path.open("rb") as file:
-        while True:
-            block = file.read(_BLOCK_BYTES)
-            try:
-                yield decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                waiting = len(error.object) - len(block)  # of the block before: the begin of a character
-                raise ChorusError(
-                    f"{path} is not UTF-8 (byte {num_read - waiting + error.start}). "
-                    "Convert it, for example with `iconv -f LATIN1 -t UTF-8`."
-                ) from None
-            num_read += len(block)
-            if not block:
-                return
+    num_read, at_start = 0, True
+    try:
+        with _opened(path) as file:
+            block = file.read(_HEAD_BYTES)
+            if problem := _head_problem(path, block):
+                raise NotTextError(problem)
+            while True:
+                text = decoder.decode(block, final=not block)
+                yield text.removeprefix("\ufeff") if at_start else text
+                at_start = at_start and not text
+                num_read += len(block)
+                if not block:
+                    return
+                block = file.read(_BLOCK_BYTES)
+    except UnicodeDecodeError as error:
+        waiting = len(error.object) - len(block)  # of the block before: the begin of a character
+        raise NotTextError(
+            f"{path} is not UTF-8 (byte {num_read - waiting + error.start}). If it is Latin-1, convert it: "
+            f"`{_iconv(path, 'LATIN1')}`; else name its own encoding there."
+        ) from None
+    except _DAMAGED as error:
+        raise NotTextError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}).") from None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, unpacked where it is compressed."""
+    with path.open("rb") as raw:
+        magic = raw.read(10)
+        raw.seek(0)
+        if magic.startswith(b"\x1f\x8b"):
+            opener: Callable[[IO[bytes]], Any] = gzip.open
+        elif magic.startswith(b"BZh") and magic[4:] == b"1AY&SY":
+            opener = bz2.open
+        elif magic.startswith(b"\xfd7zXZ\x00"):
+            opener = lzma.open
+        elif magic.startswith(b"\x28\xb5\x2f\xfd"):
+            opener = _zstandard(path)
+        else:
+            opener = nullcontext
+        with opener(raw) as file:
+            yield file
+
+
+def _zstandard(path: Path) -> Callable[[IO[bytes]], Any]:
+    try:
+        import pyarrow  # heavy, and needed for this format alone
+    except ImportError:
+        raise NotTextError(
+            f"{path} is compressed by zstandard, which needs pyarrow: `pip install pyarrow`, or unpack it."
+        ) from None
+    return lambda raw: pyarrow.input_stream(raw, compression="zstd")
+
+
+def _head_problem(path: Path, head: bytes) -> str | None:
+    """Why a file that begins like this is no text, if it is none."""
+    if encoding := _wide_encoding(head):
+        return f"{path} is {encoding}, not UTF-8. Convert it: `{_iconv(path, encoding)}`."
+    if head.startswith(b"PK\x03\x04") or head[257:262] == b"ustar":
+        return f"{path} is an archive. Unpack it and give the folder."
+    if head.startswith(b"%PDF-"):
+        return f"{path} is a PDF. Take the text out of it, for example with `pdftotext`."
+    if (where := head.find(b"\0")) >= 0:
+        return f"{path} is binary, not text (NUL at byte {where})."
+    return None
+
+
+def _wide_encoding(head: bytes) -> str | None:
+    """The encoding of two or four bytes a character, by its byte order mark or by its zeros."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    zeros = [head[at::2].count(0) / max(len(head) // 2, 1) for at in (0, 1)]  # of Western text every second byte is one
+    if max(zeros) > 0.4 and min(zeros) < 0.05:
+        return "UTF-16LE" if zeros[1] > zeros[0] else "UTF-16BE"
+    return None
+
+
+def _iconv(path: Path, encoding: str) -> str:
+    new = path.with_name(f"{path.stem}.utf8{path.suffix}")
+    return f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(str(new))}"
 
 
 def _holds(path: Path, mark: str) -> bool:
-    tail = ""
-    for block in _blocks(path):
-        if mark in (seen := tail + block):
-            return True
+    """Whether a mark is in the file, which is read to its end: what is no text is refused before any of it is used."""
+    found, tail = False, ""
+    for block in read_blocks(path):
+        seen = tail + block
+        found = found or mark in seen
         tail = seen[-len(mark) :]
-    return False
+    return found
 
 
-def _lines(path: Path) -> Iterator[str]:
+def read_lines(path: Path) -> Iterator[str]:
     """Lines with their ends, as a file in text mode gives them."""
     rest = ""
-    for block in _blocks(path):
+    for block in read_blocks(path):
         *lines, rest = (rest + block).split("\n")
         yield from (line + "\n" for line in lines)
     if rest:
@@ -77,7 +179,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _at_lines(path: Path, pattern: "re.Pattern[str]") -> Iterator[str]:
     piece: list[str] = []
-    for line in _lines(path):
+    for line in read_lines(path):
         if piece and pattern.search(line):
             yield "".join(piece)
             piece = []
@@ -87,20 +189,35 @@ def _at_lines(path: Path, pattern: "re.Pattern[str]") -> Iterator[str]:
 
 def _at_marks(path: Path) -> Iterator[str]:
     rest = ""
-    for block in _blocks(path):
+    for block in read_blocks(path):
         *pieces, rest = (rest + block).split(END_OF_TEXT)
         yield from pieces
     yield rest
 
 
-def _passages(path: Path) -> Iterator[str]:
-    rest, searched = "", _PASSAGE_CHARACTERS
-    for block in _blocks(path):
+def _passages(path: Path, notes: Notes) -> Iterator[str]:
+    rest = ""
+    for block in read_blocks(path):
         rest += block
         start = 0
-        while (stop := rest.find("\n\n", max(searched, start + _PASSAGE_CHARACTERS))) >= 0:
-            yield rest[start : stop + 2]
-            start = stop + 2
+        while (cut := _cut(rest, start)) is not None:
+            stop, where = cut
+            if where != "blank lines":
+                notes(f"{path} is cut into passages at {where}, where 16,000 characters hold no blank line.")
+            yield rest[start:stop]
+            start = stop
         rest = rest[start:]
-        searched = max(_PASSAGE_CHARACTERS, len(rest) - 1)
     yield rest
+
+
+def _cut(text: str, start: int) -> tuple[int, str] | None:
+    """Where the passage that begins at `start` ends, and at what; None where more text must tell."""
+    first, last = start + _PASSAGE_CHARACTERS, start + _LONGEST * _PASSAGE_CHARACTERS
+    if found := _BLANK_LINE.search(text, first, last):
+        return found.end(), "blank lines"
+    if len(text) < last:
+        return None
+    if (end := text.find("\n", first, last)) >= 0:
+        return end + 1, "line ends"
+    space = re.compile(r"\s").search(text, first, last)
+    return (space.end() if space else last), "spaces within long lines"

@@ -6,6 +6,7 @@ which an engine can score by echoing them: see `TokenSplit.windows`.
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: Tokenizer, *, bos: int | None, eos: int | None) -> None:
         self._tokenizer = tokenizer
+        tokenizer.encode_special_tokens = True  # what documents spell is text: marks come from here alone
+        self._special = {
+            idx: token.content for idx, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        }
         self.bos = bos
         self.eos = eos
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
@@ -57,10 +62,21 @@ class TextTokenizer:
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode_document(self, text: str) -> list[int]:
-        """Token ids of a whole document between its marks."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        """Token ids of a whole document between its marks. Text that spells a mark is text."""
         front, back = self._marks()
-        return front + ids + back
+        return front + self._plain(text) + back
+
+    def _plain(self, text: str) -> list[int]:
+        ids = self._encode(text)
+        spelt = [mark for idx in self._special.keys() & set(ids) if (mark := self._special[idx]) in text]
+        if not spelt:
+            return ids
+        # Unigram models, and BPE that crosses words, may hold a mark as a piece of their own: it is encoded in two halves then.
+        halves = re.compile("|".join(f"(?<={re.escape(mark[0])})(?={re.escape(mark[1:])})" for mark in spelt))
+        return [idx for part in halves.split(text) for idx in self._encode(part)]
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def between_marks(self, ids: NDArray[np.integer]) -> NDArray[np.uint32]:
         """Token ids of a whole document, of which the text is encoded already, between its marks."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from chorus.population.errors import ChorusError
 from chorus.population.manifest import Population
+from chorus.population.shell import command
 from chorus.prior.latency import LatencyTable
 from chorus.prior.quadratic import FloatArray
 from chorus.prior.selection import Limits
@@ -169,8 +170,8 @@ def _costs(
         return np.array(sizes, dtype=np.float64), lambda amount: amount
     if table is None:
         raise ChorusError(
-            f"a limit in ms needs measured latencies. Measure the engine that will serve, `chorus prior measure {directory} "
-            "--engine URL`, or give a table with --latency."
+            f"a limit in ms needs measured latencies. Measure the engine that will serve, "
+            f"`{command('chorus', 'prior', 'measure', directory, '--engine', 'URL')}`, or give a table with --latency."
         )
     if table.by_member is not None:
         if missing := [member.name for member in population.members if member.name not in table.by_member]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,11 +28,20 @@ _SPLIT_ON = click.option(
     "--split-on", help="A line of a text file where this expression matches begins a new document."
 )
 
+_TEXT_FIELD = click.option(
+    "--text-field",
+    default="text",
+    show_default=True,
+    help="Field of a JSON or Parquet row, or column of a dataset, that holds the text.",
+)
+_LINE_EVERY_SECONDS = 10.0
+
 
 @click.group()
 def prior() -> None:
     """Fit the weights and members for every budget."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("chorus").setLevel(logging.INFO)
 
 
 @prior.command()
@@ -46,6 +56,7 @@ def prior() -> None:
 )
 @_MAX_BYTES
 @_SPLIT_ON
+@_TEXT_FIELD
 @click.option(
     "--budgets",
     help="Tiers and what each may cost: members `economy=1,standard=2`, or `small=1.5x`, `small=200MB`, `small=12ms`; `max`, all "
@@ -82,6 +93,7 @@ def fit(
     corpora: tuple[str, ...],
     max_bytes: int,
     split_on: str | None,
+    text_field: str,
     budgets: str | None,
     max_latency_ms: float | None,
     max_flops: float | None,
@@ -105,6 +117,7 @@ def fit(
             corpora=_named(corpora) if corpora else OWN,
             max_bytes=max_bytes,
             split_on=split_on,
+            text_field=text_field,
             budgets=wished,
             latency=latency,
             shrink=shrink,
@@ -120,19 +133,17 @@ def fit(
     console = Console()
     for named in fits:
         if named.name is not None:
-            console.print(f"[bold]{named.name}[/], fitted on {named.text.source}", highlight=False, soft_wrap=True)
+            click.echo(f"{named.name}, fitted on {named.text.source}")
         console.print(tier_table(population, named.fit), highlight=False)
         console.print()
         console.print(member_table(population, named.fit), highlight=False)
         for warning in named.fit.warnings:
-            console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+            console.print(f"[yellow]warning:[/] {warning}", highlight=False, soft_wrap=True)
         console.print()
     reports = ", ".join(str(directory / named.directory / REPORT) for named in fits)
-    console.print(
+    click.echo(
         f"Prior version {population.prior_version} is in {directory / 'population.json'}; "
-        f"{'the report is' if len(fits) == 1 else 'reports are'} {reports}",
-        highlight=False,
-        soft_wrap=True,
+        f"{'the report is' if len(fits) == 1 else 'reports are'} {reports}"
     )
 
 
@@ -146,7 +157,10 @@ def fit(
 )
 @_MAX_BYTES
 @_SPLIT_ON
-def evaluate(directory: Path, corpus: str | None, engine: str | None, max_bytes: int, split_on: str | None) -> None:
+@_TEXT_FIELD
+def evaluate(
+    directory: Path, corpus: str | None, engine: str | None, max_bytes: int, split_on: str | None, text_field: str
+) -> None:
     """Show what the tiers of the population in DIRECTORY are worth on other text, and what fitting again would gain there.
 
     With --engine: show that a running engine gives what the manifest promises.
@@ -159,13 +173,15 @@ def evaluate(directory: Path, corpus: str | None, engine: str | None, max_bytes:
     if engine is not None:
         with _progress() as progress:
             population, split, served = check_engine(
-                directory, engine, corpus=corpus, max_bytes=max_bytes, split_on=split_on, progress=progress
+                directory,
+                engine,
+                corpus=corpus,
+                max_bytes=max_bytes,
+                split_on=split_on,
+                text_field=text_field,
+                progress=progress,
             )
-        console.print(
-            f"{split.num_scored:,} tokens in {split.split.num_documents} documents, through {engine}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        click.echo(f"{split.num_scored:,} tokens in {split.split.num_documents} documents, through {engine}")
         console.print(served_table(population, served), highlight=False)
         if wrong := [s.tier for s in served if not s.agrees]:
             raise ChorusError(
@@ -177,18 +193,21 @@ def evaluate(directory: Path, corpus: str | None, engine: str | None, max_bytes:
         raise ChorusError("evaluate needs --corpus TEXT, or --engine URL for the population's own test split.")
     with _progress() as progress:
         population, split, shifts = evaluate_population(
-            directory, corpus=corpus, max_bytes=max_bytes, split_on=split_on, progress=progress
+            directory,
+            corpus=corpus,
+            max_bytes=max_bytes,
+            split_on=split_on,
+            text_field=text_field,
+            progress=progress,
         )
-    console.print(
-        f"{split.num_scored:,} tokens in {split.split.num_documents} documents of {corpus}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    click.echo(f"{split.num_scored:,} tokens in {split.split.num_documents} documents of {corpus}")
     console.print(shift_table(population, shifts), highlight=False)
     console.print(
         "\nWith new weights, members: how the loss would change if the same members were weighed anew, or as many members "
-        "chosen anew, on one half of this text; counted on the other half, both ways. Below zero is a gain.",
+        "chosen anew, on one half of this text; counted on the other half, both ways. Only an interval wholly below zero "
+        "shows a gain.",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -218,7 +237,7 @@ def measure(directory: Path, engine: str) -> None:
         shown.add_row(tier.name, str(tier.budget), f"{point.relative_cost:.2f}x", f"{point.ms_per_token:.2f}")
     console = Console()
     console.print(shown, highlight=False)
-    console.print(f"\nWritten to {directory / LATENCY_JSON}.", highlight=False, soft_wrap=True)
+    click.echo(f"\nWritten to {directory / LATENCY_JSON}.")
 
 
 def _cap(max_latency_ms: float | None, max_flops: float | None, max_memory: str | None) -> "Amount | None":
@@ -268,7 +287,12 @@ def _parse_pools(text: str | None) -> "tuple[Pool, ...]":
 
 @contextlib.contextmanager
 def _progress() -> "Iterator[Progress]":
-    """One bar per member and split that is scored; nothing is shown for what is already on disk."""
+    """One bar per member and split that is scored, or lines where there is no terminal; nothing for what is already on disk."""
+    from rich.console import Console
+
+    if not Console().is_terminal:
+        yield _progress_lines()
+        return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -289,3 +313,19 @@ def _progress() -> "Iterator[Progress]":
             bars.advance(tasks[member, split], scored)  # type: ignore[arg-type]
 
         yield advance
+
+
+def _progress_lines() -> "Progress":
+    """A line where a member and split begin and end, and every ten seconds between."""
+    scored_of: dict[tuple[str, str], int] = {}
+    shown_at = time.monotonic()
+
+    def advance(member: str, split: str, scored: int, total: int) -> None:
+        nonlocal shown_at
+        is_new = (member, split) not in scored_of
+        done = scored_of[member, split] = scored_of.get((member, split), 0) + scored
+        if is_new or done == total or time.monotonic() - shown_at >= _LINE_EVERY_SECONDS:
+            shown_at = time.monotonic()
+            click.echo(f"scoring {member} on {split}: {done:,} of {total:,} tokens")
+
+    return advance

@@ -9,6 +9,7 @@ from rich.table import Table
 from chorus.population import manifest
 from chorus.population.errors import ChorusError
 from chorus.population.manifest import Population
+from chorus.population.shell import command
 from chorus.population.tokens import TextTokenizer
 from chorus.prior.distributions import follows_from_likelihoods, tier_losses
 from chorus.prior.engine import connect, engine_losses
@@ -22,7 +23,13 @@ AGREEMENT = 1e-3  # nats between an engine's mean loss and ours that rounding ex
 
 
 def evaluate_population(
-    directory: Path, *, corpus: str, max_bytes: int, split_on: str | None, progress: Progress | None = None
+    directory: Path,
+    *,
+    corpus: str,
+    max_bytes: int,
+    split_on: str | None,
+    text_field: str = "text",
+    progress: Progress | None = None,
 ) -> tuple[Population, ScoredSplit, list[TierShift]]:
     """Every tier on a corpus. Likelihoods are kept for the next time; the manifest is left as it is.
 
@@ -33,8 +40,8 @@ def evaluate_population(
     if other := [tier.name for tier in population.tiers if not follows_from_likelihoods(tier)]:
         raise ChorusError(
             f"tiers {', '.join(other)} do not pool probabilities at temperature 1, so what new weights would gain does not follow "
-            f"from the likelihoods of the true tokens. Fit linear tiers (`chorus prior fit {directory}`), or count these with "
-            "--engine."
+            "from the likelihoods of the true tokens. Fit linear tiers "
+            f"(`{command('chorus', 'prior', 'fit', directory)}`), or count these with --engine."
         )
     manifest.verify(population, directory)
     split = whole_corpus(
@@ -44,6 +51,7 @@ def evaluate_population(
         vocab_size=population.vocab_size,
         max_bytes=max_bytes,
         split_on=split_on,
+        text_field=text_field,
     )
     probabilities_MN = likelihoods(population, directory, [split], progress=progress)
     idx_of = {member.name: idx for idx, member in enumerate(population.members)}
@@ -77,6 +85,7 @@ def check_engine(
     corpus: str | None,
     max_bytes: int,
     split_on: str | None,
+    text_field: str = "text",
     progress: Progress | None = None,
 ) -> tuple[Population, ScoredSplit, list[Served]]:
     """Every tier counted through a running engine, on a corpus or on the population's own test split.
@@ -94,7 +103,7 @@ def check_engine(
         parts = [splits[name] for name in HELD_OUT]  # as a fit keeps them, so that nothing is computed twice
     else:
         tokenizer = TextTokenizer.load(directory)
-        split = whole_corpus(corpus, tokenizer, max_bytes=max_bytes, split_on=split_on, **shape)
+        split = whole_corpus(corpus, tokenizer, max_bytes=max_bytes, split_on=split_on, text_field=text_field, **shape)
         parts = [split]
     probabilities_MN = likelihoods(population, directory, parts, progress=progress)[:, -split.num_scored :]
     idx_of = {member.name: idx for idx, member in enumerate(population.members)}
@@ -142,7 +151,9 @@ def served_table(population: Population, served: list[Served]) -> Table:
 def _load(directory: Path) -> Population:
     population = manifest.load(directory)
     if not population.tiers:
-        raise ChorusError(f"{directory} has no tiers yet. Fit them first: `chorus prior fit {directory}`.")
+        raise ChorusError(
+            f"{directory} has no tiers yet. Fit them first: `{command('chorus', 'prior', 'fit', directory)}`."
+        )
     return population
 
 

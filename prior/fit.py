@@ -410,8 +410,11 @@ def _warnings(tiers: list[TierFit], bootstrap: Bootstrap) -> list[str]:
         found.append(
             f"the test part has only {bootstrap.num_documents} documents: intervals from fewer than {FEW_DOCUMENTS} are too narrow"
         )
-    for below, tier in itertools.pairwise(tiers):
-        step = tier.to_tier_below
+    compared = [(tier, below.name, tier.to_tier_below) for below, tier in itertools.pairwise(tiers)]
+    compared += [
+        (tier, "the best single member", tier.mixture.to_best_single) for tier in tiers if len(tier.mixture.members) > 1
+    ]
+    for tier, other, step in compared:
         assert step is not None
         if step.high >= 0:
             verdict = (
@@ -422,6 +425,6 @@ def _warnings(tiers: list[TierFit], bootstrap: Bootstrap) -> list[str]:
                 else "may not be better than"
             )
             found.append(
-                f"{tier.name} {verdict} {below.name} on the test part: {step.nats:+.4f} nats [{step.low:+.4f}, {step.high:+.4f}]"
+                f"{tier.name} {verdict} {other} on the test part: {step.nats:+.4f} nats [{step.low:+.4f}, {step.high:+.4f}]"
             )
     return found

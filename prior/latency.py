@@ -84,7 +84,7 @@ def load_table(path: Path) -> LatencyTable:
         ChorusError: the file is missing or is neither.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
         if isinstance(raw, dict) and "rows" in raw:
             lowest = min(row["concurrency"] for row in raw["rows"])
             points = [

@@ -75,7 +75,8 @@ def _headline(population: Population, fit: PriorFit, text: FittedText) -> str:
         f"Version {population.prior_version}, {len(population.members)} members, fitted on {text.source}. Tokens: {parts}.",
         "",
         f"**{last.name}** mixes {len(last.mixture.members)} members and reaches {last.mixture.test.nats:.4f} nats per token on the "
-        f"test split; the best single member reaches {best.nats:.4f}: a difference of {signed_text(last.mixture.to_best_single)}.",
+        f"test split; the best single member reaches {best.nats:.4f}: a difference of {signed_text(last.mixture.to_best_single)}"
+        f"{_unless_shown(last.mixture.to_best_single)}.",
     ]
     if fit.warnings:
         lines += ["", *(f"> **Warning**: {warning}." for warning in fit.warnings)]
@@ -127,7 +128,8 @@ def _comparisons(fit: PriorFit) -> str:
     )
     return (
         f"## Differences\n\n{_markdown(heads, rows, right={1, 2, 3, 4, 5, 6})}\n\n"
-        "Test loss of the tier minus that of the other, in nats, paired by document: below zero the tier is better. The best "
+        "Test loss of the tier minus that of the other, in nats, paired by document: below zero the tier is better, "
+        "but where the interval holds zero this text cannot tell the two apart. The best "
         "single member is the one that is best on the test split, picked with hindsight. The reference's rule takes as many "
         "members by the weight of one softmax fit and renormalises. The best free set has as many members but need not contain "
         "the tier below: that column is the price of nesting, both pooled linearly. The last column is the difference on the "
@@ -182,7 +184,8 @@ def _path(population: Population, fit: PriorFit) -> str:
         f"All members at their optimal weights reach {interval_text(fit.everyone_test)} on the test split (fitted to within "
         f"{fit.everyone.gap:.1e} nats of the optimum); at equal weights {interval_text(fit.uniform)}.\n\n"
         f"If the weights of {fit.tiers[-1].name} followed the text (the prior times each member's likelihood of the document so "
-        f"far to the power {fit.following.power:g}), the test loss would change by {signed_text(fit.following.difference)}. "
+        f"far to the power {fit.following.power:g}), the test loss would change by {signed_text(fit.following.difference)}"
+        f"{_unless_shown(fit.following.difference)}. "
         "This is not served."
     )
 
@@ -218,6 +221,11 @@ def _members(population: Population, fit: PriorFit) -> str:
 def _markdown(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: set[int]) -> str:
     rule = "|".join("--:" if idx in right else "---" for idx in range(len(heads)))
     return "\n".join(["| " + " | ".join(heads) + " |", f"|{rule}|", *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _unless_shown(difference: Interval) -> str:
+    """What to add to a difference that may be chance."""
+    return ", which may be chance: the interval holds zero" if difference.low <= 0 <= difference.high else ""
 
 
 def interval_text(interval: Interval) -> str:

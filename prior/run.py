@@ -1,5 +1,6 @@
 """The whole of `chorus prior fit`, from a population directory to the same directory with tiers."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from chorus.prior.report import save_report
 from chorus.prior.results import FittedText, NamedFit, fitted_population, save_json
 from chorus.prior.splits import HELD_OUT, ScoredSplit, corpus_splits, own_splits
 
+logger = logging.getLogger(__name__)
+
 NO_BUDGETS = Budgets(tiers={})
 OWN: Mapping[Name | None, str | None] = {None: None}
 """The population's own splits, as the one prior, without a name."""
@@ -32,6 +35,7 @@ def fit_population(
     corpora: Mapping[Name | None, str | None] = OWN,
     max_bytes: int = 2_000_000,
     split_on: str | None = None,
+    text_field: str = "text",
     budgets: Budgets = NO_BUDGETS,
     latency: Path | None = None,
     shrink: bool = False,
@@ -45,7 +49,7 @@ def fit_population(
         directory: the population's.
         corpora: name of each prior, and its text; one prior may go without a name, and without a text: see `OWN`.
         max_bytes: most text to take from a corpus.
-        split_on: see `population.corpus.read_documents`.
+        split_on: see `population.corpus.read_documents`; and `text_field` too.
         budgets: what tiers may cost.
         latency: a table for budgets in milliseconds; prior/latency.json of the population where there is one.
         shrink: draw weights towards uniform; see `fit_prior`.
@@ -59,14 +63,22 @@ def fit_population(
     population = manifest.load(directory)
     spending = _spending(budgets, population, directory, latency)
     check_budgets(spending.counts, len(population.members))
+    logger.info("Checking the files of %d members ...", len(population.members))
     manifest.verify(population, directory)
-    texts = {name: _splits(population, directory, text, max_bytes, split_on) for name, text in corpora.items()}
+    texts = {
+        name: _splits(population, directory, text, max_bytes, split_on, text_field) for name, text in corpora.items()
+    }
     asked = None if engine is None else connect(engine, population)
     if asked is not None:
         asked.request_member(population.members[0].name)  # refused before anything is computed
     fits = []
     for name, splits in texts.items():
+        logger.info("%s: %s", corpora[name] or "the population's own held-out splits", _amounts(splits))
         held_out = measure(population, directory, splits, progress, engine=asked)
+        logger.info(
+            "Choosing members and fitting weights%s ...",
+            " and pools, which reads the text several times" if pools else "",
+        )
         source = MemberDistributions(population, directory, [splits[part] for part in HELD_OUT]) if pools else None
         found = fit_prior(
             held_out,
@@ -114,6 +126,10 @@ def measure(
     )
 
 
+def _amounts(splits: Mapping[str, ScoredSplit]) -> str:
+    return ", ".join(f"{s.name} {s.num_scored:,} tokens in {s.split.num_documents} documents" for s in splits.values())
+
+
 def _under(name: str | None, fit: PriorFit) -> PriorFit:
     """The fit with the prior's name before those of its tiers."""
     if name is None:
@@ -134,10 +150,15 @@ def _spending(budgets: Budgets, population: Population, directory: Path, latency
 
 
 def _splits(
-    population: Population, directory: Path, corpus: str | None, max_bytes: int, split_on: str | None
+    population: Population,
+    directory: Path,
+    corpus: str | None,
+    max_bytes: int,
+    split_on: str | None,
+    text_field: str,
 ) -> dict[str, ScoredSplit]:
     shape = {"context_length": population.context_length, "vocab_size": population.vocab_size}
     if corpus is None:
         return own_splits(directory, **shape)
     tokenizer = TextTokenizer.load(directory)
-    return corpus_splits(corpus, tokenizer, max_bytes=max_bytes, split_on=split_on, **shape)
+    return corpus_splits(corpus, tokenizer, max_bytes=max_bytes, split_on=split_on, text_field=text_field, **shape)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from chorus.population.corpus import read_documents, sample_documents, split_documents
+from chorus.population.corpus import Document, read_documents, sample_documents, split_documents
 from chorus.population.errors import ChorusError
 from chorus.population.tokens import TextTokenizer, TokenSplit, split_path
 
@@ -64,7 +64,14 @@ def own_splits(directory: Path, *, context_length: int, vocab_size: int) -> dict
 
 
 def corpus_splits(
-    source: str, tokenizer: TextTokenizer, *, context_length: int, vocab_size: int, max_bytes: int, split_on: str | None
+    source: str,
+    tokenizer: TextTokenizer,
+    *,
+    context_length: int,
+    vocab_size: int,
+    max_bytes: int,
+    split_on: str | None,
+    text_field: str = "text",
 ) -> dict[str, ScoredSplit]:
     """A corpus (see `population.corpus.read_documents`) in three equal parts of whole, distinct documents.
 
@@ -73,7 +80,7 @@ def corpus_splits(
     Raises:
         ChorusError: the corpus cannot be read, is empty, or has too few documents.
     """
-    documents = sample_documents(read_documents(source, split_on=split_on), max_bytes=max_bytes, seed=0)
+    documents = _sampled(source, max_bytes, split_on, text_field)
     dealt = split_documents(documents, dict.fromkeys(HELD_OUT, 1 / len(HELD_OUT)))
     tokens = {
         name: TokenSplit.from_documents([tokenizer.encode_document(d.text) for d in held])
@@ -83,16 +90,32 @@ def corpus_splits(
 
 
 def whole_corpus(
-    source: str, tokenizer: TextTokenizer, *, context_length: int, vocab_size: int, max_bytes: int, split_on: str | None
+    source: str,
+    tokenizer: TextTokenizer,
+    *,
+    context_length: int,
+    vocab_size: int,
+    max_bytes: int,
+    split_on: str | None,
+    text_field: str = "text",
 ) -> ScoredSplit:
     """All of a corpus as one split, in the same order as `corpus_splits`."""
-    documents = sample_documents(read_documents(source, split_on=split_on), max_bytes=max_bytes, seed=0)
-    if not documents:
-        raise ChorusError(
-            f"the corpus {source!r} is empty: no document holds any text, or all exceed {max_bytes} bytes."
-        )
+    documents = _sampled(source, max_bytes, split_on, text_field)
     split = TokenSplit.from_documents([tokenizer.encode_document(d.text) for d in documents])
     return _scored({"corpus": split}, context_length, vocab_size)["corpus"]
+
+
+def _sampled(source: str, max_bytes: int, split_on: str | None, text_field: str) -> list[Document]:
+    documents = list(read_documents(source, split_on=split_on, text_field=text_field))
+    if not documents:
+        raise ChorusError(f"the corpus {source!r} is empty: no document holds any text.")
+    if not (sampled := sample_documents(documents, max_bytes=max_bytes, seed=0)):
+        smallest = min(len(document.text.encode()) for document in documents)
+        raise ChorusError(
+            f"no document of corpus {source!r} fits into --max-bytes {max_bytes}; the smallest has {smallest:,} bytes. "
+            "Raise --max-bytes, or cut documents with --split-on."
+        )
+    return sampled
 
 
 def _scored(splits: dict[str, TokenSplit], context_length: int, vocab_size: int) -> dict[str, ScoredSplit]:

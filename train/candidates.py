@@ -8,6 +8,7 @@ import click
 
 from chorus.population import manifest
 from chorus.population.errors import ChorusError
+from chorus.population.shell import command
 
 if TYPE_CHECKING:
     from chorus.train.run import Run
@@ -101,4 +102,4 @@ def _report(run: "Run", names: list[str]) -> None:
         click.echo(f"{name}: {heldout.loss(known[name]):.4f} nats on the selection split")
     click.echo(f"best of the others: {best}, {heldout.loss(trained[best]):.4f}; all of them under equal weights: "
                f"{heldout.mixture_loss(list(trained.values())):.4f}")  # fmt: skip
-    click.echo(f"Next: chorus prior fit {run.directory}")
+    click.echo(f"Next: {command('chorus', 'prior', 'fit', run.directory)}")

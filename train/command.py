@@ -1,5 +1,6 @@
 """`chorus train`: text in, a population out."""
 
+import logging
 import signal
 import sys
 from collections.abc import Callable
@@ -96,6 +97,7 @@ def train(
     Tokens are taken too: a .bin or .npy file of them, or a folder of such files, with the --tokenizer that made them.
     An interrupted run continues when the same command is run again.
     """
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
     given = {name for name in options if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
     if options["max_bytes"] is None:
         options["max_bytes"] = default_max_bytes(corpus)

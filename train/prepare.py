@@ -8,6 +8,7 @@ from pathlib import Path
 
 from chorus.population.corpus import STDLIB, read_all_documents
 from chorus.population.errors import ChorusError
+from chorus.population.notes import Notes
 from chorus.population.tokens import TextTokenizer, split_path
 from chorus.train import pretokenised
 from chorus.train import run as runs
@@ -93,8 +94,11 @@ def deal_corpus(settings: Settings) -> Dealt:
     Raises:
         ChorusError: the corpus cannot be read, or is too small.
     """
+    notes = Notes()
     corpus = Corpus(
-        lambda: read_all_documents(settings.corpus, split_on=settings.split_on, text_field=settings.text_field)
+        lambda: read_all_documents(
+            settings.corpus, split_on=settings.split_on, text_field=settings.text_field, notes=notes
+        )
     )
     fractions = _STDLIB_FRACTIONS if settings.corpus == STDLIB else _FRACTIONS
     return Dealt.deal(

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from chorus.population.corpus import Outline, sample_outlines, split_outlines
+from chorus.population.corpus import Outline, locate, sample_outlines, split_outlines, walk
 from chorus.population.errors import ChorusError
+from chorus.population.notes import Notes
 from chorus.population.tokens import TextTokenizer
 from chorus.train.corpus import Tokenised, capped
 
@@ -30,12 +31,12 @@ def token_files(corpus: str) -> list[Path]:
     Raises:
         ChorusError: a folder holds tokens and other things.
     """
-    path = Path(corpus)
+    path = locate(corpus)
     if path.is_file():
         return [path] if path.suffix in SUFFIXES else []
     if not path.is_dir():
         return []
-    files = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+    files = [file for file in walk(path, Notes()) if file.is_file()]
     tokens = [file for file in files if file.suffix in SUFFIXES]
     if tokens and (other := [file for file in files if file.suffix not in SUFFIXES]):
         raise ChorusError(

@@ -58,6 +58,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path, *, c
         "eos_token": EOS,
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # a prompt that spells <|bos|> is text, as it was in training
     }
     write_text(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
     write_text(directory / "chat_template.jinja", CHAT_TEMPLATE)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from chorus.population import manifest
 from chorus.population.errors import ChorusError
+from chorus.population.shell import command
 from chorus.train import heldout
 from chorus.train import report as reports
 from chorus.train.log import Record
@@ -145,8 +146,8 @@ def report(run: Run) -> None:
     console.print(table)
     if not (run.directory / reports.MARKDOWN).exists():
         reports.write_report(run)
-    console.print(f"\nReport: {run.directory / reports.MARKDOWN}", highlight=False, soft_wrap=True)
-    console.print(f"Next: [bold]chorus prior fit {run.directory}[/]", highlight=False, soft_wrap=True)
+    click.echo(f"\nReport: {run.directory / reports.MARKDOWN}")
+    click.echo(f"Next: {command('chorus', 'prior', 'fit', run.directory)}")
 
 
 def _totals(run: Run) -> list[int]:

@@ -129,8 +129,10 @@ class Keys:
 
 def _load(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return path.read_text(encoding="utf-8-sig")  # editors and shells of Windows write a byte order mark
+    except UnicodeDecodeError:
+        raise ChorusError(f"the API keys in {path} cannot be read: the file is not UTF-8. Save it as UTF-8.") from None
+    except OSError as error:
         raise ChorusError(f"the API keys in {path} cannot be read: {type(error).__name__}.") from None
 
 

@@ -26,7 +26,7 @@ def test_every_row_is_a_document_and_empty_ones_are_left_out(tmp_path: Path) -> 
         (b'{"text": 7}\n', r"row 1: no text in the field 'text'; it holds int"),
         (b'{"text": "one"}\nplain words\n', r"line 2, is not a JSON object"),
         (b"[1, 2]\n", r"line 1, is not a JSON object \(a list, not an object\)"),
-        (b'{"text": "caf\xe9"}\n', r"is not UTF-8 \(behind line 0\)"),
+        (b'{"text": "caf\xe9"}\n', r"is not UTF-8 \(byte 13\)"),
     ],
 )
 def test_rows_that_cannot_be_read_are_named(content: bytes, sentence: str, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_last_document_without_a_mark_and_marks_without_a_document(tokenizer: 
 def test_memory_does_not_grow_with_the_tokens(
     tokenizer: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.corpus.HELD_OUT_CHARACTERS", 40_000)
+    monkeypatch.setattr("chorus.train.corpus.HELD_OUT_CHARACTERS", 40_000)
     monkeypatch.setattr(pretokenised, "_AT_ONCE", 1 << 14)
     tokens = np.random.default_rng(0).integers(2, 300, size=4_000_000, dtype=np.uint16)
     tokens[9_999::10_000] = 1

@@ -1,6 +1,7 @@
 """The command's front door: `chorus`. It knows the names of the sub-commands and loads a room only when its command is called."""
 
 import importlib
+import io
 import os
 import sys
 
@@ -57,6 +58,8 @@ def main() -> None:
     # Every Python process that we start, and that those start, leaves the working directory out of its path: a user's `types.py`,
     # `train.py` or `chorus.py` there is data, not code.
     os.environ["PYTHONSAFEPATH"] = "1"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes; stderr does so already
     try:
         cli.main(standalone_mode=False)
     except ChorusError as error:

@@ -93,7 +93,9 @@ def read_documents(source: str, *, split_on: str | None = None, text_field: str 
         else:
             num_empty += 1
     if num_empty:
-        notes(f"documents of {source} without text, which stay out: {num_empty}.")
+        notes(
+            f"{source}: {num_empty} document{'s hold' if num_empty > 1 else ' holds'} no text and stay{'s' * (num_empty == 1)} out."
+        )
 
 
 def read_all_documents(
@@ -248,8 +250,10 @@ def locate(source: str) -> Path:
     """The path that a corpus may be.
 
     Raises:
-        ChorusError: the system cannot look there.
+        ChorusError: the system cannot look there, or the name is not UTF-8 and could not be recorded.
     """
+    if any("\ud800" <= character <= "\udfff" for character in source):
+        raise ChorusError(f"the name of corpus {source!r} is not UTF-8. Rename it, or give the folder that it is in.")
     try:
         Path(source).stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -277,6 +281,10 @@ def walk(root: Path, notes: Notes) -> list[Path]:
     return sorted(files)
 
 
+def _kind(path: Path) -> str:
+    return path.suffix.lower() if path.is_file() else "broken link or special file"
+
+
 def _identity(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_dev, status.st_ino
@@ -285,7 +293,7 @@ def _identity(path: Path) -> tuple[int, int]:
 def _read_folder(root: Path, split_on: str | None, text_field: str, notes: Notes) -> Iterator[Document]:
     files = walk(root, notes)
     paths = [path for path in files if content_suffix(path) in _READ_SUFFIXES and path.is_file()]
-    if other := Counter(path.suffix.lower() or "broken link" for path in sorted(set(files).difference(paths))):
+    if other := Counter(_kind(path) for path in sorted(set(files).difference(paths))):
         kinds = ", ".join(f"{count} {kind}" for kind, count in other.most_common())
         notes(f"{root}: left out, as files of other kinds: {kinds}.")
     if not paths:

@@ -90,8 +90,8 @@ def _json_lines(path: Path) -> Iterator[dict[str, object]]:
         yield row
 
 
-def _json_array(path: Path) -> Iterator[dict[str, object] | str]:
-    """The objects or strings of an array, one after the other."""
+def _json_array(path: Path) -> Iterator[dict[str, object] | str | None]:
+    """The objects, strings and nulls of an array, one after the other."""
     blocks = read_blocks(path)
     decode = json.JSONDecoder().raw_decode
     rest, number = "".join(_until(blocks, 1)).lstrip(_SPACE).removeprefix("["), 0
@@ -115,7 +115,7 @@ def _json_array(path: Path) -> Iterator[dict[str, object] | str]:
                     raise _no_array(path, number + 1, str(error)) from None
                 rest = (rest + more).lstrip(_SPACE)
         number += 1
-        if not isinstance(row, dict | str):
+        if not isinstance(row, dict | str | None):
             raise _no_array(path, number, f"a {type(row).__name__}, not an object or a string")
         yield row
         rest = rest[end:]

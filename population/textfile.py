@@ -136,7 +136,10 @@ def _head_problem(path: Path, head: bytes) -> str | None:
     if head.startswith(b"%PDF-"):
         return f"{path} is a PDF. Take the text out of it, for example with `pdftotext`."
     if (where := head.find(b"\0")) >= 0:
-        return f"{path} is binary, not text (NUL at byte {where})."
+        return (
+            f"{path} is binary, not text (NUL at byte {where}). If it is text, take them out: "
+            f"`tr -d '\\0' < {shlex.quote(str(path))} > {shlex.quote(str(_beside(path)))}`."
+        )
     return None
 
 
@@ -146,15 +149,21 @@ def _wide_encoding(head: bytes) -> str | None:
         return "UTF-32"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "UTF-16"
-    zeros = [head[at::2].count(0) / max(len(head) // 2, 1) for at in (0, 1)]  # of Western text every second byte is one
-    if max(zeros) > 0.4 and min(zeros) < 0.05:
-        return "UTF-16LE" if zeros[1] > zeros[0] else "UTF-16BE"
+    for at, encoding in ((1, "UTF-16LE"), (0, "UTF-16BE")):  # of Western text every second byte is zero
+        zeros, others = head[at::2], head[1 - at :: 2]
+        if zeros.count(0) > 0.4 * len(zeros) and b"\0" not in others:
+            text = head[: len(head) // 2 * 2].decode(encoding, "replace")
+            if text and all(character.isprintable() or character.isspace() for character in text):
+                return encoding
     return None
 
 
 def _iconv(path: Path, encoding: str) -> str:
-    new = path.with_name(f"{path.stem}.utf8{path.suffix}")
-    return f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(str(new))}"
+    return f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(str(_beside(path)))}"
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.utf8{path.suffix}")
 
 
 def _holds(path: Path, mark: str) -> bool:

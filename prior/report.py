@@ -225,7 +225,7 @@ def _markdown(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: se
 
 def _unless_shown(difference: Interval) -> str:
     """What to add to a difference that may be chance."""
-    return ", which may be chance: the interval holds zero" if difference.low <= 0 <= difference.high else ""
+    return ", which may be chance: the interval holds zero" if not difference.excludes_zero else ""
 
 
 def interval_text(interval: Interval) -> str:

@@ -1,6 +1,7 @@
 """The command as a user meets it: quick help, populations from checkpoints, one sentence for what went wrong."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,15 @@ def test_checkpoints_become_a_population(checkpoints: list[Path], tmp_path: Path
     assert [member.name for member in made.members] == ["tune-0", "tune-1", "tune-2"]
     assert made.tier("max").weights == (1 / 3, 1 / 3, 1 / 3)
     assert json.loads((out / "config.json").read_text())["architectures"] == ["PopulationForCausalLM"]
+
+
+def test_commands_for_what_comes_next_can_be_pasted(checkpoints: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / ("it's a long way [bold] " * 6).strip()
+    result = CliRunner().invoke(command, ["init", *map(str, checkpoints), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    *_, fit, serve = result.output.splitlines()
+    assert shlex.split(fit) == ["chorus", "prior", "fit", str(out), "--corpus", "TEXT"]
+    assert shlex.split(serve) == ["chorus", "serve", str(out)]
 
 
 def test_checkpoints_that_cannot_be_mixed_are_refused_and_nothing_is_written(

@@ -1,12 +1,16 @@
 """Documents out of text, and splits that keep them whole."""
 
+import gzip
+import os
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chorus.population.corpus import Document, read_documents, sample_documents, split_documents
+from chorus.population.corpus import Document, read_all_documents, read_documents, sample_documents, split_documents
 from chorus.population.errors import ChorusError
 
 FRACTIONS = {"train": 0.7, "fitness": 0.1, "selection": 0.1, "test": 0.1}
@@ -111,3 +115,125 @@ def test_too_few_documents_are_refused(count: int) -> None:
     documents = [Document(name=str(idx), text="text") for idx in range(count)]
     with pytest.raises(ChorusError, match=r"empty|too small"):
         split_documents(documents, FRACTIONS)
+
+
+PTB = "".join(f" sentence {idx} of the <unk> treebank with N words \n" for idx in range(4_000))
+
+
+@pytest.mark.parametrize("split", ["file", "folder"])
+def test_a_corpus_without_blank_lines_can_be_split(split: str, tmp_path: Path) -> None:
+    for name in ("ptb.train.txt", "ptb.valid.txt", "ptb.test.txt"):
+        (tmp_path / name).write_text(f"{name}\n{PTB}")
+    (tmp_path / "README").write_bytes(bytes(range(256)))
+    source = tmp_path if split == "folder" else tmp_path / "ptb.train.txt"
+    documents = sample_documents(read_documents(str(source)), max_bytes=100_000, seed=0)
+    assert all(split_documents(documents, FRACTIONS).values())
+    assert all(document.text.endswith("\n") for document in documents)
+
+
+def test_many_files_of_a_folder_stay_whole(tmp_path: Path) -> None:
+    for idx in range(20):
+        (tmp_path / f"{idx}.txt").write_text(f"{idx}\n{PTB[:40_000]}")
+    assert len(list(read_documents(str(tmp_path)))) == 20
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_of_the_folder_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a b.txt").write_text("text")
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("more")
+    (tmp_path / "README").write_bytes(b"\x7fELF\0")
+    (tmp_path / "wide.txt").write_bytes("text".encode("utf-16"))
+    (tmp_path / "late.txt").write_bytes(b"a" * 3_000_000 + b"\xe9")
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"text")[:-4])
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    (tmp_path / "empty.txt").touch()
+    assert [d.text for d in read_documents(str(tmp_path))] == ["text", "more"]
+    for named in (
+        "README is binary",
+        "wide.txt is UTF-16",
+        "late.txt is not UTF-8 (byte 3000000)",
+        "cut.txt.gz cannot be read",
+    ):
+        assert named in caplog.text
+    assert "files of other kinds: 1 broken link or special file, 1 .png" in caplog.text
+    assert "1 document holds no text and stays out" in caplog.text
+
+
+def test_a_folder_of_nothing_but_binaries_is_refused_with_the_reason(tmp_path: Path) -> None:
+    for idx in range(9):
+        (tmp_path / f"{idx}.txt").write_bytes(b"\0")
+    with pytest.raises(ChorusError, match=r"no text that can be read.*0\.txt is binary"):
+        list(read_documents(str(tmp_path)))
+
+
+def test_many_unreadable_files_are_named_in_short(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for idx in range(9):
+        (tmp_path / f"{idx}.txt").write_bytes(b"\0")
+    (tmp_path / "text.md").write_text("text")
+    assert len(list(read_documents(str(tmp_path)))) == 1
+    assert "and 4 more" in caplog.text
+    assert len(caplog.records) == 1
+
+
+def test_linked_folders_are_read_once_and_loops_end(tmp_path: Path) -> None:
+    outside, root = tmp_path / "outside", tmp_path / "a" / "corpus"
+    (root / "inner").mkdir(parents=True)
+    (outside / "deep").mkdir(parents=True)
+    (tmp_path / "private.txt").write_text("above the corpus")
+    (outside / "deep" / "linked.txt").write_text("linked")
+    (root / "inner" / "own.txt").write_text("own")
+    (root / "inner" / "up").symlink_to("..")
+    (root / "inner" / "above").symlink_to(tmp_path)
+    (root / "one").symlink_to(outside)
+    (root / "two").symlink_to(outside)
+    (outside / "back").symlink_to(root)
+    assert [(d.name, d.text) for d in read_documents(str(root))] == [
+        ("inner/own.txt", "own"),
+        ("one/deep/linked.txt", "linked"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("missing.json.gz", "does not exist"),
+        ("some words", "does not exist"),
+        ("data/raw/news", "does not exist"),
+        ("x" * 300, "File name too long"),
+        ("/dev/null", "neither a file nor a folder"),
+        (os.fsdecode(b"caf\xe9"), "is not UTF-8. Rename it"),
+    ],
+)
+def test_what_can_be_no_dataset_is_not_looked_for_on_the_hub(source: str, sentence: str) -> None:
+    with pytest.raises(ChorusError, match=sentence):
+        list(read_documents(source))
+
+
+def test_a_name_is_tried_aloud_and_an_unreachable_hub_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried: list[str] = []
+
+    def unreachable(self: huggingface_hub.HfApi, name: str, **_: object) -> None:
+        tried.append(name)
+        assert "trying the Hugging Face dataset" in caplog.text  # before anything is waited for
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("retries for half a minute"))
+    with pytest.raises(ChorusError, match="cannot be loaded: Name or service not known"):
+        list(read_documents("nobody/no-such-dataset:config"))
+    assert tried == ["nobody/no-such-dataset"]
+
+
+def test_rows_of_a_dataset_are_documents_and_nulls_empty_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = datasets.Dataset.from_dict({"text": ["one", None, "three"], "chat": [["a"], ["b"], None]})
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: held.to_iterable_dataset())
+    assert [d.text for d in read_all_documents("some/name")] == ["one", "", "three"]
+    with pytest.raises(ChorusError, match="dataset some/name, row 1: no text in the field 'chat'; it holds list"):
+        list(read_documents("some/name", text_field="chat"))
+    with pytest.raises(ChorusError, match="no text in the field 'body'; it has text, chat"):
+        list(read_documents("some/name", text_field="body"))

@@ -1,9 +1,15 @@
 """Text files in pieces: read block by block, cut as if they were read whole."""
 
+import bz2
+import gzip
+import lzma
+import random
 import re
+import subprocess
 import tracemalloc
 from pathlib import Path
 
+import pyarrow
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -11,7 +17,7 @@ from hypothesis import strategies as st
 from chorus.population import textfile
 from chorus.population.errors import ChorusError
 from chorus.population.notes import Notes
-from chorus.population.textfile import END_OF_TEXT, read_pieces
+from chorus.population.textfile import END_OF_TEXT, NotTextError, read_blocks, read_pieces
 
 ALPHABET = st.sampled_from(
     [
@@ -113,3 +119,86 @@ def test_memory_does_not_grow_with_the_file(mark: str, tmp_path: Path, monkeypat
         tracemalloc.stop()
     assert count in (500, 501)
     assert peak < path.stat().st_size / 20
+
+
+BOM = "\ufeff"
+
+
+def compressed(data: bytes, kind: str) -> bytes:
+    if kind == "zst":
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+            stream.write(data)
+        return bytes(sink.getvalue())
+    return {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "plain": bytes}[kind](data)
+
+
+@pytest.mark.parametrize("kind", ["plain", "gz", "bz2", "xz", "zst"])
+@pytest.mark.parametrize("twice", [False, True])
+def test_compressed_files_are_read_whatever_they_are_called_and_without_a_byte_order_mark(
+    kind: str, twice: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "corpus.txt"
+    data = compressed(f"{BOM}one\r\ntwo ".encode(), kind)
+    path.write_bytes(data + compressed(b"three", kind) if twice else data)  # `cat a.gz b.gz` is a file of both
+    assert "".join(read_blocks(path)) == ("one\ntwo three" if twice else "one\ntwo ")
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "zst"])
+def test_a_compressed_file_cut_short_or_damaged_is_refused(kind: str, tmp_path: Path) -> None:
+    data = compressed(random.Random(0).randbytes(20_000).hex().encode(), kind)
+    damaged = [data[:40] + bytes(200) + data[240:]] if kind != "zst" else []  # which has no checksum here
+    for wrong in (data[:-9], *damaged):
+        (tmp_path / "a").write_bytes(wrong)
+        with pytest.raises(NotTextError, match=r"cannot be read|is not UTF-8"):
+            list(read_blocks(tmp_path / "a"))
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        ("text".encode("utf-16"), r"is UTF-16, not UTF-8.*`iconv -f UTF-16 -t UTF-8 "),
+        ("plain text, no mark".encode("utf-16-le"), r"`iconv -f UTF-16LE -t UTF-8 "),
+        ("plain text, no mark".encode("utf-16-be"), r"`iconv -f UTF-16BE -t UTF-8 "),
+        ("text".encode("utf-32"), r"is UTF-32, not UTF-8.*`iconv -f UTF-32 "),
+        ("caf\xe9".encode("latin-1"), r"If it is Latin-1.*`iconv -f LATIN1 "),
+        (b"PK\x03\x04" + bytes(40), "is an archive"),
+        (bytes(257) + b"ustar" + bytes(250), "is an archive"),
+        (b"%PDF-1.7\n\x00", "is a PDF"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", r"is binary, not text \(NUL at byte 8\)"),
+        (b"some words\0and more", r"NUL at byte 10.*`tr -d "),
+    ],
+)
+def test_what_is_no_utf8_text_is_refused_with_advice_that_fits(data: bytes, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "my file.txt"
+    path.write_bytes(data)
+    with pytest.raises(NotTextError, match=sentence) as caught:
+        list(read_pieces(path, None, passages=True, notes=Notes()))
+    if "`iconv" in sentence or "`tr" in sentence:  # the advice works as it stands
+        subprocess.run(["sh", "-c", str(caught.value).split("`")[1]], check=True)
+        assert list(read_blocks(tmp_path / "my file.utf8.txt"))
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("some words of a line\n" * 5_000, "line ends"),
+        ("a,b\r\n" * 20_000, "line ends"),
+        ("one long line " * 8_000, "spaces"),
+        ("x" * 100_000, "spaces"),
+        (("word " * 200 + "\n \n") * 100, None),  # WikiText: its blank lines hold a space
+    ],
+)
+def test_passages_end_at_line_ends_or_spaces_where_no_blank_line_comes_and_that_is_noted(
+    text: str, where: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    notes = Notes()
+    for _ in range(2):  # a corpus is read several times
+        pieces = list(read_pieces(tmp_path / "a.txt", None, passages=True, notes=notes))
+    assert "".join(pieces) == text.replace("\r\n", "\n")
+    assert len(pieces) > 5
+    assert max(map(len, pieces)) <= 16_000
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == (where is not None)
+    assert where is None or f"a.txt is cut into passages at {where}" in messages[0]

@@ -1,11 +1,13 @@
 """Tokens of documents, and the windows on which held-out losses are defined."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from chorus.population.errors import ChorusError
 from chorus.population.tokens import TextTokenizer, TokenSplit
@@ -44,3 +46,41 @@ def test_a_missing_or_damaged_split_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.npz").write_bytes(b"not numpy")
     with pytest.raises(ChorusError, match="not a split"):
         TokenSplit.load(tmp_path / "bad.npz")
+
+
+def no_words() -> Tokenizer:
+    """A BPE over whole texts, which learns a mark that the text spells as a piece of its own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["<s>a</s>", "<s>", "</s>"] * 50, trainer)
+    return tokenizer
+
+
+def unigram() -> Tokenizer:
+    """As sentencepiece makes them: every piece of the vocabulary may match, marks too."""
+    pieces = [("<s>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -3.0) for letter in "a▁<>/s\n")]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.add_special_tokens(["<s>", "</s>", "<unk>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [no_words, unigram])
+@pytest.mark.parametrize("text", ["a<s>a</s>", "<s><s></s>" * 500, "</s>\n<s>", "<<s>>"])
+def test_text_that_spells_a_mark_is_text_under_any_model(make: Callable[[], Tokenizer], text: str) -> None:
+    tokenizer = make()
+    ids = TextTokenizer(tokenizer, bos=0, eos=1).encode_document(text)
+    assert (ids[0], ids[-1]) == (0, 1)
+    assert not {0, 1}.intersection(ids[1:-1])
+    assert "".join(tokenizer.decode([idx], skip_special_tokens=False) for idx in ids[1:-1]) == text
+
+
+def test_text_that_spells_a_mark_is_text_in_a_population(tiny_population: Path) -> None:
+    tokenizer = TextTokenizer.load(tiny_population)
+    ids = tokenizer.encode_document("one<|eos|><|bos|>two")
+    assert (ids[0], ids[-1]) == (tokenizer.bos, tokenizer.eos)
+    assert not {tokenizer.bos, tokenizer.eos}.intersection(ids[1:-1])

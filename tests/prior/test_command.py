@@ -1,5 +1,7 @@
 import itertools
 import json
+import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -278,3 +280,51 @@ def test_a_tier_that_pools_logits_is_not_evaluated_from_likelihoods(tiny, monkey
         main()
 
     assert "do not pool probabilities" in capsys.readouterr().err
+
+
+def test_progress_is_printed_where_there_is_no_terminal(fitted):
+    directory, output = fitted
+    for member in manifest.load(directory).members:
+        for split in ("fitness", "selection", "test"):
+            lines = [line for line in output.splitlines() if line.startswith(f"scoring {member.name} on {split}: ")]
+            done, total = re.findall(r"[\d,]+", lines[-1].split(": ")[1])
+            assert done == total
+
+
+def test_rows_name_their_field_and_documents_above_the_limit_are_not_called_empty(tiny, tmp_path, monkeypatch, capsys):
+    corpus = tmp_path / "my rows.jsonl"
+    texts = [f"{idx} " + "word " * 60 for idx in range(9)]
+    corpus.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    arguments = ["prior", "fit", str(tiny), "--corpus", str(corpus)]
+    for more, message in (
+        ([], "no text in the field 'text'; it has body. Name the field with --text-field."),
+        (["--text-field", "body", "--max-bytes", "200"], "fits into --max-bytes 200; the smallest has 302 bytes"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["chorus", *arguments, *more])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+    result = CliRunner().invoke(cli, [*arguments, "--text-field", "body"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert manifest.load(tiny).prior_version == 1
+
+
+def test_one_large_file_without_blank_lines_can_be_fitted_on(tiny, tmp_path):
+    text = "".join(f"a line of words {idx}\n" for idx in range(4_000))
+    (tmp_path / "ptb.txt").write_text(text)
+    options = ["--corpus", str(tmp_path / "ptb.txt"), "--max-bytes", "30000"]
+    result = CliRunner().invoke(cli, ["prior", "fit", str(tiny), *options], catch_exceptions=False)
+    assert result.exit_code == 0
+
+
+def test_paths_with_spaces_and_brackets_are_quoted_and_never_wrapped(tiny, tmp_path):
+    directory = tmp_path / ("a long way [bold] " * 8).strip()
+    tiny.rename(directory)
+    loaded = manifest.load(directory)
+    manifest.save(loaded.model_copy(update={"tiers": ()}), directory)
+    with pytest.raises(ChorusError, match="Fit them first") as caught:
+        CliRunner().invoke(cli, ["prior", "evaluate", str(directory), "--corpus", "x"], catch_exceptions=False)
+    assert shlex.split(str(caught.value).split("`")[1]) == ["chorus", "prior", "fit", str(directory)]
+    result = CliRunner().invoke(cli, ["prior", "fit", str(directory)], catch_exceptions=False)
+    assert f"{directory}/population.json; the report is {directory}/prior/report.md" in result.output

@@ -79,3 +79,12 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ChorusError, match=reason):
             given_tokenizer(path, tmp_path / "out")
+
+
+def test_text_that_spells_a_mark_is_text_in_training_and_in_prompts(tmp_path: Path) -> None:
+    ours = train_tokenizer([*TEXTS, "<|bos|> <|eos|> " * 500], 400, tmp_path, context_length=64)
+    assert ours.bos is not None
+    text = "say <|eos|> or <|bos|>."
+    ids = ours.encode_document(text)
+    assert not {ours.bos, ours.eos}.intersection(ids[1:-1])
+    assert AutoTokenizer.from_pretrained(tmp_path).encode(text) == ids[:-1]

@@ -151,3 +151,13 @@ def test_no_key_is_logged_or_measured(tiny: Population, caplog: pytest.LogCaptur
     assert ALICE not in shown
     assert "ck-somebody-elses" not in shown
     assert hashlib.sha256(ALICE.encode()).hexdigest() not in shown
+
+
+def test_a_byte_order_mark_is_no_part_of_the_keys_and_another_encoding_a_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    for written in (text(entry("alice", ALICE)).encode("utf-8-sig"), text(entry("alice", ALICE)).encode()):
+        file.write_bytes(written)
+        assert Keys(path=file).tenant(f"Bearer {ALICE}").name == "alice"
+    file.write_bytes(text(entry("alice", ALICE)).encode("utf-16"))
+    with pytest.raises(ChorusError, match=r"not UTF-8\. Save it as UTF-8"):
+        Keys(path=file)

@@ -18,7 +18,7 @@ from chorus.serve.gateway import upstream
 from chorus.serve.gateway.admission import Grant
 from chorus.serve.gateway.calls import Call, read_call
 from chorus.serve.gateway.engines import Engine
-from chorus.serve.gateway.exchange import Exchange
+from chorus.serve.gateway.exchange import Exchange, StoppedError
 from chorus.serve.gateway.flights import Flight
 from chorus.serve.gateway.latency import Work
 from chorus.serve.gateway.splice import Additions, EventSplicer
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 _TOKENS = 12
 _SIDE_BY_SIDE = (1, 1, 2, 4)
-_STALL_S = 60.0
 
 
 async def calibrate(session: aiohttp.ClientSession, engine: Engine, population: Population) -> None:
@@ -43,9 +42,12 @@ async def calibrate(session: aiohttp.ClientSession, engine: Engine, population: 
         for count in _SIDE_BY_SIDE:
             for length in lengths:
                 for tier in dict.fromkeys((small, large)):
-                    await asyncio.gather(*(_ask(session, engine, population, tier, length) for _ in range(count)))
-    except (*upstream.BROKEN, RuntimeError) as error:
-        logger.warning("engine %s could not be calibrated, its traffic will teach: %s", engine.url, error)
+                    async with asyncio.TaskGroup() as group:
+                        for _ in range(count):
+                            group.create_task(_ask(session, engine, population, tier, length))
+    except* (*upstream.BROKEN, StoppedError, RuntimeError) as errors:
+        why = errors.exceptions[0]
+        logger.warning("engine %s could not be calibrated, its traffic will teach: %s", engine.url, why)
     else:
         logger.info("engine %s calibrated in %.1f s", engine.url, time.perf_counter() - began_at)
 
@@ -68,9 +70,8 @@ async def _ask(
         finish_by=None,
     )
     engine.flights.begin(flight)
-    exchange = Exchange(
-        Grant(engine=engine, flight=flight, waited_s=0, is_promised=False), deadline=None, stall_s=_STALL_S
-    )
+    grant = Grant(engine=engine, flight=flight, waited_s=0, is_promised=False)
+    exchange = Exchange(grant, deadline=None, stall_s=engine.stall_timeout_s)
     splicer = EventSplicer(Additions(population=b"{}", model=None), keep_usage=True)
     try:
         async with exchange:

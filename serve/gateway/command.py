@@ -41,6 +41,14 @@ import click
     "--max-queue", default=256, show_default=True, type=click.IntRange(0), help="Requests that wait; more get 429."
 )
 @click.option(
+    "--stall-timeout",
+    default=60.0,
+    show_default=True,
+    type=click.FloatRange(1),
+    help="Seconds without any sign of life after which an engine with work counts as frozen, and our own is started anew. A step that "
+    "computes may take ten times as long.",
+)
+@click.option(
     "--drain-delay",
     default=0.0,
     show_default=True,
@@ -85,6 +93,7 @@ def serve(
     redis: str | None,
     max_sequences: int | None,
     max_queue: int,
+    stall_timeout: float,
     drain_delay: float,
     drain_timeout: float,
     verbose: bool,
@@ -120,5 +129,6 @@ def serve(
             max_sequences=max_sequences or launch.max_num_seqs(engine_arguments) or Limits.max_sequences,
             max_queue=max_queue,
         ),
+        stall_timeout_s=stall_timeout,
         drain=launch.Drain(delay_s=drain_delay, timeout_s=drain_timeout),
     )

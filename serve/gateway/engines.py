@@ -1,6 +1,6 @@
 """An engine as the gateway sees it: where it listens, whether it answers, and when one that does not will be back.
 
-What it runs (`flights`), how long it takes (`model`) and whether it keeps failing (`breaker`) are noted beside it.
+What it runs (`flights`) and how long it takes (`model`) are noted beside it; what is known of its process alone is its `life`.
 """
 
 import asyncio
@@ -15,7 +15,8 @@ import aiohttp
 from chorus.serve.gateway.breaker import Breaker
 from chorus.serve.gateway.costs import StepCosts, read_costs
 from chorus.serve.gateway.flights import Flights
-from chorus.serve.gateway.latency import LatencyModel
+from chorus.serve.gateway.latency import LatencyModel, Work
+from chorus.serve.gateway.life import Life, Processes
 from chorus.serve.gateway.squeeze import Squeeze
 
 logger = logging.getLogger(__name__)
@@ -23,9 +24,12 @@ logger = logging.getLogger(__name__)
 _FIRST_START_S = 30.0
 """What a start is taken to need before one was measured; a small population on two cores needs about this."""
 
-_TOKENS = re.compile(rb"^vllm:(?:prompt|generation)_tokens_total(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
+_PROGRESS = re.compile(
+    rb"^(?:vllm:(?:prompt|generation)_tokens|chorus_engine_steps)_total(?:\{[^}]*\})? ([0-9.e+]+)$", re.MULTILINE
+)
+"""What moves with every step: vLLM counts a prompt when the last of its chunks has been read, the plugin counts steps."""
 
-_COSTS_EVERY_S = 2.0
+_METRICS_EVERY_S = 2.0
 
 _SHARE_OF_LATENESS = 0.25
 """An engine that is late is expected after so much of the time by which it is late already."""
@@ -46,40 +50,50 @@ class Engine:
         probe_timeout_s: float,
         stall_timeout_s: float = 60.0,
     ) -> None:
-        self.url = url
-        """Without a path. A supervised engine listens elsewhere after each start."""
         self.is_supervised = is_supervised
+        self.stall_timeout_s = stall_timeout_s
+        self.life = Life(url, stall_timeout_s=stall_timeout_s)
         self.on_restart: Callable[[], None] = lambda: None
         self.flights = Flights()
         self.model = LatencyModel()
         self.costs: StepCosts | None = None
         """What its steps cost by its own account, as far as it says so."""
         self.squeeze = Squeeze()
-        self.breaker = Breaker()
         self.waiting: set[asyncio.Timeout] = set()
         """Waits for its words, which end when it goes down."""
         self._session = session
         self._probe_interval_s = probe_interval_s
         self._probe_timeout = aiohttp.ClientTimeout(total=probe_timeout_s)
-        self._stall_timeout_s = stall_timeout_s
-        self.heard_at = time.monotonic()
-        """When any request heard from it last."""
-        self.froze = asyncio.Event()
-        """Set when it answers its probe but no longer gets on with its work."""
-        self._progress: tuple[float, float] | None = None
         self._is_up = False
         self._expected_at: float | None = None
         self._last_start_s = _FIRST_START_S
         self._look_now = asyncio.Event()
-        self._asked_costs_at = -math.inf
+        self._metrics_at = -math.inf
+
+    @property
+    def url(self) -> str:
+        """Without a path. A supervised engine listens elsewhere in each life."""
+        return self.life.url
+
+    @property
+    def breaker(self) -> Breaker:
+        """Of this life."""
+        return self.life.breaker
 
     @property
     def is_up(self) -> bool:
         """Whether it answered when last looked at."""
         return self._is_up
 
+    def begin_life(self, url: str, processes: Processes | None = None) -> Life:
+        """A process has been launched that will answer at `url`."""
+        self.life = Life(url, stall_timeout_s=self.stall_timeout_s, processes=processes)
+        return self.life
+
     def mark_up(self, *, start_s: float | None = None) -> None:
         """It answers; it took `start_s` to start, where that was measured."""
+        if not self._is_up and not self.is_supervised:
+            self.begin_life(self.url)
         self._is_up = True
         self._expected_at = None
         if start_s is not None:
@@ -119,59 +133,79 @@ class Engine:
         except (aiohttp.ClientError, TimeoutError):
             return False
 
+    def longest_silence_s(self) -> float:
+        """How long a stream of it may be silent, as things are now."""
+        return self.life.longest_silence_s(self._longest_step_s())
+
     async def check(self) -> bool:
         """Ask for its health and note the answer."""
-        url = self.url
-        answered = await self.answers() and await self._gets_on()
-        if url != self.url:  # it was started anew meanwhile, and whoever did that knows better
+        life = self.life
+        is_well = await self._is_well(life)
+        if life is not self.life:  # it was started anew meanwhile, and whoever did that knows better
             return self._is_up
-        if answered != self._is_up:
-            level = logging.INFO if answered else logging.WARNING
-            logger.log(level, "engine %s %s", url, "answers" if answered else "does not answer")
-            self.mark_up() if answered else self.mark_down()
-        return answered
+        if is_well != self._is_up:
+            level = logging.INFO if is_well else logging.WARNING
+            logger.log(level, "engine %s %s", life.url, "answers" if is_well else "does not answer")
+            self.mark_up() if is_well else self.mark_down()
+        return is_well
 
-    async def _gets_on(self) -> bool:
-        """Whether its counters of tokens move, where it has work: a process behind the one that answers the probe may hang."""
-        now = time.monotonic()
-        if self.froze.is_set():
-            if await self._completes():
-                self.froze.clear()
-                self._progress = None
-            return not self.froze.is_set()
-        if not self.flights.running or now - self.heard_at < self._stall_timeout_s / 2:
-            self._progress = None
+    async def _is_well(self, life: Life) -> bool:
+        if await self.answers():
+            life.answered()
+            return await self._gets_on(life)
+        if self.is_supervised and await life.is_deaf():
+            logger.warning("engine %s has not answered for too long: it is ended", life.url)
+            life.froze.set()
+        return False
+
+    async def _gets_on(self, life: Life) -> bool:
+        """Whether it computes, where it has work: a process behind the one that answers the probe may hang."""
+        if life.froze.is_set():
+            if self.is_supervised or not await self._completes():
+                return False
+            life.froze.clear()
+            life.rests()
             return True
-        count = await self._count_tokens()
-        if count is None or self._progress is None or self._progress[0] != count:
-            self._progress = None if count is None else (count, now)
-            return True
-        if now - self._progress[1] >= self._stall_timeout_s / 2:
-            logger.warning(
-                "engine %s has work and computes nothing: it counts as gone until it completes a request", self.url
-            )
-            self.froze.set()
-        return not self.froze.is_set()
+        has_work = bool(self.flights.running)
+        if life.is_quiet or (
+            time.monotonic() - self._metrics_at >= _METRICS_EVERY_S and (has_work or self.costs is None)
+        ):
+            await self._read_metrics(life)
+        if not has_work:
+            life.rests()
+        elif await life.is_stuck(self._longest_step_s()):
+            then = "is ended" if self.is_supervised else "counts as gone until it completes a request"
+            logger.warning("engine %s has work and computes nothing: it %s", life.url, then)
+            life.froze.set()
+        return not life.froze.is_set()
 
-    async def _count_tokens(self) -> float | None:
-        """Tokens that it read and generated since its start; None where it does not say."""
-        found = _TOKENS.findall(await self._read_metrics())
-        return sum(map(float, found)) if found else None
-
-    async def _read_metrics(self) -> bytes:
+    async def _read_metrics(self, life: Life) -> None:
+        """What its steps cost, which changes slowly, and whether it takes any."""
+        self._metrics_at = time.monotonic()
         try:
             async with self._session.get(f"{self.url}/metrics", timeout=self._probe_timeout) as response:
-                return await response.read()
+                metrics = await response.read()
         except (aiohttp.ClientError, TimeoutError):
-            return b""
+            metrics = b""
+        try:
+            self.costs = read_costs(metrics) or self.costs
+            counts = [float(count) for count in _PROGRESS.findall(metrics)]
+        except ValueError:
+            logger.warning("the metrics of engine %s cannot be read", life.url)
+            counts = []
+        life.counted(sum(counts) if counts else None)
 
-    async def _learn_costs(self) -> None:
-        """Ask what its steps cost: now and then, as that changes slowly, and while it works, as else nothing is learned there."""
-        now = time.monotonic()
-        if now - self._asked_costs_at < _COSTS_EVERY_S or (self.costs is not None and not self.flights.running):
-            return
-        self._asked_costs_at = now
-        self.costs = read_costs(await self._read_metrics()) or self.costs
+    def _longest_step_s(self) -> float:
+        """Expected seconds of a step that reads all prompts whose first token has not come: none takes longer. 0 if unknown."""
+        reading = [flight for flight in self.flights.running if flight.first_at is None]
+        rows = sum(flight.work.members * flight.work.prompt_tokens for flight in reading)
+        load = self.flights.load()
+        members = max(1, round(load.members))
+        expected_s = self.model.first_s(load, Work(members=members, prompt_tokens=rows / members, max_tokens=1))
+        if (costs := self.costs) is not None:
+            by_costs_s = costs.step + costs.request * len(self.flights.running) + costs.member * members
+            expected_s = max(expected_s, by_costs_s + costs.row * (rows + load.rows))
+        return expected_s
 
     async def _completes(self) -> bool:
         """Whether it can generate a token."""
@@ -188,10 +222,8 @@ class Engine:
         """Look at its health forever, calling `on_up` whenever it begins to answer."""
         while True:
             was_up = self._is_up
-            if await self.check():
-                if not was_up:
-                    on_up()
-                await self._learn_costs()
+            if await self.check() and not was_up:
+                on_up()
             self._look_now.clear()
             try:
                 async with asyncio.timeout(self._probe_interval_s):

@@ -13,8 +13,6 @@ from chorus.serve.gateway.splice import Usage
 LEAD_S = 0.01
 """What is cut at a deadline is cut so much before it, so that it arrives in time."""
 _NOTICEABLE_S = 0.05
-_SLACK = 0.05
-"""Part of the longest silence by which it may be overrun, so that not every event sets the timer anew."""
 
 
 class Stop(Enum):
@@ -42,11 +40,12 @@ class Exchange:
         self._deadline = deadline
         self._stall_s = stall_s
         self._patience = asyncio.Timeout(None)
+        self._life = grant.engine.life
         self._is_sending = False
-        self._ends_at_deadline = False
-        self._has_words = False
+        self._heard_at = 0.0
+        self._is_silent = False
+        self._silence: asyncio.TimerHandle | None = None
         self._blocked_s = 0.0
-        self._set_at = 0.0
 
     @contextmanager
     def sending(self) -> Iterator[None]:
@@ -59,12 +58,16 @@ class Exchange:
     async def __aenter__(self) -> "Exchange":
         self._patience = asyncio.timeout(None)
         await self._patience.__aenter__()
-        self._wait_on()
+        if self._deadline is not None:
+            loop = asyncio.get_running_loop()
+            self._patience.reschedule(loop.time() + self._deadline - LEAD_S - time.perf_counter())
         self.grant.engine.waiting.add(self._patience)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self.grant.engine.waiting.discard(self._patience)
+        if self._silence is not None:
+            self._silence.cancel()
         try:
             await self._patience.__aexit__(kind, error, trace)  # type: ignore[arg-type]
         except TimeoutError:
@@ -78,11 +81,10 @@ class Exchange:
         # Each sequence's first token comes alone.
         num_first = min(num_events, max(0, flight.num_sequences - flight.num_tokens))
         flight.num_tokens += num_first + (num_events - num_first) * flight.tokens_per_event
-        now = self.grant.engine.heard_at = time.monotonic()
-        if not self._has_words or now - self._set_at > _SLACK * self._stall_s:
-            self._has_words = True
-            self._set_at = now
-            self._wait_on()
+        self._life.heard()
+        self._heard_at = self._life.heard_at
+        if self._silence is None:
+            self._silence = asyncio.get_running_loop().call_later(self._stall_s, self._look_at_silence)
 
     def teach(self, usage: Usage | None, *, streamed: bool, characters: int) -> None:
         """The answer is complete: its times go into the engine's model.
@@ -92,7 +94,7 @@ class Exchange:
         """
         now = time.perf_counter()
         engine, flight = self.grant.engine, self.grant.flight
-        engine.heard_at = time.monotonic()
+        self._life.heard()
         if usage is None or self._blocked_s > _NOTICEABLE_S:
             return
         if flight.num_sequences == 1:
@@ -110,21 +112,22 @@ class Exchange:
         elif load is not None:
             engine.model.observe_whole(flight.before, load, work, tokens, now - flight.began_at)
 
-    def _wait_on(self) -> None:
+    def _look_at_silence(self) -> None:
+        """End the wait if it has been silent for too long; where the whole engine is silent, it may be at a long step."""
+        longest_s = self._stall_s if self._is_sending else self.grant.engine.longest_silence_s()
+        left_s = self._heard_at + longest_s - time.monotonic()
         loop = asyncio.get_running_loop()
-        when = None if self._deadline is None else loop.time() + self._deadline - LEAD_S - time.perf_counter()
-        self._ends_at_deadline = when is not None
-        if self._has_words:
-            stalled_at = loop.time() + (1 + _SLACK) * self._stall_s
-            self._ends_at_deadline = when is not None and when <= stalled_at
-            when = when if self._ends_at_deadline else stalled_at
-        if not self._patience.expired():
-            self._patience.reschedule(when)
+        if left_s > 0:
+            # Soon again, as the reason for a longer silence may go.
+            self._silence = loop.call_later(min(left_s, self._stall_s), self._look_at_silence)
+        elif not self._patience.expired():
+            self._is_silent = True
+            self._patience.reschedule(loop.time())
 
     def _why(self) -> Stop:
-        if not self.grant.engine.is_up:
+        if not self.grant.engine.is_up or self.grant.engine.life is not self._life:
             return Stop.LOST
         # Not by the clock: uvloop's timers have whole milliseconds, so a wait may end more than one before its time.
-        if self._ends_at_deadline:
+        if not self._is_silent:
             return Stop.DEADLINE
         return Stop.STUCK if self._is_sending else Stop.STALLED

@@ -51,6 +51,7 @@ def serve(
     keys_path: Path | None = None,
     redis: str | None = None,
     limits: Limits | None = None,
+    stall_timeout_s: float = 60.0,
     drain: "Drain | None" = None,
     logs_json: bool = False,
     otlp_traces_endpoint: str | None = None,
@@ -76,6 +77,7 @@ def serve(
             otlp_traces_endpoint=otlp_traces_endpoint,
             echo_part=echo_part,
             limits=limits or Limits(),
+            stall_timeout_s=stall_timeout_s,
         )
         with _listen(host, port) as listener:
             Run(settings=settings, listener=listener, console=Console(), drain=drain or Drain()).run()

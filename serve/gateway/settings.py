@@ -72,8 +72,7 @@ class Settings:
     calibrates: bool = True
     """Whether a few short requests of our own tell how long an engine takes, when it begins to answer."""
     stall_timeout_s: float = 60.0
-    """Longest silence in the middle of a stream, and longest time in which an engine with work computes nothing; then it counts
-    as gone."""
+    """Longest silence without a reason (see `life`): of an engine with work, which then counts as gone, and of a stream."""
     max_body_bytes: int = 16 * 2**20
     """Longest request body; longer ones are refused with 413."""
     probe_interval_s: float = 1.0

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from chorus.serve.gateway.engines import Engine
+from chorus.serve.gateway.life import Processes
 from chorus.serve.gateway.settings import Supervision
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,9 @@ class Supervisor:
     async def _run_once(self, on_up: Callable[[float], None]) -> float | None:
         """One life of the engine: seconds that it served, or None if it never answered."""
         launched_at = time.monotonic()
-        process = await self._launch()
+        port = _free_port()
+        process = await self._launch(port)
+        life = self._engine.begin_life(f"http://127.0.0.1:{port}", Processes(process.pid))
         watch: asyncio.Task[None] | None = None
         try:
             if not await self._becomes_ready(process):
@@ -91,7 +94,7 @@ class Supervisor:
             self._engine.mark_up(start_s=start_s)
             on_up(start_s)
             watch = asyncio.create_task(self._engine.watch())
-            ends = {asyncio.create_task(process.wait()), asyncio.create_task(self._engine.froze.wait())}
+            ends = {asyncio.create_task(process.wait()), asyncio.create_task(life.froze.wait())}
             try:
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -103,11 +106,8 @@ class Supervisor:
                 watch.cancel()
             self._engine.mark_down(launch_in_s=0)
             await self._end(process)
-            self._engine.froze.clear()
 
-    async def _launch(self) -> Process:
-        port = _free_port()
-        self._engine.url = f"http://127.0.0.1:{port}"
+    async def _launch(self, port: int) -> Process:
         environment = {**_DEFAULT_ENVIRONMENT, **os.environ, **_ENVIRONMENT}
         guard = [sys.executable, "-P", "-m", "chorus.serve.gateway.guard", f"{self._settings.stop_timeout_s:g}"]
         log = None if self._settings.log is None else self._settings.log.open("ab")

@@ -9,13 +9,20 @@ import pytest
 
 from chorus.serve.gateway.admission import Grant
 from chorus.serve.gateway.exchange import LEAD_S, Exchange, Stop, StoppedError
+from chorus.serve.gateway.life import Life
 from chorus.serve.gateway.pace import tokens_per_event
 
 
 async def why(*, deadline_s: float | None, stall_s: float, early_s: float = 0.0) -> Stop:
     """Why a wait ends in which one word comes and then nothing; its timer fires so much early."""
     flights = SimpleNamespace(note_first=lambda flight: None)
-    engine = SimpleNamespace(is_up=True, waiting=set(), heard_at=0.0, flights=flights)
+    engine = SimpleNamespace(
+        is_up=True,
+        waiting=set(),
+        life=Life("http://e", stall_timeout_s=stall_s),
+        longest_silence_s=lambda: stall_s,
+        flights=flights,
+    )
     grant = cast(
         Grant,
         SimpleNamespace(
@@ -28,7 +35,8 @@ async def why(*, deadline_s: float | None, stall_s: float, early_s: float = 0.0)
         async with Exchange(grant, deadline=deadline, stall_s=stall_s) as exchange:
             exchange.heard(1)
             (patience,) = engine.waiting
-            patience.reschedule(patience.when() - early_s)
+            if early_s:
+                patience.reschedule(patience.when() - early_s)
             await asyncio.sleep(10)
     except StoppedError as stopped:
         return stopped.why
@@ -51,7 +59,8 @@ def test_tokens_are_counted_where_several_come_in_an_event() -> None:
             Any, SimpleNamespace(first_at=None, num_tokens=0, tokens_per_event=4, num_sequences=num_sequences)
         )
         flights = SimpleNamespace(note_first=lambda flight: setattr(flight, "first_at", 1.0))
-        engine = SimpleNamespace(is_up=True, waiting=set(), heard_at=0.0, flights=flights)
+        life = Life("http://e", stall_timeout_s=5)
+        engine = SimpleNamespace(is_up=True, waiting=set(), life=life, flights=flights)
         grant = cast(Grant, SimpleNamespace(engine=engine, flight=flight))
         async with Exchange(grant, deadline=None, stall_s=5) as exchange:
             for num_events in (1, 1, 2):

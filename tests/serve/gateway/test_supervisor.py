@@ -1,6 +1,7 @@
 """Engine processes that die, in every way, under a gateway that must not lose its head, nor leave a process behind."""
 
 import asyncio
+import re
 import signal
 import subprocess
 import sys
@@ -51,6 +52,10 @@ class Watched:
         return self.engine_processes()[-1]
 
 
+def _mine() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
 def _command(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()
@@ -60,7 +65,13 @@ def _command(process: psutil.Process) -> list[str]:
 
 @contextmanager
 def watching(
-    population: Population, directory: Path, monkeypatch: pytest.MonkeyPatch, *, script: str = SCRIPTED, **options: Any
+    population: Population,
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    script: str = SCRIPTED,
+    watch: dict[str, float] | None = None,
+    **options: Any,
 ) -> Iterator[Watched]:
     log = directory / "engine.log"
     supervision = Supervision(directory=directory, log=log, stop_timeout_s=3, **options)
@@ -70,7 +81,9 @@ def watching(
 
     monkeypatch.setattr(gateway_module, "engine_command", command)
     failures: list[str] = []
-    settings = Settings(population=population, engine=supervision, probe_interval_s=0.1, calibrates=False)
+    settings = Settings(
+        population=population, engine=supervision, probe_interval_s=0.1, calibrates=False, **watch or {}
+    )
     gateway = Gateway(settings, on_failure=failures.append)
     with serving(create_app(gateway)) as server:
         yield Watched(server.url, gateway, failures, log)
@@ -121,6 +134,79 @@ def test_a_killed_engine_turns_ready_red_breaks_its_streams_loudly_and_comes_bac
         assert "chorus_gateway_engine_restarts_total 1.0" in httpx.get(f"{watched.url}/metrics").text
         assert not any(process.is_running() for process in before)
     assert not watched.engine_processes()
+
+
+def restarts(watched: Watched) -> int:
+    found = re.search(r"^chorus_gateway_engine_restarts_total (\S+)", httpx.get(f"{watched.url}/metrics").text, re.M)
+    assert found
+    return int(float(found[1]))
+
+
+def slow_engine(directory: Path, *, first_s: float, then_s: float, core: str) -> str:
+    """A program whose first answer takes `first_s` and each other `then_s`, with a process behind it that runs `core` for ever."""
+    script = directory / "slow.py"
+    script.write_text(
+        "import os, sys, time\n"
+        f"sys.path.insert(0, {str(Path(SCRIPTED).parent)!r})\n"
+        "import scripted, uvicorn\n"
+        "if os.fork() == 0:\n"
+        f"    while True: {core}\n"
+        "class Slow(scripted.ScriptedEngine):\n"
+        "    async def _answer(self, send):\n"
+        f"        self.steps = [{first_s} if len(self.bodies) == 1 else {then_s}, scripted.WHOLE]\n"
+        "        await super()._answer(send)\n"
+        "engine = Slow()\n"
+        "engine.content_type = 'application/json'\n"
+        "uvicorn.run(engine, port=int(sys.argv[1]), log_level='warning')\n"
+    )
+    return str(script)
+
+
+STALL = {"stall_timeout_s": 1.5, "probe_timeout_s": 1.0}
+
+
+def test_a_first_request_that_takes_its_time_ends_no_life(
+    tiny: Population, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = slow_engine(tmp_path, first_s=4.0, then_s=0.01, core="time.sleep(9)")
+    with watching(tiny, tmp_path, monkeypatch, script=script, watch=STALL) as watched:
+        for life in range(2):
+            wait_for("ready", watched.ready, timeout_s=30)
+            time.sleep(2 * STALL["stall_timeout_s"])  # what an engine without work does not do says nothing about it
+            assert httpx.post(f"{watched.url}/v1/completions", json={"prompt": "a"}, timeout=30).status_code == 200
+            assert restarts(watched) == life
+            next(process for process in _mine() if script in _command(process)).kill()
+            wait_for("a new life", lambda: restarts(watched) == life + 1, timeout_s=20)
+
+
+@pytest.mark.parametrize("is_busy", [True, False])
+def test_a_step_longer_than_the_stall_timeout_is_waited_for_while_the_core_computes(
+    tiny: Population, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_busy: bool
+) -> None:
+    core = "pass" if is_busy else "time.sleep(9)"
+    script = slow_engine(tmp_path, first_s=0.01, then_s=5.0, core=core)
+    with watching(tiny, tmp_path, monkeypatch, script=script, watch=STALL) as watched:
+        wait_for("ready", watched.ready, timeout_s=30)
+        statuses = [
+            httpx.post(f"{watched.url}/v1/completions", json={"prompt": "a"}, timeout=30).status_code for _ in range(2)
+        ]
+        assert statuses == [200, 200 if is_busy else 503]
+        wait_for("ready again", watched.ready, timeout_s=30)
+        assert restarts(watched) == (0 if is_busy else 1)
+
+
+def test_a_server_that_was_stopped_is_started_anew(
+    tiny: Population, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with watching(tiny, tmp_path, monkeypatch, watch=STALL) as watched:
+        wait_for("ready", watched.ready, timeout_s=30)
+        stopped = watched.engine()
+        stopped.suspend()
+        wait_for("red", lambda: not watched.ready(), timeout_s=10)
+        wait_for("ready again", watched.ready, timeout_s=40)
+        assert restarts(watched) == 1
+        assert not _lives(stopped)
+        assert httpx.post(f"{watched.url}/v1/completions", json=BODY, timeout=30).text.endswith("[DONE]\n\n")
 
 
 def test_retry_after_is_how_long_the_last_start_took(

@@ -45,8 +45,8 @@ import click
     default=60.0,
     show_default=True,
     type=click.FloatRange(1),
-    help="Seconds without any sign of life after which an engine with work counts as frozen, and our own is started anew. A step that "
-    "computes may take ten times as long.",
+    help="Seconds without a sign of life after which an engine with work counts as frozen, and our own is started anew; a step "
+    "that computes may take ten times as long.",
 )
 @click.option(
     "--drain-delay",

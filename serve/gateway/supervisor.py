@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from chorus.serve.gateway.settings import Supervision
 logger = logging.getLogger(__name__)
 
 _LONGEST_PAUSE_S = 30.0
+_PORTS = range(20_000, 32_768)  # Linux gives away 32768 and above, as bind(0) and to outgoing connections
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
@@ -161,6 +163,11 @@ def tail(log: Path, num_lines: int = 15) -> str:
 
 
 def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
+    """A port that nobody listens on, below those that systems give away by themselves.
+
+    The engine needs seconds until it takes it: of the others, a stranger could get it meanwhile, and answer the probe in its place.
+    """
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise EngineFailedError(f"no port of {_PORTS.start} to {_PORTS.stop - 1} is free for the engine")

@@ -34,7 +34,7 @@ class LiveManifest:
         except ChorusError as error:
             logger.error("the manifest changed and cannot be used; the one before stays in force: %s", error)
             return
-        if _identity(found) != _identity(self._population):
+        if self._population.taking_prior_of(found) is None:
             logger.error(
                 "the members in %s changed; the ones before stay in force until the server is restarted", self._path
             )
@@ -48,7 +48,3 @@ class LiveManifest:
         except FileNotFoundError:
             return (0, 0, 0)
         return (status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-def _identity(population: Population) -> object:
-    return population.name, population.tokenizer_sha256, [(member.name, member.sha256) for member in population.members]

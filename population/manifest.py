@@ -27,6 +27,7 @@ from chorus.population.shell import command
 MANIFEST = "population.json"
 SCHEMA_VERSION = 1
 SIMPLEX_TOLERANCE = 1e-6
+LAST_PRIOR_VERSION = 2**31 - 1
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
 Pool = Literal["linear", "log"]
@@ -120,7 +121,7 @@ class Population(_Record):
     members: tuple[Member, ...] = Field(min_length=1)
     tiers: tuple[Tier, ...] = ()
     """From the cheapest to the dearest."""
-    prior_version: int = Field(default=0, ge=0)
+    prior_version: int = Field(default=0, ge=0, le=LAST_PRIOR_VERSION)
     """Counts the fits: 0 while the tiers are uniform defaults."""
     provenance: Provenance
 
@@ -158,6 +159,19 @@ class Population(_Record):
             if tier.name == name:
                 return tier
         raise ChorusError(f"no tier {name!r}; there are {', '.join(t.name for t in self.tiers) or 'none yet'}")
+
+    def taking_prior_of(self, other: Self) -> Self | None:
+        """This population under the tiers, version and losses of `other`; None if these were fitted to others.
+
+        It is the same if all that a fit leaves alone is, as the members' names, paths and digests. Where it came from may differ.
+        """
+        losses = [member.test_loss for member in other.members]
+        if len(losses) != len(self.members):
+            return None
+        members = tuple(m.model_copy(update={"test_loss": loss}) for m, loss in zip(self.members, losses, strict=True))
+        update = {"members": members, "tiers": other.tiers, "prior_version": other.prior_version}
+        taken = self.model_copy(update=update)
+        return taken if taken == other.model_copy(update={"provenance": self.provenance}) else None
 
     def relative_cost(self, members: tuple[str, ...]) -> float:
         """Parameters of `members` over those of the population's largest member."""

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 _ROUNDING, _RIDGE = 1e-12, 1e-4
+_MOST = 1e12
+"""What is restored lies below it."""
 _UNCLIPPED, _CLIP, _LEAST_MISS, _MISS_RATE = 8, 4.0, 0.05, 0.05
 
 
@@ -89,7 +91,8 @@ class LeastSquares:
         gram = [_floats(row, num) for row in state["gram"]]
         if len(gram) != num:
             raise ValueError(f"{len(gram)} rows for {num} features")
-        count, mean, miss = int(state["count"]), float(state["mean"]), float(state["miss"])
+        mean, miss = _floats([state["mean"], state["miss"]], 2)
+        count = int(state["count"])
         self.weights, self._moment, self._gram = weights, moment, gram
         self.count, self._mean, self._miss = count, mean, miss
 
@@ -141,4 +144,6 @@ def _floats(values: Any, num: int) -> list[float]:
     found = [float(value) for value in values]
     if len(found) != num:
         raise ValueError(f"{len(found)} values for {num} features")
+    if not all(abs(value) < _MOST for value in found):
+        raise ValueError(f"{found} are not all below {_MOST:g}")
     return found

@@ -6,6 +6,7 @@ The first token waits for the step that runs, then for the prefill of its prompt
 the engine. A step's cost is linear in the members that run at all and in the rows that they compute (measured: docs/engine.md).
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from chorus.serve.least_squares import LeastSquares
 
 _LOWEST, _HIGHEST = 0.6, 0.995
 _RATE = 0.2
+_LONGEST_S = 1e6
 _FIRST_SHIFT = -0.3
 """Promises begin with trust in the engine's drops: what it cannot rescue is learned from the first that are broken."""
 
@@ -136,12 +138,18 @@ class LatencyModel:
         """Begin with what another model learned.
 
         Raises:
-            KeyError, TypeError, ValueError: `state` is not of this form; the model is then as before or half taken over.
+            KeyError, TypeError, ValueError: `state` is not of this form; the model is then as before.
         """
-        self._first_s.restore(state["first"])
-        self._token_s.restore(state["token"])
-        self._tokens_per_character = float(state["tokens_per_character"])
-        self._surprises = Surprises((float(expected_s), float(seconds)) for expected_s, seconds in state["surprises"])
+        restored = LatencyModel()
+        restored._first_s.restore(state["first"])
+        restored._token_s.restore(state["token"])
+        tokens_per_character = float(state["tokens_per_character"])
+        pairs = [(float(expected_s), float(seconds)) for expected_s, seconds in state["surprises"]]
+        if not all(0 <= value < _LONGEST_S for value in (tokens_per_character, *itertools.chain(*pairs))):
+            raise ValueError("a time or a ratio is negative or too large")
+        self._first_s, self._token_s = restored._first_s, restored._token_s
+        self._tokens_per_character = tokens_per_character
+        self._surprises = Surprises(pairs)
 
     def _first_features(self, load: Load, work: Work) -> tuple[float, ...]:
         return 1.0, load.rows, float(work.members), work.members * work.prompt_tokens

@@ -16,6 +16,9 @@ from chorus.serve.gateway.store import Store
 
 logger = logging.getLogger(__name__)
 
+_MOST_FITS = 1000
+"""So many versions may be fitted while a gateway looks away; a later one was not counted up."""
+
 
 async def share(
     store: Store, pool: Pool, current: Callable[[], Population], directory: Path | None, *, interval_s: float
@@ -23,14 +26,17 @@ async def share(
     """Share until cancelled."""
     said: dict[str, int] = {}
     while True:
-        for engine in pool.engines:
-            if engine.is_up and engine.is_supervised:
-                await store.announce(engine.url)
-            if engine.is_up and engine.model.is_seeded and said.get(engine.url) != engine.model.count:
-                said = {each.url: said.get(each.url, 0) for each in pool.engines}
-                said[engine.url] = engine.model.count
-                await store.save_model(engine.url, engine.model.state())
-        await _agree_on_prior(store, current(), directory)
+        try:
+            for engine in pool.engines:
+                if engine.is_up and engine.is_supervised:
+                    await store.announce(engine.url)
+                if engine.is_up and engine.model.is_seeded and said.get(engine.url) != engine.model.count:
+                    said = {each.url: said.get(each.url, 0) for each in pool.engines}
+                    said[engine.url] = engine.model.count
+                    await store.save_model(engine.url, engine.model.state())
+            await _agree_on_prior(store, current(), directory)
+        except Exception:  # whatever it is, it must not end the sharing
+            logger.exception("sharing with other gateways failed, and is tried again")
         await asyncio.sleep(interval_s)
 
 
@@ -48,22 +54,30 @@ async def seed(store: Store, engine: Engine) -> bool:
 
 
 async def _agree_on_prior(store: Store, ours: Population, directory: Path | None) -> None:
-    """The newest prior wins. It is written where the engine and the offer look for it, and nothing else needs to be told."""
+    """The newest prior wins. It is written where the engine and the offer look for it, and nothing else needs to be told.
+
+    Only what a fit decides is taken over, never what is on disk. What no gateway of this population can use is replaced.
+    """
     live = await store.live_prior()
     if live is None or live[0] < ours.prior_version:
         await store.publish_prior(ours.prior_version, ours.model_dump_json())
         return
-    if live[0] == ours.prior_version or directory is None:
+    version, text = live
+    if version == ours.prior_version:
         return
     try:
-        theirs = Population.model_validate_json(live[1])
-        if _members(theirs) != _members(ours):
-            logger.error("prior version %d was published for other members and is left aside", live[0])
-            return
-        manifest.save(theirs, directory)
-    except (ValidationError, ChorusError, OSError) as error:
-        logger.error("prior version %d was published and cannot be taken over: %s", live[0], error)
-
-
-def _members(population: Population) -> object:
-    return population.name, population.tokenizer_sha256, [(each.name, each.sha256) for each in population.members]
+        theirs = Population.model_validate_json(text)
+        taken = ours.taking_prior_of(theirs)
+        if taken is None:
+            raise ChorusError("it was fitted to other members")
+        if taken.prior_version != version or version > ours.prior_version + _MOST_FITS:
+            raise ChorusError(f"no version after {ours.prior_version} is expected to be called {version}")
+    except (ValidationError, ChorusError) as error:
+        logger.error("prior version %d was published, cannot be taken over and is replaced by ours: %s", version, error)
+        await store.publish_prior(ours.prior_version, ours.model_dump_json(), instead_of=text)
+        return
+    if directory is not None:
+        try:
+            manifest.save(taken, directory)
+        except OSError as error:
+            logger.error("prior version %d was published and cannot be written: %s", version, error)

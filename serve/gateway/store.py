@@ -39,8 +39,8 @@ class Store(Protocol):
     async def load_model(self, url: str) -> dict[str, Any] | None:
         """What any gateway learned about it; None if none did."""
 
-    async def publish_prior(self, version: int, manifest: str) -> None:
-        """Make a manifest the live one, if its prior is newer than that."""
+    async def publish_prior(self, version: int, manifest: str, *, instead_of: str = "") -> None:
+        """Make a manifest the live one, if its prior is newer than that, or if that is `instead_of`, which nobody can use."""
 
     async def live_prior(self) -> tuple[int, str] | None:
         """The live prior's version and manifest; None if none was published."""
@@ -94,9 +94,9 @@ class MemoryStore:
         """See `Store`."""
         return self._models.get(url)
 
-    async def publish_prior(self, version: int, manifest: str) -> None:
+    async def publish_prior(self, version: int, manifest: str, *, instead_of: str = "") -> None:
         """See `Store`."""
-        if self._prior is None or version > self._prior[0]:
+        if self._prior is None or version > self._prior[0] or self._prior[1] == instead_of:
             self._prior = (version, manifest)
 
     async def live_prior(self) -> tuple[int, str] | None:

@@ -9,21 +9,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from redis.asyncio import Redis
 
 from chorus.population import manifest
 from chorus.population.live import LiveManifest
 from chorus.population.manifest import Population
 from chorus.serve.gateway.app import create_app
+from chorus.serve.gateway.engines import Engine
 from chorus.serve.gateway.gateway import Gateway
 from chorus.serve.gateway.keys import Keys
 from chorus.serve.gateway.latency import LatencyModel
 from chorus.serve.gateway.redis_store import RedisStore
 from chorus.serve.gateway.settings import Settings
+from chorus.serve.gateway.sharing import _agree_on_prior, seed
 from chorus.serve.gateway.store import Bucket, MemoryStore
 from tests.live import Served, free_port, serving, wait_for
 from tests.serve.gateway.conftest import known
@@ -154,13 +158,13 @@ def test_engines_are_known_on_while_redis_is_away_and_until_they_had_time_to_ann
     monkeypatch.setattr("chorus.serve.gateway.redis_store._FRESH_S", 3.0)
 
     async def story(store: RedisStore) -> None:
-        await store.announce("http://e")
-        assert await store.engines() == ["http://e"]
+        await store.announce("http://e:80")
+        assert await store.engines() == ["http://e:80"]
         redis.kill()
         await asyncio.sleep(3.5)
-        assert await store.engines() == ["http://e"]
+        assert await store.engines() == ["http://e:80"]
         redis.start()  # empty
-        assert await store.engines() == ["http://e"]
+        assert await store.engines() == ["http://e:80"]
         await asyncio.sleep(3.5)
         assert await store.engines() == []
 
@@ -191,8 +195,8 @@ def test_what_one_gateway_learned_another_begins_with(redis: RedisServer) -> Non
         other.restore(found)
         assert other.is_seeded
         assert await store.load_model("http://f") is None
-        await store.announce("http://e")
-        assert await store.engines() == ["http://e"]
+        await store.announce("http://e:80")
+        assert await store.engines() == ["http://e:80"]
 
     in_redis(redis, story)
 
@@ -268,3 +272,166 @@ def test_a_prior_fitted_for_one_gateway_becomes_live_in_all(
             assert ask(two, budget=2).json()["population"]["weights"] == [0.9, 0.1]
             assert manifest.load(copies[1]).prior_version == 7
             assert "chorus_gateway_prior_version 7.0" in httpx.get(f"{two.url}/metrics").text
+
+
+async def _set(redis: RedisServer, *command: str | bytes) -> None:
+    client = Redis.from_url(redis.url)
+    await client.execute_command(*command)
+    await client.aclose()
+
+
+KEYS = ("quota:b", "engines", "gateways", "model:http://e", "prior")
+
+
+@pytest.mark.parametrize("wrong", [("SET", "x"), ("SADD", "x"), ("SET", b"\xff\xfe"), ("HSET", "f", b"\xff")])
+def test_keys_of_the_wrong_type_are_mended_and_redis_is_not_away(
+    redis: RedisServer, wrong: tuple[str | bytes, ...]
+) -> None:
+    async def story(store: RedisStore) -> None:
+        for key in KEYS:
+            await _set(redis, wrong[0], f"chorus:tiny:{key}", *wrong[1:])
+        assert [await store.take(BUCKET, 5.0) for _ in range(3)] == [0.0, 0.0, pytest.approx(500, abs=5)]
+        await store.announce("http://e:1")
+        assert await store.engines() == ["http://e:1"]
+        assert await store.load_model("http://e") is None
+        assert await store.live_prior() is None
+        await store.publish_prior(3, "{}")
+        assert await store.live_prior() == (3, "{}")
+        keeper = asyncio.create_task(store.keep())
+        await asyncio.sleep(0.3)
+        assert not keeper.done()
+        keeper.cancel()
+        assert store.is_up
+
+    in_redis(redis, story)
+
+
+@pytest.mark.parametrize("field", ["level", "at"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "abc", "1e308", "-1e308", "0x10", ""])
+def test_no_number_in_a_bucket_counts_as_redis_being_away(redis: RedisServer, field: str, value: str) -> None:
+    async def story(store: RedisStore) -> None:
+        await _set(redis, "HSET", "chorus:tiny:quota:b", "level", "5", "at", str(time.time()))
+        await _set(redis, "HSET", "chorus:tiny:quota:b", field, value)
+        waits = [await store.take(BUCKET, 5.0) for _ in range(3)]
+        assert store.is_up
+        assert waits[0] == 0.0
+        assert 0 < waits[2] < 1001
+
+    in_redis(redis, story)
+
+
+@pytest.mark.parametrize("version", ["abc", "", "nan", "inf", "-5", "1e400", "9" * 30, str(2**31), "3.5"])
+def test_a_published_version_that_is_none_is_replaced(redis: RedisServer, version: str) -> None:
+    async def story(store: RedisStore) -> None:
+        await _set(redis, "HSET", "chorus:tiny:prior", "version", version, "manifest", "{}")
+        await store.live_prior()
+        await store.publish_prior(4, "{}", instead_of="{}")
+        assert await store.live_prior() == (4, "{}")
+
+    in_redis(redis, story)
+
+
+def test_clocks_of_gateways_may_jump(redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(store: RedisStore) -> None:
+        for offset_s in (-1e6, 1e6):
+            monkeypatch.setattr(time, "time", lambda offset_s=offset_s: 1.7e9 + offset_s)
+            await store.announce("http://e:1")
+            assert await store.engines() == ["http://e:1"]
+
+    in_redis(redis, story)
+
+
+def test_what_is_dated_in_the_future_does_not_stay_and_what_is_no_address_is_left_aside(redis: RedisServer) -> None:
+    async def story(store: RedisStore) -> None:
+        now = time.time()
+        for score, url in (
+            (now + 1e6, "http://future:1"),
+            (now, "file:///etc/passwd"),
+            (now, "http://[::1"),
+            (now, "x"),
+        ):
+            await _set(redis, "ZADD", "chorus:tiny:engines", str(score), url)
+        await store.announce("http://e:1")
+        assert await store.engines() == ["http://e:1"]
+
+    in_redis(redis, story)
+
+
+@pytest.mark.parametrize("poison", ["{broken", "[" * 100_000, "[1]", '{"first": {}}', "null"])
+def test_garbage_about_an_engine_teaches_nothing(redis: RedisServer, poison: str) -> None:
+    async def story(store: RedisStore) -> None:
+        engine = Engine(Mock(), url="http://e", is_supervised=False, probe_interval_s=1.0, probe_timeout_s=1.0)
+        await _set(redis, "SET", "chorus:tiny:model:http://e", poison)
+        assert not await seed(store, engine)
+
+    in_redis(redis, story)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300, -1e300])
+def test_poisoned_numbers_about_an_engine_teach_nothing(value: float) -> None:
+    for place in ("weights", "moment", "gram", "mean", "miss", "surprises", "tokens_per_character"):
+        state = known().state()
+        if place in state:
+            state[place] = [[value, 1.0]] if place == "surprises" else value
+        else:
+            first = state["first"]
+            part = first[place]
+            first[place] = value if isinstance(part, float) else [value] * len(part)
+            if place == "gram":
+                first[place] = [[value] * len(part)] * len(part)
+        model = LatencyModel()
+        with pytest.raises(ValueError, match=r"below|too large"):
+            model.restore(state)
+        assert not model.is_seeded
+
+
+def test_who_can_write_in_redis_cannot_change_what_is_on_disk_but_the_prior(
+    tiny: Population, tmp_path: Path, redis: RedisServer
+) -> None:
+    manifest.save(tiny, tmp_path)
+    before = (tmp_path / manifest.MANIFEST).read_text()
+    member = tiny.members[0]
+    forged = {
+        "path": {"members": (member.model_copy(update={"path": "../elsewhere"}), *tiny.members[1:])},
+        "digest": {"members": (member.model_copy(update={"sha256": {}}), *tiny.members[1:])},
+        "fewer": {"members": tiny.members[:1], "tiers": tiny.tiers[:1]},
+        "tokenizer": {"tokenizer_sha256": "0" * 64},
+        "context": {"context_length": 7},
+        "far": {"prior_version": tiny.prior_version + 5000},
+    }
+
+    async def publish(store: RedisStore, version: int, text: str) -> None:
+        await _set(redis, "HSET", f"chorus:{tiny.name}:prior", "version", str(version), "manifest", text)
+
+    async def tell(store: RedisStore) -> None:
+        for name, update in forged.items():
+            theirs = tiny.model_copy(update={"prior_version": tiny.prior_version + 1, **update})
+            for version in (theirs.prior_version, theirs.prior_version + 1):  # its own, and another
+                await publish(store, version, theirs.model_dump_json())
+                await _agree_on_prior(store, tiny, tmp_path)
+                assert (tmp_path / manifest.MANIFEST).read_text() == before, name
+                assert await store.live_prior() == (tiny.prior_version, tiny.model_dump_json()), name
+        fitted = tiny.model_copy(update={"prior_version": tiny.prior_version + 1, "tiers": tiny.tiers[:2]})
+        elsewhere = tiny.provenance.model_copy(update={"source": "elsewhere"})
+        await publish(
+            store, fitted.prior_version, fitted.model_copy(update={"provenance": elsewhere}).model_dump_json()
+        )
+        await _agree_on_prior(store, tiny, tmp_path)
+        assert manifest.load(tmp_path) == fitted
+
+    in_redis(redis, tell, tiny.name)
+
+
+def test_sharing_goes_on_after_garbage(tiny: Population, redis: RedisServer) -> None:
+    key = f"chorus:{tiny.name}:prior"
+    with serving(answering()) as engine, gateway(tiny, redis, engine=engine.url):
+
+        def version() -> str:
+            return subprocess.run(
+                ["redis-cli", "-u", redis.url, "HGET", key, "version"], capture_output=True, check=True, text=True
+            ).stdout.strip()
+
+        wait_for("the prior", lambda: version() == str(tiny.prior_version), timeout_s=10)
+        for garbage in ("abc", "9" * 40):
+            asyncio.run(_set(redis, "HSET", key, "version", garbage, "manifest", "{}"))
+            wait_for("ours again", lambda: version() == str(tiny.prior_version), timeout_s=10)

@@ -12,7 +12,7 @@ import aiohttp
 from chorus.serve.gateway import upstream
 from chorus.serve.gateway.admission import Admission
 from chorus.serve.gateway.calibration import calibrate
-from chorus.serve.gateway.discovery import changes, discover
+from chorus.serve.gateway.discovery import Discovery, changes
 from chorus.serve.gateway.echoes import Echoes
 from chorus.serve.gateway.engines import Engine
 from chorus.serve.gateway.metrics import Metrics
@@ -120,16 +120,16 @@ class Gateway:
     async def _discover(self) -> None:
         """Follow the engines that others run, as they come and go. One that went finishes what it runs."""
         sources, watches = self.settings.sources, dict[str, asyncio.Task[None]]()
+        discovery = Discovery(sources, self.store)
         while True:
-            found = await discover(sources, self.store)
-            if found is not None:
-                for url in found:
-                    if url not in watches:
-                        watches[url] = self._add(url)
-                for url in set(watches) - set(found):
-                    logger.info("engine %s is gone", url)
-                    watches.pop(url).cancel()
-                    self.pool.engines = [engine for engine in self.pool.engines if engine.url != url]
+            found = await discovery.look()
+            for url in found:
+                if url not in watches:
+                    watches[url] = self._add(url)
+            for url in set(watches) - set(found):
+                logger.info("engine %s is gone", url)
+                watches.pop(url).cancel()
+                self.pool.engines = [engine for engine in self.pool.engines if engine.url != url]
             if not changes(sources):
                 return
             await asyncio.sleep(self.settings.discovery_interval_s)

@@ -18,13 +18,14 @@ BROKEN = (aiohttp.ClientError, ConnectionError)
 """What reading an answer raises when the engine goes away."""
 _KEEP_ALIVE_S = 4.0  # vLLM closes idle connections after 5 s; a request sent at that moment would need the retry
 _CONNECT_TIMEOUT_S = 5.0
+_REACH_TIMEOUT_S = 15.0  # with looking its name up, which may hang
 
 
 def open_session() -> aiohttp.ClientSession:
     """A pool without a limit of its own (the engine queues) and without a timeout on reading (a token may take its time)."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
+        timeout=aiohttp.ClientTimeout(total=None, connect=_REACH_TIMEOUT_S, sock_connect=_CONNECT_TIMEOUT_S),
         skip_auto_headers=("Accept-Encoding", "User-Agent"),
         auto_decompress=False,
     )

@@ -293,9 +293,29 @@ def test_nothing_has_rights_and_no_secret_is_made() -> None:
     assert "ServiceAccount" in kinds
 
 
+def test_the_builtin_redis_wants_its_password_of_gateways_and_of_its_own_probe() -> None:
+    objects = rendered("hardened")
+    redis, gateway = (
+        pick(objects, "Deployment", suffix)["spec"]["template"]["spec"]["containers"][0]
+        for suffix in ("redis", "gateway")
+    )
+    secret = {"valueFrom": {"secretKeyRef": {"name": "chorus-redis", "key": "password"}}}
+    assert redis["args"][-2:] == ["--requirepass", "$(REDISCLI_AUTH)"]
+    assert redis["env"] == [{"name": "REDISCLI_AUTH", **secret}]
+    names = [each["name"] for each in gateway["env"]]
+    assert names.index("REDIS_PASSWORD") < names.index("CHORUS_REDIS")  # else it is not filled in
+    env = {each["name"]: each for each in gateway["env"]}
+    assert env["REDIS_PASSWORD"] == {"name": "REDIS_PASSWORD", **secret}
+    assert env["CHORUS_REDIS"]["value"].startswith("redis://:$(REDIS_PASSWORD)@answers-redis.")
+    assert "requirepass" not in str(rendered("default"))
+
+
 def test_the_notes_say_what_is_missing() -> None:
     (answer,) = ask_tools("render", values=[value_sets()["no-network-policy"]])
     notes = next(text for name, text in answer["files"].items() if name.endswith("NOTES.txt"))
     assert "no API keys" in notes
     assert "without network policies" in notes
+    assert "Redis has no password" not in notes  # there is none
+    answers = ask_tools("render", values=[value_sets()[name] for name in ("default", "hardened")])
+    assert ["Redis has no password" in str(each["files"]) for each in answers] == [True, False]
     assert "nobody is alerted" in notes

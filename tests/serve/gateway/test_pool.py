@@ -1,5 +1,6 @@
 """Several engines: which of them a request goes to, what happens when one fails, freezes or goes, and how a gateway stops."""
 
+import asyncio
 import signal
 import threading
 import time
@@ -16,7 +17,7 @@ import pytest
 from chorus.population.manifest import Population
 from chorus.serve.gateway.app import create_app
 from chorus.serve.gateway.breaker import Breaker
-from chorus.serve.gateway.discovery import discover
+from chorus.serve.gateway.discovery import Discovery
 from chorus.serve.gateway.gateway import Gateway
 from chorus.serve.gateway.settings import Settings
 from chorus.serve.gateway.store import MemoryStore
@@ -228,18 +229,43 @@ def test_answers_are_never_mixed_up_between_requests(cluster: Cluster) -> None:
     assert len({request_id for *_, request_id in answers}) == len(answers)
 
 
-async def _find(*sources: str) -> list[str] | None:
-    return await discover(sources, MemoryStore())
+def look(*sources: str) -> list[str]:
+    return asyncio.run(Discovery(sources, MemoryStore()).look())
 
 
 def test_engines_are_found_behind_a_name() -> None:
-    import asyncio
-
-    found = asyncio.run(_find("dns+http://localhost:1234", "http://other:1/"))
-    assert found is not None
+    found = look("dns+http://localhost:1234", "http://other:1/")
     assert "http://127.0.0.1:1234" in found
     assert found[-1] == "http://other:1"
-    assert asyncio.run(_find("dns+http://no-such-name.invalid:1")) is None
+
+
+NAMELESS = ("no-such-name.invalid", "a" * 64, "a..b", "\u00e4" * 300, "x:99999999")
+
+
+@pytest.mark.parametrize("name", NAMELESS)
+def test_a_name_that_cannot_be_resolved_holds_up_no_other_source(name: str) -> None:
+    assert look(f"dns+http://{name}", "http://other:1") == ["http://other:1"]
+
+
+def test_engines_stay_known_while_their_name_cannot_be_resolved(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers: list[list[str] | Exception] = [["http://a:1"], OSError("no DNS"), TimeoutError(), UnicodeError(), []]
+
+    async def resolve(url: str) -> list[str]:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("chorus.serve.gateway.discovery._resolve", resolve)
+
+    async def looks() -> list[list[str]]:
+        discovery = Discovery(("dns+http://engines:1",), MemoryStore())
+        return [await discovery.look() for _ in range(5)]
+
+    assert asyncio.run(looks()) == [["http://a:1"]] * 4 + [[]]
+    assert len([record for record in caplog.records if "resolved" in record.message]) == 2  # its loss and its return
 
 
 def test_engines_that_come_and_go_are_followed(tiny: Population, monkeypatch: pytest.MonkeyPatch) -> None:

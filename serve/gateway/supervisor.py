@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from chorus.serve.gateway.causes import root_cause
 from chorus.serve.gateway.engines import Engine
 from chorus.serve.gateway.life import Processes
 from chorus.serve.gateway.settings import Supervision
@@ -21,6 +22,7 @@ from chorus.serve.gateway.settings import Supervision
 logger = logging.getLogger(__name__)
 
 _LONGEST_PAUSE_S = 30.0
+_LONGEST_LOG = 256 * 1024
 _PORTS = range(20_000, 32_768)  # Linux gives away 32768 and above, as bind(0) and to outgoing connections
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -34,7 +36,7 @@ _DEFAULT_ENVIRONMENT = {
 
 
 class EngineFailedError(Exception):
-    """The engine cannot be kept running. The message says why, with the end of its log."""
+    """The engine cannot be kept running. The message says why, or shows the end of its log."""
 
 
 def engine_command(name: str, engine: Supervision, port: int) -> list[str]:
@@ -57,6 +59,8 @@ class Supervisor:
         self._engine = engine
         self._settings = settings
         self._command = command
+        self._log_begin = 0
+        """Where in the log this life begins."""
 
     async def run(self, on_up: Callable[[float], None]) -> None:
         """Launch the engine, and again whenever it ends, until cancelled; then stop it.
@@ -113,6 +117,7 @@ class Supervisor:
         environment = {**_DEFAULT_ENVIRONMENT, **os.environ, **_ENVIRONMENT}
         guard = [sys.executable, "-P", "-m", "chorus.serve.gateway.guard", f"{self._settings.stop_timeout_s:g}"]
         log = None if self._settings.log is None else self._settings.log.open("ab")
+        self._log_begin = 0 if log is None else log.seek(0, os.SEEK_END)
         try:
             return await asyncio.create_subprocess_exec(
                 *guard,
@@ -149,17 +154,22 @@ class Supervisor:
                 os.killpg(process.pid, signal.SIGKILL)
 
     def _explain(self, what: str) -> str:
-        if self._settings.log is None:
+        if (log := self._settings.log) is None:
             return f"{what}; its output above says why."
-        return f"{what}. The end of its log, {self._settings.log}:\n{tail(self._settings.log)}"
+        text = _end_of(log, self._log_begin)
+        cause = root_cause(text)
+        return f"{what}: {cause}\nIts log: {log}" if cause else f"{what}. The end of its log, {log}:\n{tail(text)}"
 
 
-def tail(log: Path, num_lines: int = 15) -> str:
+def tail(log: str, num_lines: int = 15) -> str:
     """The last lines of a log, without those that are blank."""
+    return "\n".join([f"  {line}" for line in log.splitlines() if line.strip()][-num_lines:])
+
+
+def _end_of(log: Path, begin: int) -> str:
     with log.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 64 * 1024))
-        lines = file.read().decode(errors="replace").splitlines()
-    return "\n".join([f"  {line}" for line in lines if line.strip()][-num_lines:])
+        file.seek(max(begin, file.seek(0, os.SEEK_END) - _LONGEST_LOG))
+        return file.read().decode(errors="replace")
 
 
 def _free_port() -> int:

@@ -330,7 +330,34 @@ def test_the_engine_listens_on_this_machine_only_under_the_populations_name(tmp_
     assert command[-2:] == ["--dtype", "float32"]
 
 
-def test_the_tail_of_a_log_leaves_out_blank_lines(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    log.write_text("".join(f"line {idx}\n\n" for idx in range(10_000)))
+def test_the_tail_of_a_log_leaves_out_blank_lines() -> None:
+    log = "".join(f"line {idx}\n\n" for idx in range(10_000))
     assert tail(log, 2) == "  line 9998\n  line 9999"
+
+
+def test_why_an_engine_did_not_start_is_one_sentence(
+    tiny: Population, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("def load():\n    raise ValueError('sliding windows are not supported.')\nload()\n")
+    with watching(tiny, tmp_path, monkeypatch, script=str(broken)) as watched:
+        wait_for("failure", lambda: watched.failures, timeout_s=20)
+        assert watched.failures == [
+            f"the engine did not start: sliding windows are not supported.\nIts log: {watched.log}"
+        ]
+
+
+def test_why_an_engine_ended_is_looked_for_in_its_last_life(
+    tiny: Population, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with watching(tiny, tmp_path, monkeypatch, max_quick_failures=2) as watched:
+        wait_for("ready", watched.ready, timeout_s=30)
+        with watched.log.open("a") as log:
+            log.write("ValueError: why life 1 ended\n")
+        watched.engine().kill()
+        wait_for("red", lambda: not watched.ready(), timeout_s=5)
+        wait_for("ready", watched.ready, timeout_s=30)
+        watched.engine().kill()
+        wait_for("failure", lambda: watched.failures, timeout_s=20)
+        assert "life 1" not in watched.failures[0]
+        assert "status -9" in watched.failures[0]

@@ -145,14 +145,14 @@ def test_a_signal_ends_the_server_quietly(tiny_population: Path, tmp_path: Path,
             assert "Traceback" not in server.output
 
 
-def test_an_engine_that_cannot_start_ends_the_command_with_the_end_of_its_log(
+def test_an_engine_that_cannot_start_ends_the_command_with_one_sentence_and_where_its_log_is(
     tiny_population: Path, tmp_path: Path
 ) -> None:
     arguments = ("--", "--no-such-option")
     with chorus_serve(tiny_population, tmp_path / "output", *arguments) as server:
         assert server.process.wait(120) == 2
         assert "error: the engine did not start" in server.output
-        assert "no-such-option" in server.output
+        assert "unrecognized arguments: --no-such-option\nIts log: /" in server.output
         assert "Traceback" not in server.output
 
 

@@ -1,0 +1,56 @@
+"""The first requests to an engine, and engines that leave in the middle of them."""
+
+import asyncio
+import gc
+import logging
+from typing import Any
+
+import pytest
+
+from chorus.population.manifest import Population
+from chorus.serve.gateway.calibration import calibrate
+from chorus.serve.gateway.engines import Engine
+from chorus.serve.gateway.upstream import open_session
+from tests.live import serving
+from tests.serve.gateway.scripted import DONE, USAGE, ScriptedEngine, event
+
+
+class Leaving(ScriptedEngine):
+    """Answers so many requests, then begins each and says no more."""
+
+    def __init__(self, num_answers: int) -> None:
+        super().__init__()
+        self.num_answers = num_answers
+
+    async def _answer(self, send: Any) -> None:
+        self.steps = [event("a"), USAGE, DONE] if len(self.bodies) <= self.num_answers else [event("a"), 30.0]
+        await super()._answer(send)
+
+
+@pytest.mark.parametrize("num_answers", [0, 5, 13])  # in the warm-up, alone, side by side
+def test_an_engine_that_leaves_in_the_middle_is_left_to_its_traffic(
+    tiny: Population, caplog: pytest.LogCaptureFixture, num_answers: int
+) -> None:
+    unhandled: list[dict[str, Any]] = []
+
+    async def story(url: str) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: unhandled.append(context))
+        async with open_session() as session:
+            engine = Engine(session, url=url, is_supervised=False, probe_interval_s=1.0, probe_timeout_s=1.0)
+            engine.mark_up()
+            calibrating = asyncio.create_task(calibrate(session, engine, tiny))
+            async with asyncio.timeout(20):
+                while len(leaving.bodies) <= num_answers or not engine.flights.running:
+                    await asyncio.sleep(0.01)
+            engine.mark_down()
+            async with asyncio.timeout(5):
+                await calibrating
+            assert not engine.flights.running
+            gc.collect()
+            await asyncio.sleep(0)
+
+    leaving = Leaving(num_answers)
+    with serving(leaving) as engine, caplog.at_level(logging.WARNING):
+        asyncio.run(story(engine.url))
+    assert "could not be calibrated, its traffic will teach: the engine went away" in caplog.text
+    assert not unhandled

@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+from chorus.serve.gateway.splice import Usage
+
 _OBJECTS = {"chat.completion.chunk": "chat.completion"}
 
 
@@ -20,17 +22,18 @@ class Assembly:
             if line.startswith(b"data: {"):
                 self._take(json.loads(line[6:]))
 
-    def answer(self, *, cut: bool) -> bytes:
-        """The answer as JSON. If it is `cut`, choices that have not ended end with finish_reason `length`."""
+    def answer(self, *, cut: Usage | None = None) -> bytes:
+        """The answer as JSON. If it is `cut`, having used so much, choices that have not ended end with finish_reason `length`."""
         choices = [self._choices[index] for index in sorted(self._choices)]
         for choice in choices:
-            if cut and choice.get("finish_reason") is None:
+            if cut is not None and choice.get("finish_reason") is None:
                 choice["finish_reason"] = "length"
             if calls := choice.get("message", {}).get("tool_calls"):
                 choice["message"]["tool_calls"] = [calls[index] for index in sorted(calls)]
         head = {key: value for key, value in self._head.items() if key not in ("choices", "usage", "population")}
         head["object"] = _OBJECTS.get(str(head.get("object")), head.get("object"))
-        return json.dumps({**head, "choices": choices, "usage": self._usage}, separators=(",", ":")).encode()
+        usage = self._usage if cut is None else cut.as_json()
+        return json.dumps({**head, "choices": choices, "usage": usage}, separators=(",", ":")).encode()
 
     def _take(self, event: dict[str, Any]) -> None:
         self._head = self._head or event
@@ -51,20 +54,29 @@ class Assembly:
         return not self._choices
 
 
-def empty_answer(model: str, *, is_chat: bool, num_choices: int) -> bytes:
+def empty_answer(model: str, *, is_chat: bool, num_choices: int, usage: Usage) -> bytes:
     """What there is when the deadline comes before the first token."""
     nothing: dict[str, Any] = {"message": {"role": "assistant", "content": ""}} if is_chat else {"text": ""}
     choices = [{"index": idx, **nothing, "logprobs": None, "finish_reason": "length"} for idx in range(num_choices)]
     body = {"object": "chat.completion" if is_chat else "text_completion", "model": model, "choices": choices}
-    return json.dumps({**body, "usage": None}, separators=(",", ":")).encode()
+    return json.dumps({**body, "usage": usage.as_json()}, separators=(",", ":")).encode()
 
 
 def last_event(model: str, *, is_chat: bool, indices: list[int], like: dict[str, Any]) -> bytes:
     """The event that ends a stream which is cut short; `like` holds what else its events carry (id, created)."""
     nothing: dict[str, Any] = {"delta": {}} if is_chat else {"text": ""}
     choices = [{"index": idx, **nothing, "logprobs": None, "finish_reason": "length"} for idx in indices]
+    return _event(model, is_chat=is_chat, like=like, choices=choices)
+
+
+def usage_event(model: str, *, is_chat: bool, usage: Usage, like: dict[str, Any]) -> bytes:
+    """The event after that one, where the client wants to know what the stream used."""
+    return _event(model, is_chat=is_chat, like=like, choices=[], usage=usage.as_json())
+
+
+def _event(model: str, *, is_chat: bool, like: dict[str, Any], **fields: Any) -> bytes:
     kind = "chat.completion.chunk" if is_chat else "text_completion"
-    body = {**like, "object": kind, "model": model, "choices": choices}
+    body = {**like, "object": kind, "model": model, **fields}
     return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
 
 

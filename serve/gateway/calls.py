@@ -88,6 +88,8 @@ class Call:
     """Of a stream; None if that is the gateway's to choose."""
     wants_usage: bool = True
     """False if the client streams without asking for usage: the event that carries it is then ours alone."""
+    wants_counts: bool = False
+    """Whether the client wants the usage so far in each event of its stream."""
     affinity: bytes = b""
     """The beginning of the prompt: requests that share it are best served by the same engine."""
 
@@ -162,8 +164,11 @@ def read_call(body: bytes, kind: Kind, population: Population, default: Tier, te
     streams = bool(ours.stream)
     if streams_from_engine := streams or (terms.stops_at_deadline and terms.on_deadline == "truncate"):
         fields["stream"] = True
-        fields["stream_options"] = {**(ours.stream_options or {}), "include_usage": True}
+        # Whatever is cut short has no last event: what it used is counted on the way.
+        counts = {"continuous_usage_stats": True} if terms.stops_at_deadline else {}
+        fields["stream_options"] = {**(ours.stream_options or {}), "include_usage": True, **counts}
     wants_usage = not streams or bool((ours.stream_options or {}).get("include_usage"))
+    wants_counts = wants_usage and bool((ours.stream_options or {}).get("continuous_usage_stats"))
     return Call(
         choice=choice,
         floor=_choose_floor(population, choice, ours, tenant_floor),
@@ -175,6 +180,7 @@ def read_call(body: bytes, kind: Kind, population: Population, default: Tier, te
         streams_from_engine=streams_from_engine,
         tokens_per_event=_tokens_per_event(ours, terms, joins=not (fields.get("tools") or fields.get("functions"))),
         wants_usage=wants_usage,
+        wants_counts=wants_counts,
         affinity=_beginning(fields, kind),
     )
 

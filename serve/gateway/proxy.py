@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from chorus.population.manifest import Tier
 from chorus.serve.gateway import quotas, upstream
 from chorus.serve.gateway.admission import Admission, Grant, deadline_exceeded
-from chorus.serve.gateway.assembly import Assembly, empty_answer, last_event
+from chorus.serve.gateway.assembly import Assembly, empty_answer, last_event, usage_event
 from chorus.serve.gateway.calls import Call
 from chorus.serve.gateway.echoes import Echo, Echoes
 from chorus.serve.gateway.engines import Engine
@@ -167,7 +167,13 @@ class Relay(Response):
             event = report.take_stream_drops(event)
             return event, report.end(record.elapsed_s())
 
-        splicer = EventSplicer(additions, keep_usage=call.wants_usage, at_end=at_end if has_budget else None)
+        splicer = EventSplicer(
+            additions,
+            keep_usage=call.wants_usage,
+            at_end=at_end if has_budget else None,
+            counts=call.terms.stops_at_deadline,
+            hides_counts=not call.wants_counts,
+        )
         deadline = grant.flight.finish_by if call.terms.stops_at_deadline else None
         grant.flight.tokens_per_event = call.tokens_per_event or tokens_per_event(grant.flight.expected_token_s)
         return _Attempt(
@@ -234,7 +240,7 @@ class Relay(Response):
         if attempt.assembly is not None:
             if self._call.size.num_sequences > 1:
                 attempt.report.drops = {}  # one choice's, where all are meant
-            await self._send_whole(attempt, attempt.assembly.answer(cut=False), send)
+            await self._send_whole(attempt, attempt.assembly.answer(), send)
         else:
             await self._end(send)
 
@@ -298,19 +304,28 @@ class Relay(Response):
         is_chat, name = self._path.endswith("chat/completions"), self._model or self._passage.offer.population.name
         self._note_deadline(attempt, is_met=self._record.elapsed_s() <= (self._call.terms.budget_s or 0.0))
         num = self._call.size.num_sequences
+        usage = self._record.usage = attempt.splicer.usage_so_far(self._call.size.num_choices) or self._unread()
         if not self._call.streams:
             known = attempt.assembly
             if known is None or known.is_empty:
-                body = empty_answer(name, is_chat=is_chat, num_choices=num)
+                body = empty_answer(name, is_chat=is_chat, num_choices=num, usage=usage)
             else:
-                body = known.answer(cut=True)
+                body = known.answer(cut=usage)
             await self._send_whole(attempt, body, send)
             return
         event = last_event(name, is_chat=is_chat, indices=list(range(num)), like=attempt.splicer.head)
         additions = Additions(population=attempt.report.end(self._record.elapsed_s()), model=None)
         if not self._has_begun:
             await self._start(attempt, send, f"{_EVENT_STREAM}; charset=utf-8")
-        await self._end(send, additions.splice(event) + _DONE)
+        events = additions.splice(event)
+        if self._call.wants_usage:
+            events += usage_event(name, is_chat=is_chat, usage=usage, like=attempt.splicer.head)
+        await self._end(send, events + _DONE)
+
+    def _unread(self) -> Usage:
+        """What a request used of which nothing came: its prompt, whose length is known or guessed."""
+        prompt_tokens = round(self._passage.pool.prompt_tokens(self._call.size))
+        return Usage(prompt_tokens=prompt_tokens, completion_tokens=0)
 
     async def _send_whole(self, attempt: _Attempt, body: bytes, send: Send) -> None:
         population = attempt.report.end(self._record.elapsed_s())

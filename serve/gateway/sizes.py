@@ -16,8 +16,10 @@ def read_size(fields: dict[str, Any], kind: str, context_length: int) -> Size:
     asked = _natural(fields.get("max_completion_tokens") if kind == "chat" else None) or _natural(
         fields.get("max_tokens")
     )
+    num_choices = max(1, _natural(fields.get("n")) or 1)
     return Size(
-        num_sequences=num_prompts * max(1, _natural(fields.get("n")) or 1),
+        num_sequences=num_prompts * num_choices,
+        num_choices=num_choices,
         prompt_tokens=num_tokens,
         prompt_characters=characters,
         max_tokens=min(fallback if asked is None else asked, context_length),

@@ -17,6 +17,8 @@ _OBJECT = b"data: {"
 _MODEL = re.compile(rb'"model"\s*:\s*"(?:[^"\\]|\\.)*"')
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
+_INDEX = re.compile(rb'"choices"\s*:\s*\[\s*\{\s*"index"\s*:\s*(\d+)')
+_USAGE_SO_FAR = re.compile(rb',\s*"usage"\s*:\s*\{(?:[^{}]|\{[^{}]*\})*\}')
 _PROMPT_TOKENS = re.compile(rb'"usage"\s*:\s*\{.*?"prompt_tokens"\s*:\s*(\d+)', re.DOTALL)
 _COMPLETION_TOKENS = re.compile(rb'"usage"\s*:\s*\{.*?"completion_tokens"\s*:\s*(\d+)', re.DOTALL)
 
@@ -27,6 +29,15 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+
+    def as_json(self) -> dict[str, int]:
+        """OpenAI's object."""
+        total = self.prompt_tokens + self.completion_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "total_tokens": total,
+            "completion_tokens": self.completion_tokens,
+        }
 
 
 def read_usage(body: bytes) -> Usage | None:
@@ -63,15 +74,25 @@ class EventSplicer:
     """Server-sent events in, in pieces cut anywhere; whole events out, the first with the additions.
 
     Only whole events leave, so that an error event can follow at any time and be read. `at_end`, if given, gets each event in which
-    a choice ends, and returns it as it is to be and the `population` object made anew for it.
+    a choice ends, and returns it as it is to be and the `population` object made anew for it. With `counts`, the engine counts in each
+    event; with `hides_counts` only for us.
     """
 
     def __init__(
-        self, additions: Additions, *, keep_usage: bool, at_end: Callable[[bytes], tuple[bytes, bytes]] | None = None
+        self,
+        additions: Additions,
+        *,
+        keep_usage: bool,
+        at_end: Callable[[bytes], tuple[bytes, bytes]] | None = None,
+        counts: bool = False,
+        hides_counts: bool = True,
     ) -> None:
         self._additions = additions
         self._keep_usage = keep_usage
         self._at_end = at_end
+        self._counts = counts
+        self._hides_counts = hides_counts
+        self._used: dict[int, Usage] = {}
         self._rest = b""
         self._saw_first = False
         self._first = b""
@@ -84,6 +105,15 @@ class EventSplicer:
         """What the events of this stream have in common: its id and date; nothing before the first event."""
         known = json.loads(self._first[6:]) if self._first else {}
         return {key: known[key] for key in ("id", "created") if key in known}
+
+    def usage_so_far(self, num_choices: int) -> Usage | None:
+        """What the events that came have used, of so many choices for each prompt; None before the first that counts."""
+        if not self._used:
+            return None
+        # The choices of a prompt follow each other, and each has the prompt's tokens in its count.
+        prompts = {idx // num_choices: used.prompt_tokens for idx, used in self._used.items()}
+        completion_tokens = sum(used.completion_tokens for used in self._used.values())
+        return Usage(prompt_tokens=sum(prompts.values()), completion_tokens=completion_tokens)
 
     def feed(self, data: bytes) -> bytes:
         """The events that `data` completes; often exactly one, sometimes none."""
@@ -98,7 +128,8 @@ class EventSplicer:
         if DONE in events:
             self.done = events.startswith(DONE) or b"\n" + DONE in events
         is_last = self._at_end is not None and _FINISHED.search(events)
-        if self._saw_first and self._additions.model is None and not is_last and not _NO_CHOICES.search(events):
+        has_more = self._counts or is_last or _NO_CHOICES.search(events)
+        if self._saw_first and self._additions.model is None and not has_more:
             return events  # the common case: nothing to add, nothing to take out
         return b"".join([self._splice(event + b"\n\n") for event in events[:-2].split(b"\n\n")])
 
@@ -109,9 +140,16 @@ class EventSplicer:
             self.usage = usage
             if not self._keep_usage:
                 return b""
+        elif self._counts:
+            event = self._count(event)
         first, self._saw_first = not self._saw_first, True
         self._first = self._first or event
         if self._at_end is not None and _FINISHED.search(event):
             event, population = self._at_end(event)
             return replace(self._additions, population=population).splice(event)
         return self._additions.splice(event, first=first)
+
+    def _count(self, event: bytes) -> bytes:
+        if (index := _INDEX.search(event)) and (usage := read_usage(event)):
+            self._used[int(index[1])] = usage
+        return _USAGE_SO_FAR.sub(b"", event, count=1) if self._hides_counts else event

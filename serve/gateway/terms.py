@@ -27,6 +27,8 @@ class Size:
 
     num_sequences: int = 1
     """Answers that are generated side by side."""
+    num_choices: int = 1
+    """How many of them to each prompt."""
     prompt_tokens: int = 0
     """Of prompts given as token ids, all sequences together."""
     prompt_characters: int = 0

@@ -11,6 +11,7 @@ import pytest
 
 from chorus.population.manifest import Population
 from chorus.serve.gateway.assembly import Assembly
+from chorus.serve.gateway.splice import Usage
 from tests.serve.gateway.conftest import Pair, gateway_before, known
 from tests.serve.gateway.scripted import DONE, USAGE, WHOLE, ScriptedEngine, event
 
@@ -198,12 +199,82 @@ def test_chat_deltas_and_tool_calls_are_put_together() -> None:
         chunk(tool_calls=[{"index": 0, "id": "c1", "type": "function", "function": {"name": "f", "arguments": "{"}}])
     )
     assembly.feed(chunk(tool_calls=[{"index": 0, "function": {"arguments": "}"}}]))
-    body = json.loads(assembly.answer(cut=True))
+    body = json.loads(assembly.answer(cut=Usage(prompt_tokens=3, completion_tokens=2)))
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     assert body["object"] == "chat.completion"
     assert body["choices"][0]["message"] == {"role": "assistant", "content": "Hello", "tool_calls": [call]}
     assert body["choices"][0]["logprobs"] == {"content": [1] * 5}
     assert body["choices"][0]["finish_reason"] == "length"
+    assert body["usage"] == {"prompt_tokens": 3, "total_tokens": 5, "completion_tokens": 2}
+
+
+def counted(text: str, tokens: int, *, index: int = 0, prompt_tokens: int = 4) -> bytes:
+    """An event as an engine sends it that counts on the way: for each choice its own tokens."""
+    usage = {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens + tokens, "completion_tokens": tokens}
+    choices = [{"index": index, "text": text, "logprobs": None, "finish_reason": None}]
+    return event("", choices=choices, usage={**usage, "prompt_tokens_details": {"cached_tokens": 0}})
+
+
+def used(prompt_tokens: int, tokens: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens + tokens, "completion_tokens": tokens}
+
+
+COUNTED = [counted("a", 1), counted("b", 2), 30.0]
+
+
+def test_a_whole_answer_that_is_cut_has_the_usage_so_far(pair: Pair) -> None:
+    pair.engine.steps = COUNTED
+    assert ask(pair, latency_budget_ms=700, on_deadline="truncate").json()["usage"] == used(4, 2)
+    assert pair.engine.bodies[-1]["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
+    metrics = httpx.get(f"{pair.url}/metrics").text
+    assert re.search(r"^chorus_gateway_completion_tokens_total.* 2.0", metrics, re.MULTILINE)
+
+
+@pytest.mark.parametrize("prompt", [["a", "b"], "a"])
+def test_the_usage_of_a_cut_answer_counts_every_choice_and_each_prompt_once(pair: Pair, prompt: Any) -> None:
+    second = 4 if isinstance(prompt, str) else 6
+    pair.engine.steps = [
+        *(counted("a", tokens) for tokens in (1, 2)),
+        *(counted("a", tokens, index=1) for tokens in (1, 2, 3)),
+        *((counted("a", tokens, index=2, prompt_tokens=second)) for tokens in (1, 2)),
+        30.0,
+    ]
+    num = 2 if isinstance(prompt, list) else 3
+    found = ask(pair, prompt=prompt, n=num, latency_budget_ms=700, on_deadline="truncate").json()
+    assert found["usage"] == used(4 if isinstance(prompt, str) else 10, 7)
+
+
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+def test_a_stream_that_is_cut_ends_with_the_usage_for_clients_that_want_it(pair: Pair, route: str) -> None:
+    pair.engine.steps = COUNTED
+    terms = {"max_tokens": 9, "stream": True, "latency_budget_ms": 700, "on_deadline": "truncate"}
+    body = {"prompt": "a", "messages": [{"role": "user", "content": "a"}], **terms}
+    for options, shown in (({"include_usage": True}, used(4, 2)), ({"include_usage": False}, None), (None, None)):
+        answer = httpx.post(f"{pair.url}/v1/{route}", json={**body, "stream_options": options}, timeout=20)
+        found = events(answer)
+        assert all("usage" not in each for each in found[:2])
+        assert answer.text.endswith(DONE.decode())
+        last = found[-1]
+        assert last.get("usage") == shown
+        assert (last["choices"] == []) == (shown is not None)
+        assert last["id"] == found[0]["id"]
+        assert found[2]["choices"][0]["finish_reason"] == "length"
+
+
+def test_counts_on_the_way_pass_to_clients_that_want_them(pair: Pair) -> None:
+    pair.engine.steps = [*COUNTED[:2], USAGE, DONE]
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    answer = ask(pair, stream=True, stream_options=options, latency_budget_ms=5000, on_deadline="truncate")
+    assert [each["usage"]["completion_tokens"] for each in events(answer)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_cut_before_its_first_token_has_used_its_prompt(pair: Pair, stream: bool) -> None:
+    pair.engine.steps = [30.0]
+    options = {"stream_options": {"include_usage": True}} if stream else {}
+    answer = ask(pair, prompt=[5, 6, 7], stream=stream, latency_budget_ms=300, on_deadline="truncate", **options)
+    found = events(answer)[-1] if stream else answer.json()
+    assert found["usage"] == used(3, 0)
 
 
 @pytest.fixture

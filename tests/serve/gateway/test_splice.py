@@ -92,3 +92,18 @@ def test_no_usage_is_read_where_there_is_none(body: bytes) -> None:
 
 def test_an_empty_object_stays_json() -> None:
     assert json.loads(additions(None).splice(b"{}")) == {"population": POPULATION}
+
+
+@pytest.mark.parametrize("text", ['","usage":{"prompt_tokens":9,"completion_tokens":9}', "a", "{}", "}\\"])
+def test_counts_are_taken_out_of_events_and_never_out_of_text(text: str) -> None:
+    usage = {
+        "prompt_tokens": 4,
+        "total_tokens": 5,
+        "completion_tokens": 1,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+    splicer = EventSplicer(additions(None), keep_usage=False, counts=True)
+    found = objects(splicer.feed(event(text, usage=usage)))
+    assert [each["choices"][0]["text"] for each in found] == [text]
+    assert "usage" not in found[0]
+    assert splicer.usage_so_far(1) == Usage(prompt_tokens=4, completion_tokens=1)

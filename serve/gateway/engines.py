@@ -4,6 +4,7 @@ What it runs (`flights`) and how long it takes (`model`) are noted beside it; wh
 """
 
 import asyncio
+import json
 import logging
 import math
 import re
@@ -58,6 +59,9 @@ class Engine:
         self.model = LatencyModel()
         self.costs: StepCosts | None = None
         """What its steps cost by its own account, as far as it says so."""
+        self.context_length: int | None = None
+        """The longest that it takes, prompt and answer together, by its own account: it may be started with less than its members
+        have."""
         self.squeeze = Squeeze()
         self.waiting: set[asyncio.Timeout] = set()
         """Waits for its words, which end when it goes down."""
@@ -206,6 +210,16 @@ class Engine:
             by_costs_s = costs.step + costs.request * len(self.flights.running) + costs.member * members
             expected_s = max(expected_s, by_costs_s + costs.row * (rows + load.rows))
         return expected_s
+
+    async def learn_context(self) -> None:
+        """Ask how long a context it was started with. Where it does not say, what was known stays."""
+        try:
+            async with self._session.get(f"{self.url}/v1/models", timeout=self._probe_timeout) as response:
+                lengths = [card["max_model_len"] for card in json.loads(await response.read())["data"]]
+        except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError):
+            return
+        lengths = [length for length in lengths if type(length) is int and length > 0]
+        self.context_length = min(lengths, default=self.context_length)
 
     async def _completes(self) -> bool:
         """Whether it can generate a token."""

@@ -39,8 +39,10 @@ class Gateway:
     ) -> None:
         self.settings = settings
         self.population_name = settings.population.name
-        self._offer = LiveOffer(settings.population, settings.default_tier_name, settings.manifest)
         self.pool = Pool()
+        self._offer = LiveOffer(
+            settings.population, settings.default_tier_name, settings.manifest, lambda: self.pool.context_length
+        )
         self.admission = Admission(settings.limits, self.pool.candidates)
         self.keys = settings.keys
         self.store: Store = MemoryStore()
@@ -92,7 +94,7 @@ class Gateway:
                         share(
                             self.store,
                             self.pool,
-                            lambda: self.offer.population,
+                            lambda: self._offer.population,
                             settings.directory,
                             interval_s=settings.discovery_interval_s / 2,
                         )
@@ -167,12 +169,14 @@ class Gateway:
             self._on_failure(f"the supervision of the engine failed: {error}")
 
     def _came_up(self, engine: Engine, start_s: float | None) -> None:
-        if self.settings.calibrates and (engine.is_supervised or not engine.model.is_seeded):
-            self._begin(self._seed(engine))
+        self._begin(self._learn(engine))
         self.admission.look()
         self._on_up(engine.url, start_s)
 
-    async def _seed(self, engine: Engine) -> None:
+    async def _learn(self, engine: Engine) -> None:
         """Know an engine before it is needed. One of our own is warmed up after each start, however well it is known."""
+        await engine.learn_context()
+        if not self.settings.calibrates or (engine.model.is_seeded and not engine.is_supervised):
+            return
         if engine.model.is_seeded or not await seed(self.store, engine):
             await calibrate(self.session, engine, self.offer.population)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -59,18 +60,34 @@ class Offer:
 
 
 class LiveOffer:
-    """The offer now: made anew when a prior fitted again appears in the manifest."""
+    """The offer now: made anew when a prior fitted again appears in the manifest, or engines take another length of context."""
 
-    def __init__(self, population: Population, default_tier_name: str | None, manifest: LiveManifest | None) -> None:
+    def __init__(
+        self,
+        population: Population,
+        default_tier_name: str | None,
+        manifest: LiveManifest | None,
+        context_length: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        """`context_length` is what engines take, where they say so; else it is the population's."""
         self._default_tier_name = default_tier_name
         self._manifest = manifest
-        self._seen = population if manifest is None else manifest.current()
-        self._offer = Offer.of(self._seen, default_tier_name)
+        self._context_length = context_length
+        self._given = population
+        self._made_of: tuple[Population, int | None] | None = None
+        self._offer: Offer
+
+    @property
+    def population(self) -> Population:
+        """The population as its manifest has it."""
+        return self._given if self._manifest is None else self._manifest.current()
 
     def current(self) -> Offer:
         """Costs one look at the manifest's date while nothing changed."""
-        found = self._seen if self._manifest is None else self._manifest.current()
-        if found is not self._seen:
-            self._seen = found
-            self._offer = Offer.of(found, self._default_tier_name)
+        population, length = self.population, self._context_length()
+        known = self._made_of
+        if known is None or population is not known[0] or length != known[1]:
+            self._made_of = population, length
+            shown = population if length is None else population.model_copy(update={"context_length": length})
+            self._offer = Offer.of(shown, self._default_tier_name)
         return self._offer

@@ -58,6 +58,11 @@ class Pool:
         return model.prompt_tokens(tokens=size.prompt_tokens, characters=size.prompt_characters)
 
     @property
+    def context_length(self) -> int | None:
+        """The longest context that every engine takes, as far as they say."""
+        return min((engine.context_length for engine in self.engines if engine.context_length), default=None)
+
+    @property
     def is_ready(self) -> bool:
         """Whether a request would be served now."""
         return any(engine.is_up for engine in self.engines)

@@ -74,8 +74,8 @@ class EventSplicer:
     """Server-sent events in, in pieces cut anywhere; whole events out, the first with the additions.
 
     Only whole events leave, so that an error event can follow at any time and be read. `at_end`, if given, gets each event in which
-    a choice ends, and returns it as it is to be and the `population` object made anew for it. With `counts`, the engine counts in each
-    event; with `hides_counts` only for us.
+    a choice ends, and returns it as it is to be and the `population` object made anew for it. With `counts`, the
+    engine counts in each event; with `hides_counts`, only for us.
     """
 
     def __init__(

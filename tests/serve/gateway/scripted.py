@@ -46,6 +46,8 @@ class ScriptedEngine:
         self.is_stuck = False
         """Whether it says that it is well, and works on nothing."""
         self.num_tokens = 0
+        self.models: Any = []
+        """What it says of its models."""
         self.member_logprobs: dict[str, list[float]] = {}
         """What members say of every prompt but its first token, where they are asked alone."""
         self.echo = False
@@ -71,6 +73,9 @@ class ScriptedEngine:
             return
         if scope["path"] == "/metrics":
             await _send_whole(send, 200, b'vllm:generation_tokens_total{engine="0"} %d\n' % self.num_tokens)
+            return
+        if scope["path"] == "/v1/models":
+            await _send_whole(send, 200, json.dumps({"data": self.models}).encode())
             return
         while self.is_stuck:
             await asyncio.sleep(0.05)

@@ -20,6 +20,8 @@ FLOOR_ARGUMENT = "chorus_floor"
 """Key of a request's `vllm_xargs`: the tier below which no members are dropped; the cheapest by default."""
 MOST_ARGUMENT = "chorus_most_members"
 """Key of a request's `vllm_xargs`: with a time budget, it begins with no more members than this."""
+EXPECTED_ARGUMENT = "chorus_expected_tokens"
+"""Key of a request's `vllm_xargs`: with a time budget, how many tokens it will probably generate, if fewer than it may."""
 REPORT_ARGUMENT = "chorus_report_in_stop_reason"
 """Key of `vllm_xargs`: how a `stop_reason` is to begin that says, as JSON, what became of the time budget, with the reason itself.
 
@@ -163,12 +165,21 @@ class Deadline:
     """The members that may leave, in their order, each with the mixture that is left."""
     report_mark: str | None = None
     """How a stop reason begins that is to hold the report; None for none."""
+    expected_tokens: int | None = None
+    """How many it will probably generate; None if all that it may."""
     drops: list[Drop] = field(default_factory=list)
 
     @property
     def may_leave(self) -> tuple[tuple[int, Mixture], ...]:
         """What of `way_down` is still ahead."""
         return self.way_down[len(self.drops) :]
+
+    def tokens_left(self, num_tokens: int, max_tokens: int) -> int:
+        """How many are still to come after `num_tokens`. Beyond what was expected, twice as many are expected, and so on."""
+        expected = max(1, self.expected_tokens or max_tokens)
+        while expected <= num_tokens:
+            expected *= 2
+        return min(expected, max_tokens) - num_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

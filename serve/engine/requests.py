@@ -5,10 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from chorus.population.errors import ChorusError
-from chorus.serve.engine.deadline import BUDGET_ARGUMENT, FLOOR_ARGUMENT, MOST_ARGUMENT, REPORT_ARGUMENT
+from chorus.serve.engine.deadline import (
+    BUDGET_ARGUMENT,
+    EXPECTED_ARGUMENT,
+    FLOOR_ARGUMENT,
+    MOST_ARGUMENT,
+    REPORT_ARGUMENT,
+)
 from chorus.serve.engine.mixture import MEMBER_ARGUMENT, TIER_ARGUMENT, Prior
 
-_ARGUMENTS = (TIER_ARGUMENT, MEMBER_ARGUMENT, BUDGET_ARGUMENT, FLOOR_ARGUMENT, MOST_ARGUMENT, REPORT_ARGUMENT)
+_COUNTS = {MOST_ARGUMENT: "members", EXPECTED_ARGUMENT: "tokens"}
+_ARGUMENTS = (TIER_ARGUMENT, MEMBER_ARGUMENT, BUDGET_ARGUMENT, FLOOR_ARGUMENT, *_COUNTS, REPORT_ARGUMENT)
 
 
 def check(arguments: dict[str, Any], prior: Prior) -> None:
@@ -29,9 +36,10 @@ def check(arguments: dict[str, Any], prior: Prior) -> None:
     budget_ms = arguments.get(BUDGET_ARGUMENT, 1)
     if isinstance(budget_ms, bool) or not isinstance(budget_ms, int | float) or not 0 < budget_ms < float("inf"):
         raise ChorusError(f"vllm_xargs.{BUDGET_ARGUMENT}: {budget_ms!r} is not a positive number of milliseconds")
-    most = arguments.get(MOST_ARGUMENT, 1)
-    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
-        raise ChorusError(f"vllm_xargs.{MOST_ARGUMENT}: {most!r} is not a number of members from 1 on")
+    for key, what in _COUNTS.items():
+        count = arguments.get(key, 1)
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ChorusError(f"vllm_xargs.{key}: {count!r} is not a number of {what} from 1 on")
     if not isinstance(mark := arguments.get(REPORT_ARGUMENT, ""), str):
         raise ChorusError(f"vllm_xargs.{REPORT_ARGUMENT}: {mark!r} is not a text with which the report is to begin")
 

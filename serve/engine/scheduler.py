@@ -17,6 +17,7 @@ from chorus.population import manifest
 from chorus.population.errors import ChorusError
 from chorus.serve.engine.deadline import (
     BUDGET_ARGUMENT,
+    EXPECTED_ARGUMENT,
     FLOOR_ARGUMENT,
     MOST_ARGUMENT,
     REPORT_ARGUMENT,
@@ -133,6 +134,7 @@ class PopulationScheduler(Scheduler):
             finish_at=request.arrival_time + arguments[BUDGET_ARGUMENT] / 1000,
             way_down=way_down(mixture, frozenset(floor.members), fitted),
             report_mark=arguments.get(REPORT_ARGUMENT),
+            expected_tokens=arguments.get(EXPECTED_ARGUMENT),
         )
         self._deadlines[request.request_id] = deadline
         most = arguments.get(MOST_ARGUMENT, len(mixture.members))
@@ -153,7 +155,7 @@ class PopulationScheduler(Scheduler):
                 runners.append(
                     Runner(
                         left_s=deadline.finish_at - now,
-                        remaining_tokens=request.max_tokens - request.num_output_tokens,
+                        remaining_tokens=deadline.tokens_left(request.num_output_tokens, request.max_tokens),
                         num_members=len(members),
                         may_leave=tuple(member for member, _ in deadline.may_leave),
                         context=context,

@@ -21,6 +21,7 @@ from chorus.serve.gateway.demand import Demand
 from chorus.serve.gateway.engines import Engine
 from chorus.serve.gateway.errors import ApiError
 from chorus.serve.gateway.flights import Flight
+from chorus.serve.gateway.lengths import AnswerLengths
 from chorus.serve.gateway.level import Level, Supply
 from chorus.serve.gateway.plans import NotNow, Plan, Wish, alone_s, at_floor, least_s, plan
 from chorus.serve.gateway.tenants import Tenant
@@ -82,6 +83,7 @@ class Admission:
 
     def __init__(self, limits: Limits, engines: Callable[[Call, Container[Engine]], Sequence[Engine]]) -> None:
         self.limits = limits
+        self.lengths = AnswerLengths()
         self._engines = engines
         self._waiting: dict[str, list[Ask]] = {}
         self._num_waiting = 0
@@ -185,7 +187,7 @@ class Admission:
     ) -> Ask:
         budget_s = call.terms.budget_s
         finish_by = None if budget_s is None else arrived_at + budget_s
-        wish = Wish(tiers=tiers, size=call.size, finish_by=finish_by)
+        wish = Wish(tiers=tiers, size=self.lengths.planned(call.size, tenant.name), finish_by=finish_by)
         now = time.perf_counter()
         give_up_at = now + self.limits.queue_timeout_s
         is_hopeless = False

@@ -20,6 +20,7 @@ TIER_ARGUMENT = "chorus_tier"
 BUDGET_ARGUMENT = "chorus_time_budget_ms"
 FLOOR_ARGUMENT = "chorus_floor"
 MOST_ARGUMENT = "chorus_most_members"
+EXPECTED_ARGUMENT = "chorus_expected_tokens"
 REPORT_ARGUMENT = "chorus_report_in_stop_reason"
 MOST_TOKENS_PER_EVENT = 64
 """A stream that says nothing for much longer than that looks like one of an engine that hangs."""
@@ -100,13 +101,14 @@ class Call:
         budget_s: float | None = None,
         floor: Tier | None = None,
         most_members: int | None = None,
+        expected_tokens: int | None = None,
         tokens_per_event: int = 1,
         report_mark: str | None = None,
     ) -> bytes:
         """The engine's request: answered by `tier`, in `budget_s` from its arrival there, with no fewer members than `floor`.
 
-        With a budget it may begin with no more than `most_members` of the tier's, and a stream's stop reason begins with
-        `report_mark` and says what became of the budget.
+        With a budget it may begin with no more than `most_members` of the tier's, the engine expects `expected_tokens` where the
+        request names no length, and a stream's stop reason begins with `report_mark` and says what became of the budget.
         """
         if not self.is_served_by_a_tier:
             return self.fields
@@ -116,6 +118,8 @@ class Call:
             extra[FLOOR_ARGUMENT] = (floor or self.floor).name
             if most_members is not None:
                 extra[MOST_ARGUMENT] = most_members
+            if expected_tokens is not None and self.size.is_open:
+                extra[EXPECTED_ARGUMENT] = expected_tokens
             if report_mark is not None:
                 extra[REPORT_ARGUMENT] = report_mark
         ours: dict[str, JsonValue] = {"vllm_xargs": extra}

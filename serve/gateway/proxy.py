@@ -194,6 +194,7 @@ class Relay(Response):
             budget_s=budget_s,
             floor=grant.flight.floor,
             most_members=grant.flight.most_members,
+            expected_tokens=grant.flight.work.max_tokens,
             tokens_per_event=grant.flight.tokens_per_event,
             report_mark=attempt.report.mark,
         )
@@ -272,6 +273,7 @@ class Relay(Response):
                 await self._truncate(attempt, send)
             case Stop.DEADLINE:
                 self._note_deadline(attempt, is_met=False)
+                self._note_length(is_cut=True)
                 error = deadline_exceeded("the time budget was spent before the answer was complete.")
                 if not self._has_begun:
                     raise error
@@ -302,9 +304,10 @@ class Relay(Response):
         attempt.report.is_truncated = self._record.is_truncated = True
         self._record.num_drops = attempt.report.num_drops
         is_chat, name = self._path.endswith("chat/completions"), self._model or self._passage.offer.population.name
-        self._note_deadline(attempt, is_met=self._record.elapsed_s() <= (self._call.terms.budget_s or 0.0))
-        num = self._call.size.num_sequences
         usage = self._record.usage = attempt.splicer.usage_so_far(self._call.size.num_choices) or self._unread()
+        self._note_deadline(attempt, is_met=self._record.elapsed_s() <= (self._call.terms.budget_s or 0.0))
+        self._note_length(is_cut=True)
+        num = self._call.size.num_sequences
         if not self._call.streams:
             known = attempt.assembly
             if known is None or known.is_empty:
@@ -340,6 +343,7 @@ class Relay(Response):
         budget_s = self._call.terms.budget_s
         if budget_s is not None:
             self._note_deadline(attempt, is_met=self._record.elapsed_s() <= budget_s)
+        self._note_length()
         attempt.exchange.teach(
             self._record.usage,
             streamed=streamed,
@@ -348,9 +352,20 @@ class Relay(Response):
         headers = {name: value for name, value in self._passage.headers.items() if name in _ECHO_HEADERS}
         self._passage.echoes.draw(Echo(path=self._path, call=self._call, tier=attempt.grant.tier, headers=headers))
 
+    def _note_length(self, *, is_cut: bool = False) -> None:
+        """Learn how long answers are, where the request did not say."""
+        usage = self._record.usage
+        if usage is not None or is_cut:
+            tokens = 0.0 if usage is None else usage.completion_tokens / self._call.size.num_sequences
+            lengths = self._passage.admission.lengths
+            lengths.observe(self._call.size, self._passage.tenant.name, tokens, is_cut=is_cut)
+
     def _note_deadline(self, attempt: _Attempt, *, is_met: bool) -> None:
         self._record.is_deadline_met = is_met
-        if attempt.grant.is_promised:
+        usage, flight = self._record.usage, attempt.grant.flight
+        # An answer that became longer than it was planned says nothing of the engine.
+        is_longer = usage is not None and usage.completion_tokens > flight.num_sequences * flight.work.max_tokens
+        if attempt.grant.is_promised and not is_longer:
             kept = is_met and not attempt.report.is_truncated
             attempt.engine.squeeze.observe(late=not kept)
             attempt.engine.model.observe_promise(kept=kept, probability=self._passage.admission.limits.probability)

@@ -23,6 +23,7 @@ def read_size(fields: dict[str, Any], kind: str, context_length: int) -> Size:
         prompt_tokens=num_tokens,
         prompt_characters=characters,
         max_tokens=min(fallback if asked is None else asked, context_length),
+        is_open=asked is None and kind == "chat",
     )
 
 

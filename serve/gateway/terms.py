@@ -35,6 +35,8 @@ class Size:
     """Of prompts given as text, all sequences together."""
     max_tokens: int = 16
     """Longest answer of one sequence."""
+    is_open: bool = False
+    """Whether that is all that the context holds, as the request names no length."""
 
     @property
     def total_tokens(self) -> int:

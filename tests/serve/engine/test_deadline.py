@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from chorus.serve.engine.deadline import Runner, StepCost, StepLoad, StepTally, choose_drops, way_down, without_member
+from chorus.serve.engine.deadline import (
+    Deadline,
+    Runner,
+    StepCost,
+    StepLoad,
+    StepTally,
+    choose_drops,
+    way_down,
+    without_member,
+)
 from chorus.serve.engine.mixture import Mixture
 
 
@@ -184,3 +193,10 @@ def test_a_tier_of_the_remaining_members_lends_its_fitted_weights() -> None:
     _, smaller = without_member(mixture({0: 0.1, 2: 0.6, 3: 0.05}, tier="max"), frozenset({0}), [fitted]) or (0, fitted)
     assert smaller.weights == (0.4, 0.6)
     assert smaller.tier == "max"
+
+
+def test_an_answer_is_taken_to_be_as_long_as_expected_and_then_twice_as_long() -> None:
+    deadline = Deadline(finish_at=0.0, way_down=(), expected_tokens=100)
+    left = {done: deadline.tokens_left(done, 350) for done in (0, 60, 99, 100, 199, 200, 349, 350)}
+    assert left == {0: 100, 60: 40, 99: 1, 100: 100, 199: 1, 200: 150, 349: 1, 350: 0}
+    assert Deadline(finish_at=0.0, way_down=()).tokens_left(10, 350) == 340

@@ -233,6 +233,8 @@ def test_a_request_may_begin_with_fewer_members(
     "arguments",
     [
         {"chorus_most_members": 0},
+        {"chorus_expected_tokens": 0},
+        {"chorus_expected_tokens": "12"},
         {"chorus_most_members": 2.5},
         {"chorus_time_budget_ms": -1},
         {"chorus_time_budget_ms": "soon"},

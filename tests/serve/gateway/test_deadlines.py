@@ -20,6 +20,11 @@ def ask(pair: Pair, **fields: Any) -> httpx.Response:
     return httpx.post(f"{pair.url}/v1/completions", json={"prompt": "a", "max_tokens": 9, **fields}, timeout=20)
 
 
+def ask_chat(pair: Pair, **fields: Any) -> httpx.Response:
+    body = {"messages": [{"role": "user", "content": "a"}], **fields}
+    return httpx.post(f"{pair.url}/v1/chat/completions", json=body, timeout=20)
+
+
 def events(answer: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(part[6:]) for part in answer.text.split("\n\n") if part.startswith("data: {")]
 

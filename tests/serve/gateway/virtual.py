@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 
 from chorus.population.manifest import Population
-from chorus.serve.engine.deadline import Runner, StepCost, StepLoad, StepTally, choose_drops
+from chorus.serve.engine.deadline import Deadline, Runner, StepCost, StepLoad, StepTally, choose_drops
 from chorus.serve.gateway.admission import Admission, Grant, Limits
-from chorus.serve.gateway.calls import read_call
+from chorus.serve.gateway.calls import Call, Kind, read_call
 from chorus.serve.gateway.costs import StepCosts
 from chorus.serve.gateway.engines import Engine
 from chorus.serve.gateway.errors import ApiError
 from chorus.serve.gateway.exchange import Exchange
 from chorus.serve.gateway.splice import Usage
-from chorus.serve.gateway.tenants import ANYONE
+from chorus.serve.gateway.tenants import ANYONE, Tenant
 from chorus.serve.gateway.tiers import default_tier, tiers_between
 
 
@@ -91,13 +91,24 @@ class Run:
     floor: int
     prompt_tokens: int
     max_tokens: int
+    """Which it generates."""
+    expected_tokens: int | None = None
     finish_at: float | None
     members_per_token: list[int] = field(default_factory=list)
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
+    most_tokens: int
+    """Which it might."""
+
     @property
     def tokens_left(self) -> int:
         return self.max_tokens - len(self.members_per_token)
+
+    @property
+    def tokens_expected(self) -> int:
+        """As the engine sees it, which cannot know when an answer ends."""
+        deadline = Deadline(finish_at=self.finish_at or 0.0, way_down=(), expected_tokens=self.expected_tokens)
+        return deadline.tokens_left(len(self.members_per_token), self.most_tokens)
 
 
 class VirtualEngine:
@@ -145,7 +156,7 @@ class VirtualEngine:
                 runners.append(
                     Runner(
                         left_s=run.finish_at - now,
-                        remaining_tokens=run.tokens_left,
+                        remaining_tokens=run.tokens_expected,
                         num_members=run.members,
                         may_leave=tuple(range(run.members - 1, run.floor - 1, -1)),
                         context=0,
@@ -198,32 +209,44 @@ class World:
         self.admission = Admission(limits, lambda call, avoid: [self.known])
 
     async def ask(
-        self, *, budget_s: float | None, tier: str | None = None, max_tokens: int = 48, told: bool = True
+        self,
+        *,
+        budget_s: float | None,
+        tier: str | None = None,
+        max_tokens: int = 48,
+        told: bool = True,
+        is_open: bool = False,
+        tenant: Tenant = ANYONE,
     ) -> Outcome:
-        """One request, as the proxy would pass it on."""
+        """One request, as the proxy would pass it on. `is_open`: a chat that does not say how long its answer will be."""
         now = time.perf_counter
-        fields: dict[str, Any] = {"prompt": "def x " * self.dice.randint(8, 16), "max_tokens": max_tokens}
+        prompt = "def x " * self.dice.randint(8, 16)
+        fields: dict[str, Any] = {"prompt": prompt, "max_tokens": max_tokens}
+        if is_open:
+            fields = {"messages": [{"role": "user", "content": prompt}]}
         if tier is not None:
             fields["budget"] = tier
         if budget_s is not None and told:
             fields["latency_budget_ms"] = 1000 * budget_s
         population = self._population
-        call = read_call(json.dumps(fields).encode(), "completion", population, default_tier(population))
+        kind: Kind = "chat" if is_open else "completion"
+        call = read_call(json.dumps(fields).encode(), kind, population, default_tier(population))
         arrived_at, outcome = now(), Outcome(budget_s=budget_s or 1e9)
         tiers = tiers_between(population, call.floor, call.choice.tier)
         try:
-            grant = await self.admission.admit(call, ANYONE, tiers, arrived_at=arrived_at)
+            grant = await self.admission.admit(call, tenant, tiers, arrived_at=arrived_at)
         except ApiError:
             outcome.is_refused, outcome.seconds = True, now() - arrived_at
             return outcome
-        run = self._run(grant, fields)
+        run = self._run(grant, len(prompt), max_tokens, call)
         await self.engine.answer(run)
         outcome.seconds, outcome.members = now() - arrived_at, sum(run.members_per_token) / max_tokens
         self._learn(grant, run, is_met=outcome.is_in_time, had_budget="latency_budget_ms" in fields)
+        self.admission.lengths.observe(call.size, tenant.name, max_tokens)
         self.admission.release(grant)
         return outcome
 
-    def _run(self, grant: Grant, fields: dict[str, Any]) -> Run:
+    def _run(self, grant: Grant, characters: int, max_tokens: int, call: Call) -> Run:
         flight = grant.flight
         finish_at = None
         if flight.finish_by is not None:
@@ -232,8 +255,10 @@ class World:
         return Run(
             members=flight.work.members,
             floor=flight.floor.budget,
-            prompt_tokens=len(fields["prompt"]) // 2,
-            max_tokens=fields["max_tokens"],
+            prompt_tokens=characters // 2,
+            max_tokens=max_tokens,
+            most_tokens=max(max_tokens, call.size.max_tokens),
+            expected_tokens=flight.work.max_tokens if call.size.is_open else None,
             finish_at=finish_at,
         )
 

@@ -12,8 +12,11 @@ from chorus.serve.gateway.sizes import read_size
 from chorus.serve.gateway.terms import OnDeadline, Size, Terms
 from chorus.serve.gateway.tiers import Choice, at_least, choose
 
-Kind = Literal["completion", "chat", "tokens"]
-"""What is asked of the engine: to complete, to chat, or to cut text into tokens (or join them), which no member does."""
+Kind = Literal["completion", "chat", "responses", "messages", "tokens"]
+"""What is asked of the engine: to complete, to chat (in one of three APIs), or to cut text into tokens (or join them), which no
+member does."""
+INPUTS: dict[Kind, str] = {"completion": "prompt", "chat": "messages", "responses": "input", "messages": "messages"}
+"""The field with what the members read."""
 RESERVED_PREFIX = "chorus_"
 """Extra arguments of the engine that only the gateway sets: they say which members answer, and by when."""
 TIER_ARGUMENT = "chorus_tier"
@@ -71,6 +74,7 @@ class CallFields(BaseModel):
 class Call:
     """A request, checked, and what to send to an engine for it."""
 
+    kind: Kind = "completion"
     choice: Choice
     floor: Tier
     """The smallest tier that may serve it."""
@@ -163,17 +167,24 @@ def read_call(body: bytes, kind: Kind, population: Population, default: Tier, te
         fields.pop(key, None)
     fields["model"] = population.name
     if kind == "tokens":
-        return Call(choice=choice, floor=choice.tier, fields=_to_json(fields), extra={}, is_served_by_a_tier=False)
+        extra: dict[str, JsonValue] = {}
+        return Call(
+            kind=kind, choice=choice, floor=choice.tier, fields=_to_json(fields), extra=extra, is_served_by_a_tier=False
+        )
     terms = _read_terms(ours)
     streams = bool(ours.stream)
     if streams_from_engine := streams or (terms.stops_at_deadline and terms.on_deadline == "truncate"):
         fields["stream"] = True
+    splices = kind in ("completion", "chat")
+    if streams_from_engine and splices:
         # Whatever is cut short has no last event: what it used is counted on the way.
         counts = {"continuous_usage_stats": True} if terms.stops_at_deadline else {}
         fields["stream_options"] = {**(ours.stream_options or {}), "include_usage": True, **counts}
-    wants_usage = not streams or bool((ours.stream_options or {}).get("include_usage"))
+    wants_usage = not streams or not splices or bool((ours.stream_options or {}).get("include_usage"))
     wants_counts = wants_usage and bool((ours.stream_options or {}).get("continuous_usage_stats"))
+    joins = splices and not (fields.get("tools") or fields.get("functions"))
     return Call(
+        kind=kind,
         choice=choice,
         floor=_choose_floor(population, choice, ours, tenant_floor),
         terms=terms,
@@ -182,7 +193,7 @@ def read_call(body: bytes, kind: Kind, population: Population, default: Tier, te
         extra=ours.vllm_xargs or {},
         streams=streams,
         streams_from_engine=streams_from_engine,
-        tokens_per_event=_tokens_per_event(ours, terms, joins=not (fields.get("tools") or fields.get("functions"))),
+        tokens_per_event=_tokens_per_event(ours, terms, joins=joins) if splices else 1,
         wants_usage=wants_usage,
         wants_counts=wants_counts,
         affinity=_beginning(fields, kind),
@@ -245,9 +256,12 @@ def _validate(fields: dict[str, Any]) -> CallFields:
 
 
 def _check_input(fields: dict[str, Any], kind: Kind) -> None:
-    if kind == "chat":
+    if kind in ("chat", "messages"):
         if not fields.get("messages"):
             raise bad_request("messages is empty: at least one message is expected.", code="empty", param="messages")
+        return
+    if kind == "responses":
+        _check_response(fields)
         return
     if fields.get("prompt_embeds") is not None:
         return  # another form of the prompt, which the engine accepts or refuses by itself
@@ -258,6 +272,19 @@ def _check_input(fields: dict[str, Any], kind: Kind) -> None:
         raise bad_request(
             "prompt is empty: a text, a list of texts, or token ids are expected.", code="empty", param="prompt"
         )
+
+
+def _check_response(fields: dict[str, Any]) -> None:
+    if not fields.get("input"):
+        raise bad_request("input is empty: a text or a list of items is expected.", code="empty", param="input")
+    for name in ("previous_response_id", "conversation", "background"):
+        if fields.get(name):
+            raise bad_request(
+                f"{name} is {_shorten(fields[name])}: answers are not kept here, nor made in the background. Send the whole "
+                "conversation as input, and wait for the answer.",
+                code="not_stored",
+                param=name,
+            )
 
 
 def _check_extra_arguments(extra: dict[str, JsonValue] | None) -> None:
@@ -281,7 +308,7 @@ def _tokens_per_event(ours: CallFields, terms: Terms, *, joins: bool) -> int | N
 
 def _beginning(fields: dict[str, Any], kind: Kind) -> bytes:
     """The first kilobyte or so of what the members will read."""
-    found = fields.get("messages" if kind == "chat" else "prompt")
+    found = fields.get(INPUTS[kind])
     if isinstance(found, list):
         found = found[:256] if found and isinstance(found[0], int) else found[:1]
     return str(found)[:1024].encode(errors="replace")

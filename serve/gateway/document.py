@@ -47,6 +47,22 @@ CHAT_FIELDS = {
     "tools": "Functions that may be called.",
     "tool_choice": "Which of them.",
 }
+RESPONSE_FIELDS = {
+    **{name: _SAMPLING[name] for name in ("temperature", "top_p", "stop", "seed", "logit_bias", "user")},
+    "instructions": "Goes before the input.",
+    "max_output_tokens": "Longest answer.",
+    "tools": "Functions that may be called.",
+    "tool_choice": "Which of them.",
+    "text": "Structured output: `format`.",
+    "store": "Is not read: answers are not kept.",
+}
+MESSAGE_FIELDS = {
+    **{name: _SAMPLING[name] for name in ("max_tokens", "temperature", "top_p")},
+    "system": "Goes before the messages.",
+    "stop_sequences": "Texts at which the answer ends.",
+    "tools": "Functions that may be called.",
+    "tool_choice": "Which of them.",
+}
 _CAUSES = {
     400: "A field, or the engine's own refusal.",
     401: "An API key is needed, or is not known.",
@@ -65,14 +81,16 @@ _EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type"
 _RETRY: Schema = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
 
 
-def answers(body: Schema, *statuses: int, streams: bool = False) -> dict[int | str, dict[str, Any]]:
-    """What a route answers: `body` if all is well, else an error with one of `statuses`."""
+def answers(
+    body: Schema, *statuses: int, streams: bool = False, error: Schema = _ERROR
+) -> dict[int | str, dict[str, Any]]:
+    """What a route answers: `body` if all is well, else an `error` with one of `statuses`."""
     content: Schema = {"application/json": {"schema": body}}
     if streams:
         content["text/event-stream"] = {"schema": _EVENT}
     found: dict[int | str, dict[str, Any]] = {200: {"description": "As asked.", "content": content}}
     for status in statuses:
-        found[status] = {"description": _CAUSES[status], "content": {"application/json": {"schema": _ERROR}}}
+        found[status] = {"description": _CAUSES[status], "content": {"application/json": {"schema": error}}}
         if status in (429, 503):
             found[status]["headers"] = _RETRY
     return found
@@ -105,11 +123,14 @@ def describe(app: FastAPI, offer: Callable[[], Offer], *, keys_are_needed: bool)
         components = found.setdefault("components", {})
         components["schemas"] = {**_schemas(), **_names(offer())}
         if keys_are_needed:
-            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            components["securitySchemes"] = {
+                "key": {"type": "http", "scheme": "bearer"},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            }
         for path, methods in found["paths"].items():
             for operation in methods.values():
                 if keys_are_needed and (path.startswith("/v1/") or path in ("/tokenize", "/detokenize")):
-                    operation["security"] = [{"key": []}]
+                    operation["security"] = [{"key": []}, {"x-api-key": []}]
                 elif not keys_are_needed:
                     operation["responses"].pop("401", None)
         return found
@@ -222,6 +243,25 @@ _MESSAGE = _object(
 
 
 MESSAGES: Schema = {"type": "array", "items": _MESSAGE, "minItems": 1}
+INPUT: Schema = {
+    "anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "object"}, "minItems": 1}]
+}
+_PARTS: Schema = {"type": "array", "items": {"type": "object"}}
+RESPONSE = _object(
+    {"id": {"type": "string"}, "model": {"type": "string"}, "output": _PARTS, "population": _POPULATION},
+    {"status": {"type": "string"}, "usage": {"type": ["object", "null"]}},
+)
+MESSAGE = _object(
+    {"id": {"type": "string"}, "model": {"type": "string"}, "content": _PARTS, "population": _POPULATION},
+    {"stop_reason": {"type": ["string", "null"]}, "usage": {"type": "object"}},
+)
+COUNT = _object({"input_tokens": {"type": "integer"}})
+ANTHROPIC_ERROR = _object(
+    {
+        "type": {"type": "string", "const": "error"},
+        "error": _object({"type": {"type": "string"}, "message": {"type": "string"}}),
+    }
+)
 
 
 def _without_references(schema: Any) -> Any:

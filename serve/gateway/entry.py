@@ -56,8 +56,15 @@ def _record(request: Request) -> Record:
     return record
 
 
+def _authorization(request: Request) -> str | None:
+    """The key as OpenAI's clients send it; Anthropic's have a header of their own."""
+    if (given := request.headers.get("authorization")) is None and "x-api-key" in request.headers:
+        return f"Bearer {request.headers['x-api-key']}"
+    return given
+
+
 def _tenant(request: Request, gateway: Gateway) -> Tenant:
-    tenant = gateway.keys.tenant(request.headers.get("authorization"))
+    tenant = gateway.keys.tenant(_authorization(request))
     _record(request).tenant = tenant.name
     return tenant
 
@@ -67,8 +74,8 @@ def _passage(request: Request, gateway: Gateway, tenant: Tenant, offer: Offer) -
     passed_on = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
     if record.trace is not None:
         passed_on |= record.trace.headers()
-    if not gateway.keys.are_needed and "authorization" in request.headers:
-        passed_on["authorization"] = request.headers["authorization"]  # for the engine's own --api-key
+    if not gateway.keys.are_needed and (authorization := _authorization(request)) is not None:
+        passed_on["authorization"] = authorization  # for the engine's own --api-key
     headers = {**passed_on, REQUEST_ID: record.request_id, "Content-Type": "application/json"}
     return Passage(
         session=gateway.session,

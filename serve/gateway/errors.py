@@ -11,8 +11,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
+from chorus.serve.gateway.unserved import why_unserved
+
 logger = logging.getLogger(__name__)
 
+MESSAGES = "/v1/messages"
+"""Anthropic's API: all below it has errors of its own shape."""
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that left; nobody receives it, but logs and metrics show it."""
 
@@ -48,6 +52,30 @@ class ApiError(Exception):
     def event(self) -> bytes:
         """The error as a server-sent event, for a stream that has begun."""
         return b"data: " + json.dumps(self.body(), separators=(",", ":")).encode() + b"\n\n"
+
+
+_ANTHROPIC = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def anthropic_body(error: ApiError) -> dict[str, object]:
+    """The error in Anthropic's shape."""
+    kind = _ANTHROPIC.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
+def respond(error: ApiError, path: str) -> JSONResponse:
+    """The error as a whole response, in the shape of the API that `path` belongs to."""
+    if path.startswith(MESSAGES):
+        return JSONResponse(anthropic_body(error), status_code=error.status, headers=error.headers)
+    return error.response()
 
 
 def bad_request(message: str, *, code: str, param: str | None = None) -> ApiError:
@@ -91,22 +119,25 @@ def add_handlers(app: FastAPI) -> None:
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error.response()
+    return respond(error, request.url.path)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    path = request.url.path
+    if error.status_code == 404 and (why := why_unserved(path)):
+        return respond(ApiError(404, f"{path} is not served here: {why}", code="route_not_served"), path)
     what = {404: "there is no such route", 405: "this route has other methods"}.get(error.status_code)
-    message = f"{request.method} {request.url.path}: {what or error.detail}. The routes are listed at /docs."
+    message = f"{request.method} {path}: {what or error.detail}. The routes are listed at /docs."
     code = _phrase(error.status_code).lower().replace(" ", "_")
-    return ApiError(error.status_code, message, code=code, headers=error.headers).response()
+    return respond(ApiError(error.status_code, message, code=code, headers=error.headers), path)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    return ApiError(422, f"{where}: {first['msg']}", code="invalid_request", param=where).response()
+    return respond(ApiError(422, f"{where}: {first['msg']}", code="invalid_request", param=where), request.url.path)
 
 
 async def _on_client_disconnect(request: Request, error: Exception) -> Response:
@@ -117,7 +148,7 @@ async def _on_unforeseen(request: Request, error: Exception) -> Response:
     record = getattr(request.state, "record", None)
     headers = {"x-request-id": record.request_id} if record else {}
     message = "the gateway failed on this request; its log has the cause under the request's id"
-    return ApiError(500, message, code="gateway_error", headers=headers).response()
+    return respond(ApiError(500, message, code="gateway_error", headers=headers), request.url.path)
 
 
 def _phrase(status: int) -> str:

@@ -97,7 +97,9 @@ class Keys:
             return ANYONE
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
-            raise _unauthorized("an API key is expected, as `Authorization: Bearer KEY`.", code="missing_api_key")
+            raise _unauthorized(
+                "an API key is expected, as `Authorization: Bearer KEY` or `x-api-key: KEY`.", code="missing_api_key"
+            )
         digest = hashlib.sha256(key.strip()[:_LONGEST_KEY].encode(errors="replace")).hexdigest().encode()
         found = None
         for known, tenant in self._keys:  # all of them, whichever it is: how long it takes tells nothing

@@ -19,14 +19,14 @@ _MOST_TENANTS = 4096
 
 
 class AnswerLengths:
-    """The lengths of one gateway's answers. Tenants do not learn from each other: long answers of one would shrink others' tiers."""
+    """The lengths of one gateway's answers. No tenant learns from another: long answers of one would shrink others' tiers."""
 
     def __init__(self) -> None:
         self._seen: OrderedDict[str, deque[int]] = OrderedDict()
 
     def expected(self, tenant: str) -> int:
         """Tokens that nine of ten such answers stay below."""
-        seen = self._seen.get(tenant, ())
+        seen = self._seen.get(tenant, deque[int]())
         lengths = sorted([*seen, *[PRIOR_TOKENS] * (_ENOUGH - len(seen))])
         return max(1, lengths[min(len(lengths) - 1, int(QUANTILE * len(lengths)))])
 

@@ -12,24 +12,27 @@ from starlette.types import Receive, Scope, Send
 from chorus.population.manifest import Tier
 from chorus.serve.gateway import quotas, upstream
 from chorus.serve.gateway.admission import Admission, Grant, deadline_exceeded
-from chorus.serve.gateway.assembly import Assembly, empty_answer, last_event, usage_event
-from chorus.serve.gateway.calls import Call
+from chorus.serve.gateway.calls import Call, Kind
 from chorus.serve.gateway.echoes import Echo, Echoes
 from chorus.serve.gateway.engines import Engine
-from chorus.serve.gateway.errors import ApiError, engine_error, error_status, unavailable
+from chorus.serve.gateway.errors import ApiError, engine_error, respond, unavailable
 from chorus.serve.gateway.exchange import Exchange, Stop, StoppedError
+from chorus.serve.gateway.forms import FORMS, Stream
 from chorus.serve.gateway.offer import Offer
 from chorus.serve.gateway.pace import tokens_per_event
 from chorus.serve.gateway.pool import Pool
 from chorus.serve.gateway.records import Record
 from chorus.serve.gateway.report import Report, new_mark
-from chorus.serve.gateway.splice import ERROR, Additions, EventSplicer, Usage, read_usage
+from chorus.serve.gateway.splice import Additions, Usage
 from chorus.serve.gateway.store import Store
 from chorus.serve.gateway.tenants import Tenant
 
 TIER_HEADER = b"x-chorus-tier"
 _EVENT_STREAM = "text/event-stream"
-_DONE = b"data: [DONE]\n\n"
+_WITH_STOP_REASON: tuple[Kind, ...] = ("completion", "chat")
+"""APIs whose streams carry the engine's stop reason as it is, and with it the report."""
+_WITH_ECHO: tuple[Kind, ...] = ("completion", "chat")
+"""Those that answer with log-probabilities of the prompt."""
 _ECHO_HEADERS = ("Content-Type", "authorization")
 
 
@@ -57,8 +60,9 @@ class _Attempt:
     grant: Grant
     exchange: Exchange
     report: Report
-    assembly: Assembly | None
-    splicer: EventSplicer
+    splicer: Stream
+    joins: bool
+    """Whether the engine's stream becomes a whole answer."""
     has_answered: bool = False
     """Whether anything of the answer's body has come: from then on nothing is tried again. The head of a stream comes when nothing
     is computed yet."""
@@ -81,6 +85,7 @@ class Relay(Response):
         self._path = path
         self._call = call
         self._tiers = tiers
+        self._form = FORMS[call.kind]
         self._record = passage.record
         self._model = None if call.choice.model == passage.offer.population.name else call.choice.model
         self._has_begun = False
@@ -159,7 +164,7 @@ class Relay(Response):
             most_members=grant.flight.most_members,
             asked=call.choice.asked,
             terms=call.terms,
-            mark=new_mark() if has_budget and call.streams_from_engine else None,
+            mark=new_mark() if has_budget and call.streams_from_engine and call.kind in _WITH_STOP_REASON else None,
         )
         additions = Additions(population=report.begin(), model=self._model)
 
@@ -167,21 +172,16 @@ class Relay(Response):
             event = report.take_stream_drops(event)
             return event, report.end(record.elapsed_s())
 
-        splicer = EventSplicer(
-            additions,
-            keep_usage=call.wants_usage,
-            at_end=at_end if has_budget else None,
-            counts=call.terms.stops_at_deadline,
-            hides_counts=not call.wants_counts,
-        )
+        name = self._model or self._passage.offer.population.name
+        splicer = self._form.stream(call, additions, name=name, at_end=at_end if has_budget else None)
         deadline = grant.flight.finish_by if call.terms.stops_at_deadline else None
         grant.flight.tokens_per_event = call.tokens_per_event or tokens_per_event(grant.flight.expected_token_s)
         return _Attempt(
             grant=grant,
             exchange=Exchange(grant, deadline=deadline, stall_s=self._passage.stall_timeout_s),
             report=report,
-            assembly=Assembly() if call.streams_from_engine and not call.streams else None,
             splicer=splicer,
+            joins=call.streams_from_engine and not call.streams,
         )
 
     async def _ask(self, attempt: _Attempt, send: Send) -> None:
@@ -220,7 +220,7 @@ class Relay(Response):
         return engine_error(answer.status, body)
 
     async def _whole(self, attempt: _Attempt, body: bytes, send: Send) -> None:
-        self._record.usage = read_usage(body)
+        self._record.usage = self._form.read_usage(body)
         body = attempt.report.take_drops(body)
         self._finish(attempt, streamed=False)
         await self._send_whole(attempt, body, send)
@@ -228,28 +228,29 @@ class Relay(Response):
     async def _stream(self, attempt: _Attempt, answer: aiohttp.ClientResponse, send: Send) -> None:
         splicer = attempt.splicer
         async for data in answer.content.iter_any():
-            attempt.has_answered = True
-            if not (events := splicer.feed(data)):
+            events = splicer.feed(data)
+            attempt.has_answered = not splicer.is_opening
+            if not events:
                 continue
-            attempt.exchange.heard(events.count(b"\n\n"))
+            if num_events := splicer.count(events):
+                attempt.exchange.heard(num_events)
             await self._pass_on(attempt, events, send)
         self._record.usage = splicer.usage
         if not splicer.done:
             await self._lose(attempt, Stop.LOST, send)
             return
         self._finish(attempt, streamed=True)
-        if attempt.assembly is not None:
+        if attempt.joins:
             if self._call.size.num_sequences > 1:
                 attempt.report.drops = {}  # one choice's, where all are meant
-            await self._send_whole(attempt, attempt.assembly.answer(), send)
+            await self._send_whole(attempt, splicer.answer(), send)
         else:
             await self._end(send)
 
     async def _pass_on(self, attempt: _Attempt, events: bytes, send: Send) -> None:
-        if attempt.assembly is not None:
-            if events.startswith(ERROR):
-                raise _refused(events)
-            attempt.assembly.feed(events)
+        if attempt.joins:
+            if refusal := attempt.splicer.refusal(events):
+                raise refusal
             return
         with attempt.exchange.sending():
             if not self._has_begun:
@@ -261,8 +262,8 @@ class Relay(Response):
 
         vLLM finds some faults of a request (a token that is not in the vocabulary) after it has begun to stream.
         """
-        if events.startswith(ERROR):
-            raise _refused(events)
+        if refusal := attempt.splicer.refusal(events):
+            raise refusal
         self._record.first_token_s = self._record.elapsed_s()
         await self._start(attempt, send, f"{_EVENT_STREAM}; charset=utf-8")
 
@@ -278,7 +279,7 @@ class Relay(Response):
                 if not self._has_begun:
                     raise error
                 self._record.is_broken = True
-                await self._end(send, error.event())
+                await self._end(send, self._form.error_event(error))
             case Stop.STUCK:
                 self._record.is_broken = (
                     True  # and the server, which misses the end of the answer, closes the connection
@@ -303,36 +304,28 @@ class Relay(Response):
         """Return what there is."""
         attempt.report.is_truncated = self._record.is_truncated = True
         self._record.num_drops = attempt.report.num_drops
-        is_chat, name = self._path.endswith("chat/completions"), self._model or self._passage.offer.population.name
-        usage = self._record.usage = attempt.splicer.usage_so_far(self._call.size.num_choices) or self._unread()
+        usage = self._record.usage = self._used_so_far(attempt)
         self._note_deadline(attempt, is_met=self._record.elapsed_s() <= (self._call.terms.budget_s or 0.0))
         self._note_length(is_cut=True)
-        num = self._call.size.num_sequences
         if not self._call.streams:
-            known = attempt.assembly
-            if known is None or known.is_empty:
-                body = empty_answer(name, is_chat=is_chat, num_choices=num, usage=usage)
-            else:
-                body = known.answer(cut=usage)
-            await self._send_whole(attempt, body, send)
+            await self._send_whole(attempt, attempt.splicer.cut_answer(usage), send)
             return
-        event = last_event(name, is_chat=is_chat, indices=list(range(num)), like=attempt.splicer.head)
-        additions = Additions(population=attempt.report.end(self._record.elapsed_s()), model=None)
+        additions = Additions(population=attempt.report.end(self._record.elapsed_s()), model=self._model)
         if not self._has_begun:
             await self._start(attempt, send, f"{_EVENT_STREAM}; charset=utf-8")
-        events = additions.splice(event)
-        if self._call.wants_usage:
-            events += usage_event(name, is_chat=is_chat, usage=usage, like=attempt.splicer.head)
-        await self._end(send, events + _DONE)
+        await self._end(send, attempt.splicer.cut_events(usage, additions))
 
-    def _unread(self) -> Usage:
-        """What a request used of which nothing came: its prompt, whose length is known or guessed."""
+    def _used_so_far(self, attempt: _Attempt) -> Usage:
+        """What a request used that is cut. Where the engine has not told its prompt's length, that is known or guessed."""
+        found = attempt.splicer.usage_so_far(self._call.size.num_choices)
+        if found is not None and found.prompt_tokens:
+            return found
         prompt_tokens = round(self._passage.pool.prompt_tokens(self._call.size))
-        return Usage(prompt_tokens=prompt_tokens, completion_tokens=0)
+        return Usage(prompt_tokens=prompt_tokens, completion_tokens=0 if found is None else found.completion_tokens)
 
     async def _send_whole(self, attempt: _Attempt, body: bytes, send: Send) -> None:
         population = attempt.report.end(self._record.elapsed_s())
-        body = Additions(population=population, model=self._model).splice(body)
+        body = self._form.whole(body, Additions(population=population, model=self._model))
         await self._start(attempt, send, "application/json", content_length=len(body))
         await self._end(send, body)
 
@@ -349,6 +342,8 @@ class Relay(Response):
             streamed=streamed,
             characters=0 if self._call.size.prompt_tokens else self._call.size.prompt_characters,
         )
+        if self._call.kind not in _WITH_ECHO:
+            return
         headers = {name: value for name, value in self._passage.headers.items() if name in _ECHO_HEADERS}
         self._passage.echoes.draw(Echo(path=self._path, call=self._call, tier=attempt.grant.tier, headers=headers))
 
@@ -392,23 +387,18 @@ class Relay(Response):
     async def _break_off(self, scope: Scope, receive: Receive, send: Send, why: str) -> None:
         if not self._has_begun:
             message = f"{why} before this request was answered; send it again."
-            await unavailable(message, retry_after_s=1).response()(scope, receive, send)
+            await respond(unavailable(message, retry_after_s=1), self._path)(scope, receive, send)
         elif not self._is_complete:
             await self._end_broken(send, why)
 
     async def _end_broken(self, send: Send, why: str) -> None:
         self._record.is_broken = True
         error = ApiError(503, f"{why} before this stream was complete; send the request again.", code="stream_broken")
-        await self._end(send, error.event())
+        await self._end(send, self._form.error_event(error))
 
     async def _end(self, send: Send, body: bytes = b"") -> None:
         self._is_complete = True
         await send({"type": "http.response.body", "body": body})
-
-
-def _refused(events: bytes) -> ApiError:
-    error = events.partition(b"\n\n")[0].removeprefix(b"data: ")
-    return engine_error(error_status(error), error)
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

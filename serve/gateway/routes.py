@@ -12,7 +12,7 @@ from chorus.population.assemble import chorus_version
 from chorus.serve.gateway import disagreement, document, upstream
 from chorus.serve.gateway.calls import Kind
 from chorus.serve.gateway.entry import gateway_of, offer_for, read
-from chorus.serve.gateway.errors import ApiError, unavailable
+from chorus.serve.gateway.errors import MESSAGES, ApiError, unavailable
 from chorus.serve.gateway.proxy import Relay
 from chorus.serve.gateway.tiers import tiers_between
 
@@ -67,6 +67,39 @@ async def complete(request: Request) -> Response:
 async def chat(request: Request) -> Response:
     """Answer a conversation with the mixture of the request's tier."""
     return await _relay("/v1/chat/completions", request, "chat")
+
+
+@relays.post(
+    "/v1/responses",
+    openapi_extra=document.takes({"input": document.INPUT}, required="input", engines=document.RESPONSE_FIELDS),
+    responses=document.answers(document.RESPONSE, *_ENGINE_ERRORS, streams=True),
+    tags=["OpenAI"],
+)
+async def respond(request: Request) -> Response:
+    """Answer in the form of OpenAI's Responses. Nothing is stored: a conversation is sent whole."""
+    return await _relay("/v1/responses", request, "responses")
+
+
+@relays.post(
+    MESSAGES,
+    openapi_extra=document.takes({"messages": document.MESSAGES}, required="messages", engines=document.MESSAGE_FIELDS),
+    responses=document.answers(document.MESSAGE, *_ENGINE_ERRORS, streams=True, error=document.ANTHROPIC_ERROR),
+    tags=["Anthropic"],
+)
+async def message(request: Request) -> Response:
+    """Answer in the form of Anthropic's Messages."""
+    return await _relay(MESSAGES, request, "messages")
+
+
+@relays.post(
+    f"{MESSAGES}/count_tokens",
+    openapi_extra=document.takes({"messages": document.MESSAGES}, required="messages"),
+    responses=document.answers(document.COUNT, *_TOKEN_ERRORS, error=document.ANTHROPIC_ERROR),
+    tags=["Anthropic"],
+)
+async def count_tokens(request: Request) -> Response:
+    """How many tokens a message's conversation is."""
+    return await _forward(f"{MESSAGES}/count_tokens", request)
 
 
 @router.post(
@@ -138,6 +171,14 @@ async def ready(request: Request) -> dict[str, str]:
         raise unavailable("this gateway is about to stop; another should be asked.", retry_after_s=1)
     gateway.pool.candidates()
     return {"status": "ready"}
+
+
+@router.api_route(
+    "/ping", methods=["GET", "POST"], responses=document.answers({"type": "object"}, 503), tags=["operation"]
+)
+async def ping(request: Request) -> dict[str, str]:
+    """The same, by the name that SageMaker has for it."""
+    return await ready(request)
 
 
 @router.get("/metrics", response_class=PlainTextResponse, tags=["operation"])

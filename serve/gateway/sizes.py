@@ -9,21 +9,22 @@ _COMPLETION_DEFAULT_TOKENS = 16
 
 
 def read_size(fields: dict[str, Any], kind: str, context_length: int) -> Size:
-    """The size of a completion's or a chat's request."""
+    """The size of a request that members serve."""
     texts, num_tokens, num_prompts = _prompt(fields, kind)
     characters = sum(len(text) for text in texts)
-    fallback = context_length if kind == "chat" else _COMPLETION_DEFAULT_TOKENS
-    asked = _natural(fields.get("max_completion_tokens") if kind == "chat" else None) or _natural(
-        fields.get("max_tokens")
-    )
-    num_choices = max(1, _natural(fields.get("n")) or 1)
+    fallback = _COMPLETION_DEFAULT_TOKENS if kind == "completion" else context_length
+    names = {"chat": ("max_completion_tokens", "max_tokens"), "responses": ("max_output_tokens",)}
+    asked = None
+    for name in names.get(kind, ("max_tokens",)):
+        asked = asked or _natural(fields.get(name))
+    num_choices = max(1, _natural(fields.get("n")) or 1) if kind in ("completion", "chat") else 1
     return Size(
         num_sequences=num_prompts * num_choices,
         num_choices=num_choices,
         prompt_tokens=num_tokens,
         prompt_characters=characters,
         max_tokens=min(fallback if asked is None else asked, context_length),
-        is_open=asked is None and kind == "chat",
+        is_open=asked is None and kind != "completion",
     )
 
 
@@ -32,6 +33,9 @@ def _prompt(fields: dict[str, Any], kind: str) -> tuple[list[str], int, int]:
     if kind == "chat":
         messages = fields.get("messages")
         return _texts(messages if isinstance(messages, list) else []), 0, 1
+    if kind in ("responses", "messages"):
+        parts = [fields.get(name) for name in ("system", "instructions", "input", "messages")]
+        return [text for part in parts for text in ([part] if isinstance(part, str) else _texts(part))], 0, 1
     prompt = fields.get("prompt")
     match prompt:
         case str():
@@ -46,13 +50,13 @@ def _prompt(fields: dict[str, Any], kind: str) -> tuple[list[str], int, int]:
 
 
 def _texts(value: object) -> list[str]:
-    """Every string under `content` and `text`, which is where a message's words are."""
+    """Every string under `content`, `text` and `output` (a tool's), which is where a message's words are."""
     match value:
         case list():
             return [text for part in value for text in _texts(part)]
         case dict():
             found: list[str] = []
-            for key in ("content", "text"):
+            for key in ("content", "text", "output"):
                 part = value.get(key)
                 found += [part] if isinstance(part, str) else _texts(part)
             return found

@@ -164,7 +164,7 @@ class _NamedStream:
             if name in self.last or name == "error":
                 self.done = True
             if fields is None:
-                out += event + b"\n\n"
+                out += b"" if self.is_opening else event + b"\n\n"
                 continue
             self._num_deltas += name.endswith("delta") and name not in self.last and name != "message_delta"
             self._take(name, fields)
@@ -428,7 +428,7 @@ def _as_garbled() -> Iterator[None]:
 
 
 def _parse(event: bytes) -> tuple[str, dict[str, Any] | None]:
-    """An event's name and its data; no data where it is none of an API (a comment that keeps a connection alive)."""
+    """An event's name and its data; no data in a comment, which keeps a connection alive."""
     name, data = "", b""
     for line in event.split(b"\n"):
         key, _, value = line.partition(b":")
@@ -436,8 +436,11 @@ def _parse(event: bytes) -> tuple[str, dict[str, Any] | None]:
             name = value.strip().decode(errors="replace")
         elif key == b"data":
             data = value
-    fields = json.loads(data) if data else None
-    return name, fields if isinstance(fields, dict) else None
+    if not data:
+        return name, None
+    if not isinstance(fields := json.loads(data), dict):
+        raise ValueError(f"the data of an event is a {type(fields).__name__}")
+    return name, fields
 
 
 def _event(fields: dict[str, Any], name: str) -> bytes:

@@ -487,3 +487,51 @@ def test_routes_that_a_mixture_cannot_serve_say_why(pair: Pair, method: str, pat
 
 def test_a_route_that_nobody_knows_is_just_not_found(pair: Pair) -> None:
     assert httpx.post(f"{pair.url}/v1/nothing").json()["error"]["code"] == "not_found"
+
+
+@pytest.mark.parametrize(
+    "terms", [{}, {"latency_budget_ms": 60_000}, {"latency_budget_ms": 60_000, "on_deadline": "truncate"}]
+)
+def test_a_real_engine_answers_responses_by_the_members_asked_for(gateway_url: str, terms: dict[str, Any]) -> None:
+    client = openai.OpenAI(base_url=f"{gateway_url}/v1", api_key="none", max_retries=0)
+    ask: dict[str, Any] = {"model": "tiny:standard", "input": "def main(", "max_output_tokens": 8, "temperature": 0}
+    found = client.responses.create(**ask, extra_body=terms)
+    assert found.population["members"] == ["t0-c00", "t0-c01"]  # type: ignore[attr-defined]
+    assert found.usage is not None
+    assert found.usage.output_tokens == 8
+    with client.responses.stream(**ask, extra_body=terms) as stream:
+        assert stream.get_final_response().output_text == found.output_text
+    others = client.responses.create(**{**ask, "model": "tiny:max"})
+    assert others.output_text != found.output_text, "other members say something else"
+
+
+@pytest.mark.parametrize(
+    "terms", [{}, {"latency_budget_ms": 60_000}, {"latency_budget_ms": 60_000, "on_deadline": "truncate"}]
+)
+def test_a_real_engine_answers_messages_by_the_members_asked_for(gateway_url: str, terms: dict[str, Any]) -> None:
+    client = anthropic.Anthropic(base_url=gateway_url, api_key="none", max_retries=0)
+    messages: Any = [{"role": "user", "content": "def main("}]
+    ask: dict[str, Any] = {"model": "tiny:standard", "max_tokens": 8, "messages": messages, "temperature": 0}
+    found = client.messages.create(**ask, extra_body=terms)
+    assert found.population["members"] == ["t0-c00", "t0-c01"]  # type: ignore[attr-defined]
+    assert (found.usage.output_tokens, found.stop_reason) == (8, "max_tokens")
+    with client.messages.stream(**ask, extra_body=terms) as stream:
+        assert stream.get_final_message().content == found.content
+    counted = client.messages.count_tokens(model="tiny", messages=messages)
+    assert counted.input_tokens == found.usage.input_tokens
+    others = client.messages.create(**{**ask, "model": "tiny:max"})
+    assert others.content != found.content
+
+
+def test_a_real_stream_that_is_cut_has_counted_its_tokens(gateway_url: str) -> None:
+    body = {
+        "prompt": "def main(",
+        "max_tokens": 240,
+        "ignore_eos": True,
+        "latency_budget_ms": 150,
+        "on_deadline": "truncate",
+    }
+    answer = httpx.post(f"{gateway_url}/v1/completions", json={**body, "n": 4, "logprobs": 0}, timeout=60).json()
+    assert answer["population"]["truncated"] is True
+    seen = sum(len((choice["logprobs"] or {"tokens": []})["tokens"]) for choice in answer["choices"])
+    assert answer["usage"]["completion_tokens"] == seen

@@ -1,28 +1,33 @@
 """Making a population directory: describing members, writing the files that all of them share, gathering checkpoints."""
 
+import itertools
 import json
-import math
+import logging
 import re
 import shutil
-import struct
 import tempfile
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
-from pydantic import JsonValue
+from pydantic import JsonValue, TypeAdapter, ValidationError
 
+from chorus.population import checkpoint as on_disk
+from chorus.population.checkpoint import ARCHITECTURE, Config
 from chorus.population.errors import ChorusError
 from chorus.population.files import sha256, write_text
-from chorus.population.manifest import Member, Population, Provenance, now, read_config, save
+from chorus.population.manifest import Member, Name, Population, Provenance, now, read_config, save
 
-ARCHITECTURE = "PopulationForCausalLM"
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json",
 )  # fmt: skip
-_CHECKPOINT_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
-# What makes two tokenizers one: how text is cut and numbered. Post-processors (who adds bos) and padding may differ.
-_TOKENIZER_IDENTITY = ("model", "added_tokens", "normalizer", "pre_tokenizer", "decoder")
+_CHECKPOINT_SUFFIXES = {".json", ".jinja", ".model", ".txt"}
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def chorus_version() -> str:
@@ -35,7 +40,7 @@ def describe_member(directory: Path, path: str, name: str, **origin: JsonValue) 
 
     `origin` holds the optional fields of `Member` (trajectory, cycle, epochs, teacher).
     """
-    weights = _weight_files(directory / path)
+    weights = on_disk.weight_files(directory / path)
     return Member.model_validate(
         {
             "name": name,
@@ -45,23 +50,6 @@ def describe_member(directory: Path, path: str, name: str, **origin: JsonValue) 
             **origin,
         }
     )
-
-
-def count_parameters(safetensors: Path) -> int:
-    """Number of elements in a safetensors file, from its header alone.
-
-    Raises:
-        ChorusError: the header cannot be read: the file is cut short or is of another format.
-    """
-    try:
-        with safetensors.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > safetensors.stat().st_size:
-                raise ValueError(f"a header of {length} bytes does not fit into the file")
-            header = json.loads(file.read(length))
-    except (struct.error, ValueError) as error:
-        raise ChorusError(f"{safetensors} is not a safetensors file ({error}). Restore or convert it.") from None
-    return sum(math.prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__")
 
 
 def write_shared_files(directory: Path, first_member: Path, tokenizer: Path) -> None:
@@ -76,41 +64,50 @@ def write_shared_files(directory: Path, first_member: Path, tokenizer: Path) -> 
             shutil.copyfile(source, directory / name)
     config = {**read_config(first_member), "architectures": [ARCHITECTURE]}
     config.pop("auto_map", None)
+    config.pop("sliding_window", None)  # vLLM would give it to every member; none has one shorter than the context
     write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def gather(checkpoints: list[Path], out: Path, *, name: str | None = None) -> Population:
     """Make a population from existing checkpoints that share a vocabulary, under uniform tiers.
 
-    Everything is checked before anything is copied, and `out` appears only when it is complete.
+    Everything is checked before anything is copied, and `out` appears only when it is complete. Where the checkpoints differ in
+    what the population has but once, a warning is logged: the tokenizer's files are those of the first that has a chat template,
+    an answer ends at any token at which some member's would, the context is the shortest.
 
     Raises:
-        ChorusError: a checkpoint is incomplete or does not match the first, or `out` exists and is not empty.
+        ChorusError: the name is not allowed, a checkpoint is incomplete, they cannot be mixed, or `out` exists and is not empty.
     """
-    if out.exists() and any(out.iterdir()):
+    name = as_name(out.resolve().name) if name is None else _checked_name(name)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ChorusError(f"{out} exists and is not empty. Give another --out, or remove it.")
-    configs = [read_config(checkpoint) for checkpoint in checkpoints]
-    _check_compatible(checkpoints, configs)
+    weights = [on_disk.weight_files(checkpoint) for checkpoint in checkpoints]
+    configs = {str(checkpoint): read_config(checkpoint) for checkpoint in checkpoints}
+    context_length = min(on_disk.context_length(configs[str(each)], each) for each in checkpoints)
+    on_disk.check_mixable(configs, context_length=context_length)
+    vocab_size = configs[str(checkpoints[0])]["vocab_size"]
+    assert isinstance(vocab_size, int)
+    _check_tokenizers(checkpoints)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         directory = Path(temporary) / out.name
         members = []
-        for member_name, checkpoint in zip(_unique_names(checkpoints), checkpoints, strict=True):
+        for member_name, checkpoint, files in zip(_unique_names(checkpoints), checkpoints, weights, strict=True):
             path = f"members/{member_name}"
-            (directory / path).mkdir(parents=True)
-            for file in sorted(checkpoint.iterdir()):
-                if file.is_file() and file.suffix in _CHECKPOINT_SUFFIXES:
-                    shutil.copyfile(file, directory / path / file.name)
+            _copy(checkpoint, list(files), directory / path)
             members.append(describe_member(directory, path, member_name))
-        write_shared_files(directory, directory / members[0].path, checkpoints[0])
-        source = ", ".join(str(path) for path in checkpoints)
+        home = _template_home(checkpoints)
+        write_shared_files(directory, directory / members[0].path, home)
+        _reconcile(directory, checkpoints, configs, home, context_length)
         population = Population(
-            name=name or as_name(out.resolve().name),
+            name=name,
             tokenizer_sha256=sha256(directory / "tokenizer.json"),
-            vocab_size=_int(configs[0], "vocab_size", checkpoints[0]),
-            context_length=min(_context_length(c, p) for c, p in zip(configs, checkpoints, strict=True)),
+            vocab_size=vocab_size,
+            context_length=context_length,
             members=tuple(members),
-            provenance=Provenance(created_at=now(), chorus_version=chorus_version(), source=source),
+            provenance=Provenance(
+                created_at=now(), chorus_version=chorus_version(), source=", ".join(map(str, checkpoints))
+            ),
         ).with_uniform_tiers()
         save(population, directory)
         if out.exists():
@@ -119,58 +116,93 @@ def gather(checkpoints: list[Path], out: Path, *, name: str | None = None) -> Po
     return population
 
 
-def _check_compatible(checkpoints: list[Path], configs: list[dict[str, JsonValue]]) -> None:
-    """Refuse checkpoints whose distributions could not be mixed, or whose weights cannot be read."""
-    first, first_config = checkpoints[0], configs[0]
-    identity = _tokenizer_identity(first)
-    for checkpoint, config in zip(checkpoints, configs, strict=True):
-        if config.get("architectures") == [ARCHITECTURE]:
-            raise ChorusError(f"{checkpoint} is a population. Give its members instead: {checkpoint / 'members'}/...")
-        for key, why in (
-            ("vocab_size", "distributions over different vocabularies cannot be mixed"),
-            ("architectures", "all members of a population share one architecture"),
-        ):
-            if config.get(key) != first_config.get(key):
-                raise ChorusError(
-                    f"{checkpoint} has {key} {config.get(key)}, {first} has {first_config.get(key)}: {why}."
-                )
-        if _tokenizer_identity(checkpoint) != identity:
+def _check_tokenizers(checkpoints: list[Path]) -> None:
+    first, *others = checkpoints
+    identity = on_disk.tokenizer_identity(first)
+    for checkpoint in others:
+        if on_disk.tokenizer_identity(checkpoint) != identity:
             raise ChorusError(
                 f"{checkpoint} has another tokenizer than {first}: the same text would be other tokens to each member, "
                 "and their distributions could not be mixed."
             )
-        _weight_files(checkpoint)
 
 
-def _weight_files(checkpoint: Path) -> dict[Path, int]:
-    """The weight files of a checkpoint and the number of parameters in each, from their headers."""
-    files = {file: count_parameters(file) for file in sorted(checkpoint.glob("*.safetensors"))}
-    if not files:
-        raise ChorusError(
-            f"{checkpoint} holds no safetensors weights. Only safetensors are read; "
-            "convert others with `model.save_pretrained(DIR, safe_serialization=True)`."
+def _copy(checkpoint: Path, weights: list[Path], to: Path) -> None:
+    """The checkpoint without what is not the model's: copies of its weights in other formats, adapters, optimisers."""
+    to.mkdir(parents=True)
+    others = [file for file in checkpoint.iterdir() if file.is_file() and file.suffix in _CHECKPOINT_SUFFIXES]
+    for file in [*weights, *others]:
+        if not file.name.startswith("adapter_"):
+            shutil.copyfile(file, to / file.name)
+    if (to / on_disk.SINGLE).is_file():
+        (to / on_disk.INDEX).unlink(missing_ok=True)  # of shards that were left behind
+
+
+def _template_home(checkpoints: list[Path]) -> Path:
+    """The checkpoint whose tokenizer files serve all: the first with a chat template, else the first."""
+    templates = {checkpoint: on_disk.chat_template(checkpoint) for checkpoint in checkpoints}
+    home = next((checkpoint for checkpoint, template in templates.items() if template is not None), checkpoints[0])
+    if templates[home] is None:
+        logger.warning("no checkpoint has a chat template: chats will be refused, completions will not")
+    elif differing := [str(c) for c, template in templates.items() if template not in (None, templates[home])]:
+        logger.warning("the chat template is that of %s; %s have another", home, ", ".join(differing))
+    elif home != checkpoints[0]:
+        logger.warning("%s has no chat template: it and the tokenizer's settings are those of %s", checkpoints[0], home)
+    return home
+
+
+def _reconcile(
+    directory: Path, checkpoints: list[Path], configs: Mapping[str, Config], home: Path, context_length: int
+) -> None:
+    """Make the shared files true of all members, and warn of what they differ in."""
+    contexts = _each(checkpoints, lambda each: on_disk.context_length(configs[str(each)], each))
+    if len(set(contexts.values())) > 1:
+        logger.warning("the context is the shortest, %d tokens; %s", context_length, _listed(contexts))
+        config = read_config(directory)
+        config[on_disk.context_key(config)] = context_length
+        for key in ("rope_scaling", "rope_parameters"):  # vLLM would lengthen it by them again; members have their own
+            config.pop(key, None)
+        write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
+
+    additions = _each(checkpoints, lambda each: on_disk.read_object(each / "tokenizer.json").get("post_processor"))
+    if any(addition != additions[home] for addition in additions.values()):
+        logger.warning(
+            "checkpoints differ in the tokens that they add to a text (post_processor): those of %s are used", home
         )
-    return files
+
+    ends = _each(checkpoints, lambda each: on_disk.end_tokens(each, configs[str(each)]))
+    every_end = sorted(set().union(*ends.values()))
+    if any(end != every_end for end in ends.values()):
+        logger.warning("an answer ends at any of the tokens %s; %s", every_end, _listed(ends))
+
+    given = _each(checkpoints, lambda each: on_disk.read_optional(each / "generation_config.json"))
+    source = next((each for each in (home, *checkpoints) if given[each]), home)
+    sampling = _each(checkpoints, lambda each: {key: given[each][key] for key in _SAMPLING if key in given[each]})
+    if any(each != sampling[source] for each in sampling.values()):
+        logger.warning("requests that say nothing else sample as %s has it; %s", source, _listed(sampling))
+    if every_end:
+        write_text(
+            directory / "generation_config.json",
+            json.dumps({**given[source], "eos_token_id": every_end}, indent=2) + "\n",
+        )
 
 
-def _context_length(config: dict[str, JsonValue], checkpoint: Path) -> int:
-    key = "max_position_embeddings" if "max_position_embeddings" in config else "n_positions"
-    return _int(config, key, checkpoint)
+def _each(checkpoints: list[Path], of: Callable[[Path], T]) -> dict[Path, T]:
+    return {checkpoint: of(checkpoint) for checkpoint in checkpoints}
 
 
-def _int(config: dict[str, JsonValue], key: str, checkpoint: Path) -> int:
-    value = config.get(key)
-    if not isinstance(value, int):
-        raise ChorusError(f"{checkpoint / 'config.json'} names no {key}: a decoder-only language model is expected.")
-    return value
+def _listed(values: Mapping[Path, object]) -> str:
+    return ", ".join(f"{checkpoint} has {value}" for checkpoint, value in values.items())
 
 
-def _tokenizer_identity(checkpoint: Path) -> JsonValue:
-    path = checkpoint / "tokenizer.json"
-    if not path.is_file():
-        raise ChorusError(f"{checkpoint} has no tokenizer.json: a fast Hugging Face tokenizer is expected.")
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    return {key: tokenizer.get(key) for key in _TOKENIZER_IDENTITY}
+def _checked_name(name: str) -> str:
+    try:
+        return TypeAdapter(Name).validate_python(name)
+    except ValidationError:
+        raise ChorusError(
+            f"--name {name!r} cannot be a population's name: at most 63 letters, digits, `_`, `.` and `-`, the first of them a "
+            f"letter or digit. For example {as_name(name)!r}."
+        ) from None
 
 
 def as_name(text: str) -> str:
@@ -181,7 +213,10 @@ def as_name(text: str) -> str:
 def _unique_names(checkpoints: list[Path]) -> list[str]:
     names: list[str] = []
     for checkpoint in checkpoints:
-        base = as_name(checkpoint.resolve().name)
-        taken = sum(name == base or name.startswith(f"{base}-") for name in names)
-        names.append(base if base not in names else f"{base}-{taken + 1}")
+        base = name = as_name(checkpoint.resolve().name)
+        for number in itertools.count(2):
+            if name not in names:
+                break
+            name = f"{base[:58]}-{number}"
+        names.append(name)
     return names

@@ -1,5 +1,6 @@
 """`chorus population`: print what a population holds; make one from existing checkpoints."""
 
+import logging
 from pathlib import Path
 
 import click
@@ -37,6 +38,7 @@ def show(directory: Path, verify: bool) -> None:
 @click.option("--name", help="Name of the population; the directory's by default.")
 def init(checkpoints: tuple[Path, ...], out: Path, name: str | None) -> None:
     """Make a population from Hugging Face CHECKPOINTS that share a tokenizer, under uniform weights."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     made = assemble.gather(list(checkpoints), out, name=name)
     click.echo(
         f"{out}: {len(made.members)} members under uniform weights. Fit weights on a TEXT, or serve it:\n"

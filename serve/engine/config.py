@@ -1,10 +1,13 @@
 """What a population needs of vLLM's configuration; what it cannot work with is refused with a sentence that says why."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from chorus.population import manifest
+from chorus.population.checkpoint import check_mixable
 from chorus.population.errors import ChorusError
 from chorus.serve.engine.loader import LOAD_FORMAT
 from chorus.serve.engine.parallel import settle
@@ -18,6 +21,7 @@ class PopulationConfig(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: Any) -> None:
         """Refuse what cannot work, then choose our scheduler, worker and loader."""
         _refuse(vllm_config)
+        check_members(Path(vllm_config.model_config.model))
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the runner that `worker` knows; the new one has other hooks
         scheduler, parallel, load = vllm_config.scheduler_config, vllm_config.parallel_config, vllm_config.load_config
         scheduler.scheduler_cls = "chorus.serve.engine.scheduler.PopulationScheduler"
@@ -48,3 +52,13 @@ def _refuse(vllm_config: Any) -> None:
     for why, applies in refusals.items():
         if applies:
             raise ChorusError(f"a population cannot be served like this: {why}.")
+
+
+def check_members(directory: Path) -> None:
+    """Refuse members that cannot be mixed, before any process is started for them.
+
+    vLLM would give those with a sliding window the window of the population's own config, which has none.
+    """
+    population = manifest.load(directory)
+    configs = {f"member {m.name!r}": manifest.read_config(directory / m.path) for m in population.members}
+    check_mixable(configs, context_length=population.context_length)

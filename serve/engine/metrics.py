@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from chorus.population import manifest
-from chorus.population.assemble import ARCHITECTURE
+from chorus.population.checkpoint import ARCHITECTURE
 from chorus.serve.engine.stopwatch import MIXING
 
 DROP_REASONS = {

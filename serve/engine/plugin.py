@@ -2,7 +2,7 @@
 
 import warnings
 
-from chorus.population.assemble import ARCHITECTURE
+from chorus.population.checkpoint import ARCHITECTURE
 
 KNOWN_VLLM = "0.32."
 """Versions whose internals this package was written against and is tested with."""

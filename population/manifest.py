@@ -136,7 +136,17 @@ class Population(_Record):
         for tier in self.tiers:
             if unknown := sorted(set(tier.members) - set(names)):
                 raise ValueError(f"tier {tier.name!r} names members that do not exist: {unknown}; there are {names}")
+        object.__setattr__(self, "tiers", tuple(self._running(tier) for tier in self.tiers))
         return self
+
+    def _running(self, tier: Tier) -> Tier:
+        """The tier without members of weight zero, at the cost of those that remain: no engine runs the others."""
+        pairs = [pair for pair in zip(tier.members, tier.weights, strict=True) if pair[1] > 0]
+        if len(pairs) == len(tier.members):
+            return tier
+        members, weights = zip(*pairs, strict=True)
+        cost = self.relative_cost(members)
+        return tier.model_copy(update={"members": members, "weights": weights, "relative_cost": cost})
 
     def member(self, name: str) -> Member:
         """The member of that name.

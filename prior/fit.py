@@ -8,6 +8,7 @@ may be used, and everything is reported on the test part, which has played no ro
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,6 +85,12 @@ class Mixture:
     """Of every test token."""
     pool: Pool = "linear"
     temperature: float = 1.0
+
+    def running(self) -> Self:
+        """The same mixture without members of weight zero: an engine does not run them, so they cost nothing."""
+        pairs = [pair for pair in zip(self.members, self.weights, strict=True) if pair[1] > 0]
+        members, weights = zip(*pairs, strict=True)
+        return replace(self, members=members, weights=weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +206,7 @@ def fit_prior(
             free = best_within(held_out.fitted, folds, limits, limits.tiers[limited.index(name)])
         else:
             free = best_set(held_out.fitted, folds, size, starts=(choices[size - 1].members, top))
-        mixture = scored.pooled(path[size - 1], pool_fits, source)
+        mixture = scored.pooled(path[size - 1], pool_fits, source).running()
         tiers.append(
             scored.tier(
                 name,
@@ -223,7 +230,7 @@ def fit_prior(
         reference=tuple(bootstrap.loss(scored.reference(reference_M, k + 1)) for k in range(len(path))),
         portrait=portray(held_out.test, bootstrap, [tier.mixture.losses_N for tier in tiers]),
         following=scored.following(tiers[-1].linear),
-        warnings=tuple(_warnings(tiers, bootstrap)),
+        warnings=tuple(_warnings(tiers, sizes, bootstrap)),
     )
 
 
@@ -404,8 +411,13 @@ class _Scorer:
         return Following(power=power, difference=self._bootstrap.difference(losses_N, mixture.losses_N))
 
 
-def _warnings(tiers: list[TierFit], bootstrap: Bootstrap) -> list[str]:
+def _warnings(tiers: list[TierFit], sizes: dict[str, int], bootstrap: Bootstrap) -> list[str]:
     found = []
+    for tier in tiers:
+        if (running := len(tier.mixture.members)) < sizes[tier.name]:
+            found.append(
+                f"{tier.name} runs {running} of {sizes[tier.name]} members: the others get weight 0 on this text"
+            )
     if bootstrap.num_documents < FEW_DOCUMENTS:
         found.append(
             f"the test part has only {bootstrap.num_documents} documents: intervals from fewer than {FEW_DOCUMENTS} are too narrow"

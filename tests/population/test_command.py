@@ -51,6 +51,20 @@ def test_show_prints_members_and_tiers(tiny_population: Path) -> None:
         assert text in " ".join(result.output.split())
 
 
+def test_a_member_of_weight_zero_neither_runs_nor_costs(tiny_population: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(tiny_population, tmp_path / "zero"))
+    raw = json.loads((directory / manifest.MANIFEST).read_text())
+    assert (raw["tiers"][-1]["relative_cost"], len(raw["tiers"][-1]["members"])) == (4, 4)
+    raw["tiers"][-1]["weights"] = [0.5, 0.0, 0.25, 0.25]
+    (directory / manifest.MANIFEST).write_text(json.dumps(raw))
+    tier = manifest.load(directory).tier("max")
+    assert (tier.members, tier.weights) == (("t0-c00", "t0-c02", "t0-c03"), (0.5, 0.25, 0.25))
+    assert (tier.budget, tier.relative_cost) == (3, 3)
+    shown = CliRunner().invoke(command, ["show", str(directory)]).output
+    assert "3.00x" in shown
+    assert "4.00x" not in shown
+
+
 @pytest.fixture
 def checkpoints(tiny_population: Path, tmp_path: Path) -> list[Path]:
     """Three plain checkpoints with tokenizers, as fine-tunes of one base lie around."""

@@ -26,7 +26,7 @@ def read_rows(path: Path, text_field: str, notes: Notes) -> Iterator[str]:
     elif suffix == JSON and _first_character(path) == "[":
         rows = _json_array(path)
     else:
-        rows = _json_lines(path)
+        rows = json_objects(path)
     for number, row in enumerate(rows, start=1):
         yield row_text(row, text_field, f"{path}, row {number}", notes)
 
@@ -75,7 +75,12 @@ def row_text(row: object, text_field: str, where: str, notes: Notes) -> str:
     return text
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, object]]:
+def json_objects(path: Path) -> Iterator[dict[str, object]]:
+    """The objects of a file of JSON lines, in their order.
+
+    Raises:
+        ChorusError: a line is none.
+    """
     for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue

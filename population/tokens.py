@@ -1,13 +1,14 @@
 """Text to tokens and back, the same for every stage; and held-out documents as tokens.
 
 A document becomes `bos + tokens + eos`, with the marks that the tokenizer has (a tokenizer whose bos and eos are one token gets
-it once, in front: the next document's start then marks the end). Held-out losses are defined on *windows* of these tokens,
-which an engine can score by echoing them: see `TokenSplit.windows`.
+it once, in front: the next document's start then marks the end), or what else is put around it. Held-out losses are defined on
+*windows* of these tokens, which an engine can score by echoing them: see `TokenSplit.windows`.
 """
 
 import json
 import re
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -33,6 +34,7 @@ class TextTokenizer:
         }
         self.bos = bos
         self.eos = eos
+        self._marks = ([] if bos is None else [bos], [] if eos is None or eos == bos else [eos])
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
 
     @classmethod
@@ -63,7 +65,7 @@ class TextTokenizer:
 
     def encode_document(self, text: str) -> list[int]:
         """Token ids of a whole document between its marks. Text that spells a mark is text."""
-        front, back = self._marks()
+        front, back = self._marks
         return front + self._plain(text) + back
 
     def _plain(self, text: str) -> list[int]:
@@ -80,13 +82,14 @@ class TextTokenizer:
 
     def between_marks(self, ids: NDArray[np.integer]) -> NDArray[np.uint32]:
         """Token ids of a whole document, of which the text is encoded already, between its marks."""
-        front, back = self._marks()
+        front, back = self._marks
         return np.concatenate([front, ids, back]).astype(np.uint32)
 
-    def _marks(self) -> tuple[list[int], list[int]]:
-        front = [] if self.bos is None else [self.bos]
-        back = [] if self.eos is None or self.eos == self.bos else [self.eos]
-        return front, back
+    def between(self, front: list[int], back: list[int]) -> Self:
+        """The same tokenizer with these tokens around each document."""
+        other = copy(self)
+        other._marks = (front, back)
+        return other
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from chorus.population.manifest import Pool
     from chorus.prior.budgets import Amount
     from chorus.prior.likelihoods import Progress
+    from chorus.prior.reading import Marks
 
 _DIRECTORY = click.argument("directory", type=click.Path(path_type=Path))
 _MAX_BYTES = click.option(
@@ -26,6 +27,12 @@ _MAX_BYTES = click.option(
 )
 _SPLIT_ON = click.option(
     "--split-on", help="A line of a text file where this expression matches begins a new document."
+)
+_MARKS = click.option(
+    "--marks",
+    type=click.Choice(["tokenizer", "both", "none"]),
+    help="What stands around each text of a corpus: what the tokenizer adds by itself, its bos and eos, or nothing. By default bos "
+    "and eos for members that `chorus train` made, and what the tokenizer adds for others.",
 )
 
 _TEXT_FIELD = click.option(
@@ -51,12 +58,14 @@ def prior() -> None:
     "corpora",
     multiple=True,
     metavar="[NAME=]TEXT",
-    help="Text to fit on (file, folder, dataset name or `stdlib`); the population's own splits by default. Several, each with a "
-    "name, make several priors: tiers NAME-economy and so on.",
+    help="Text to fit on (file, folder, dataset name or `stdlib`; JSON lines with `messages` are conversations, of which the "
+    "answers are scored); the population's own splits by default. Several, each with a name, make several priors: tiers "
+    "NAME-economy and so on.",
 )
 @_MAX_BYTES
 @_SPLIT_ON
 @_TEXT_FIELD
+@_MARKS
 @click.option(
     "--budgets",
     help="Tiers and what each may cost: members `economy=1,standard=2`, or `small=1.5x`, `small=200MB`, `small=12ms`; `max`, all "
@@ -94,6 +103,7 @@ def fit(
     max_bytes: int,
     split_on: str | None,
     text_field: str,
+    marks: "Marks | None",
     budgets: str | None,
     max_latency_ms: float | None,
     max_flops: float | None,
@@ -118,6 +128,7 @@ def fit(
             max_bytes=max_bytes,
             split_on=split_on,
             text_field=text_field,
+            marks=marks,
             budgets=wished,
             latency=latency,
             shrink=shrink,
@@ -158,8 +169,15 @@ def fit(
 @_MAX_BYTES
 @_SPLIT_ON
 @_TEXT_FIELD
+@_MARKS
 def evaluate(
-    directory: Path, corpus: str | None, engine: str | None, max_bytes: int, split_on: str | None, text_field: str
+    directory: Path,
+    corpus: str | None,
+    engine: str | None,
+    max_bytes: int,
+    split_on: str | None,
+    text_field: str,
+    marks: "Marks | None",
 ) -> None:
     """Show what the tiers of the population in DIRECTORY are worth on other text, and what fitting again would gain there.
 
@@ -179,6 +197,7 @@ def evaluate(
                 max_bytes=max_bytes,
                 split_on=split_on,
                 text_field=text_field,
+                marks=marks,
                 progress=progress,
             )
         click.echo(f"{split.num_scored:,} tokens in {split.split.num_documents} documents, through {engine}")
@@ -198,6 +217,7 @@ def evaluate(
             max_bytes=max_bytes,
             split_on=split_on,
             text_field=text_field,
+            marks=marks,
             progress=progress,
         )
     click.echo(f"{split.num_scored:,} tokens in {split.split.num_documents} documents of {corpus}")

@@ -3,17 +3,16 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from chorus.population.manifest import Population, Tier
-from chorus.prior.likelihoods import batches, load_model
+from chorus.prior.likelihoods import load_model, logits
 from chorus.prior.pools import Block, Pooled, pooled_losses
 from chorus.prior.quadratic import FloatArray
 from chorus.prior.splits import ScoredSplit
 
-_BLOCK_BYTES = 1 << 27  # of float32 log-probabilities, all members together; at least one window of each
+_BLOCK_BYTES = 1 << 27  # of float32 log-probabilities, all members together
 
 
 class MemberDistributions:
@@ -30,21 +29,14 @@ class MemberDistributions:
         return self._splits[part].num_scored
 
     def blocks(self, part: int, members: tuple[int, ...]) -> Iterator[Block]:
-        """The split's windows in batches; all members see the same batch before the next is made."""
+        """The split's tokens in batches; all members see the same batch before the next is made."""
         split = self._splits[part]
-        each = _BLOCK_BYTES // len(members)
-        streams = [batches(self._model(member), split, logits_bytes=each) for member in members]
+        rows = _BLOCK_BYTES // (4 * self._population.vocab_size * len(members))
+        streams = [logits(self._model(member), split, rows=rows) for member in members]
         for of_members in zip(*streams, strict=True):
-            targets_BT, _, places = of_members[0]
-            is_scored_BT = torch.zeros_like(targets_BT, dtype=torch.bool)
-            for row_T, (_, count) in zip(is_scored_BT, places, strict=True):
-                row_T[:count] = True
-            log_p = [torch.log_softmax(logits_BTV[is_scored_BT].float(), dim=-1) for _, logits_BTV, _ in of_members]
-            yield Block(
-                positions_B=np.concatenate([np.arange(first, first + count) for first, count in places]),
-                targets_B=targets_BT[is_scored_BT],
-                log_p_KBV=torch.stack(log_p),
-            )
+            columns_R, targets_R, _ = of_members[0]
+            log_p = [torch.log_softmax(logits_RV.float(), dim=-1) for _, _, logits_RV in of_members]
+            yield Block(positions_B=columns_R, targets_B=targets_R, log_p_KBV=torch.stack(log_p))
 
     def _model(self, member: int) -> PreTrainedModel:
         if member not in self._models:

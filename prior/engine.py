@@ -102,17 +102,16 @@ def engine_losses(
         ChorusError: the engine refuses, or answers with other tokens than it was asked for.
     """
     losses_N = np.full(split.num_scored, np.nan)
-    windows = split.split.windows(split.context_length)
 
-    def score(window: tuple[int, int, int]) -> int:
-        document, start, stop = window
-        tokens = [int(token) for token in split.split.tokens[start:stop]]
-        first = int(split.offsets[document] + start - split.split.offsets[document])
-        losses_N[first : first + len(tokens) - 1] = [-log_p for log_p in _ask(engine, who, tokens)]
-        return len(tokens) - 1
+    def score(window: tuple[int, int]) -> int:
+        start, stop = window
+        log_p = np.array(_ask(engine, who, split.split.tokens[start:stop].tolist()))
+        columns = split.columns[start + 1 : stop]
+        losses_N[columns[columns >= 0]] = -log_p[columns >= 0]
+        return int((columns >= 0).sum())
 
     with ThreadPoolExecutor(_IN_FLIGHT) as pool:
-        for count in pool.map(score, windows):
+        for count in pool.map(score, split.windows):
             if progress is not None:
                 progress(count)
     return losses_N

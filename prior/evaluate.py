@@ -10,10 +10,10 @@ from chorus.population import manifest
 from chorus.population.errors import ChorusError
 from chorus.population.manifest import Population
 from chorus.population.shell import command
-from chorus.population.tokens import TextTokenizer
 from chorus.prior.distributions import follows_from_likelihoods, tier_losses
 from chorus.prior.engine import connect, engine_losses
 from chorus.prior.likelihoods import Progress, likelihoods
+from chorus.prior.reading import Marks, Reader
 from chorus.prior.report import interval_text, signed_text
 from chorus.prior.shift import Offer, TierShift, evaluate_shift
 from chorus.prior.splits import HELD_OUT, ScoredSplit, own_splits, whole_corpus
@@ -29,6 +29,7 @@ def evaluate_population(
     max_bytes: int,
     split_on: str | None,
     text_field: str = "text",
+    marks: Marks | None = None,
     progress: Progress | None = None,
 ) -> tuple[Population, ScoredSplit, list[TierShift]]:
     """Every tier on a corpus. Likelihoods are kept for the next time; the manifest is left as it is.
@@ -46,12 +47,11 @@ def evaluate_population(
     manifest.verify(population, directory)
     split = whole_corpus(
         corpus,
-        TextTokenizer.load(directory),
+        Reader.of(population, directory, marks, text_field=text_field),
         context_length=population.context_length,
         vocab_size=population.vocab_size,
         max_bytes=max_bytes,
         split_on=split_on,
-        text_field=text_field,
     )
     probabilities_MN = likelihoods(population, directory, [split], progress=progress)
     idx_of = {member.name: idx for idx, member in enumerate(population.members)}
@@ -86,6 +86,7 @@ def check_engine(
     max_bytes: int,
     split_on: str | None,
     text_field: str = "text",
+    marks: Marks | None = None,
     progress: Progress | None = None,
 ) -> tuple[Population, ScoredSplit, list[Served]]:
     """Every tier counted through a running engine, on a corpus or on the population's own test split.
@@ -102,8 +103,8 @@ def check_engine(
         split = splits["test"]
         parts = [splits[name] for name in HELD_OUT]  # as a fit keeps them, so that nothing is computed twice
     else:
-        tokenizer = TextTokenizer.load(directory)
-        split = whole_corpus(corpus, tokenizer, max_bytes=max_bytes, split_on=split_on, text_field=text_field, **shape)
+        reader = Reader.of(population, directory, marks, text_field=text_field)
+        split = whole_corpus(corpus, reader, max_bytes=max_bytes, split_on=split_on, **shape)
         parts = [split]
     probabilities_MN = likelihoods(population, directory, parts, progress=progress)[:, -split.num_scored :]
     idx_of = {member.name: idx for idx, member in enumerate(population.members)}

@@ -6,7 +6,9 @@ reached, a member added later costs only itself, and a row of other weights or a
 
 import hashlib
 from collections.abc import Callable, Iterator
+from copy import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ DIRECTORY = Path("prior") / "likelihoods"
 SMALLEST = float(np.finfo(np.float32).tiny)
 _LOGITS_BYTES = 1 << 28  # of float32 logits held at once
 
-# M members, N scored tokens, B windows of a batch, T tokens of a window, V vocabulary
+# M members, N scored tokens, B windows of a batch, T tokens of a window, S scored tokens of a batch, R of these, V vocabulary
 Progress = Callable[[str, str, int, int], None]
 """Called with the names of member and split, the tokens scored since the last call, and all that there are to score."""
 
@@ -54,7 +56,7 @@ def likelihoods(
             rows = [_ask(engine, member, split, progress) for split in splits]
         else:
             model = load_model(directory / member.path, population)
-            rows = [_compute(model, member, split, progress) for split in splits]
+            rows = [_compute(model, member, split, population, progress) for split in splits]
         file.write(digest, np.concatenate(rows))
     if missing:
         known = file.sound()
@@ -87,16 +89,14 @@ def load_model(checkpoint: Path, population: Population) -> PreTrainedModel:
 
 
 def _compute(
-    model: PreTrainedModel, member: Member, split: ScoredSplit, progress: Progress | None
+    model: PreTrainedModel, member: Member, split: ScoredSplit, population: Population, progress: Progress | None
 ) -> NDArray[np.float32]:
     """Probabilities of the scored tokens, in order; windows of like length share a batch."""
     row_N = np.zeros(split.num_scored, dtype=np.float32)
-    for targets_BT, logits_BTV, places in batches(model, split):
-        log_p_BT = target_log_probabilities(logits_BTV, targets_BT).cpu().numpy()
-        for log_p_T, (first, count) in zip(log_p_BT, places, strict=True):
-            row_N[first : first + count] = np.exp(log_p_T[:count].astype(np.float64))
+    for columns_R, targets_R, logits_RV in logits(model, split, rows=_LOGITS_BYTES // (4 * population.vocab_size)):
+        row_N[columns_R] = np.exp(target_log_probabilities(logits_RV, targets_R).cpu().numpy().astype(np.float64))
         if progress is not None:
-            progress(member.name, split.name, sum(count for _, count in places), split.num_scored)
+            progress(member.name, split.name, len(columns_R), split.num_scored)
     return _checked(row_N, member)
 
 
@@ -117,35 +117,89 @@ def _checked(row_N: NDArray[np.float32], member: Member) -> NDArray[np.float32]:
     return np.maximum(row_N, SMALLEST)
 
 
-def batches(
-    model: PreTrainedModel, split: ScoredSplit, *, logits_bytes: int = _LOGITS_BYTES
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]]:
-    """(targets_BT, logits_BTV, places) of every window: place (first, count) says which scored tokens a row's first columns are.
+def logits(
+    model: PreTrainedModel, split: ScoredSplit, *, rows: int
+) -> Iterator[tuple[NDArray[np.int64], torch.Tensor, torch.Tensor]]:
+    """(columns_R, targets_R, logits_RV) of all scored tokens: which they are, the tokens themselves, and what predicts them.
 
-    Windows are padded on the right, which attention that looks back only never sees.
+    At most `rows` at once, and at least one: so many tokens of windows share a batch, and of a longer window the logits are made
+    piece by piece. Windows are padded on the right, which attention that looks back only never sees.
     """
-    vocab_size = int(model.get_output_embeddings().weight.shape[0])
-    windows = sorted(split.split.windows(split.context_length), key=lambda window: window[1] - window[2])
+    rows = max(1, rows)
+    head = _Head(model)
+    windows = sorted(split.windows, key=lambda window: window[0] - window[1])
     position = 0
     while position < len(windows):
-        longest = windows[position][2] - windows[position][1]
-        size = max(1, logits_bytes // (4 * vocab_size * longest))
-        batch = windows[position : position + size]
-        position += size
+        longest = windows[position][1] - windows[position][0]
+        batch = windows[position : position + max(1, rows // longest)]
+        position += len(batch)
         tokens_BT = np.zeros((len(batch), longest), dtype=np.int64)
-        for row_T, (_, start, stop) in zip(tokens_BT, batch, strict=True):
-            row_T[: stop - start] = split.split.tokens[start:stop]
+        columns_BT = np.full((len(batch), longest), -1, dtype=np.int64)
+        for idx, (start, stop) in enumerate(batch):
+            tokens_BT[idx, : stop - start] = split.split.tokens[start:stop]
+            columns_BT[idx, 1 : stop - start] = split.columns[start + 1 : stop]
+        columns_BT = columns_BT[:, 1:]
+        columns_S = columns_BT[columns_BT >= 0]
         inputs_BT = torch.from_numpy(tokens_BT).to(model.device)
+        is_scored_BT = torch.from_numpy(columns_BT >= 0).to(model.device)
+        targets_S = inputs_BT[:, 1:][is_scored_BT]
+        pieces = head.logits(inputs_BT[:, :-1], is_scored_BT, rows)
+        for start, logits_RV in zip(range(0, len(columns_S), rows), pieces, strict=True):
+            yield columns_S[start : start + rows], targets_S[start : start + rows], logits_RV
+
+
+class _Head:
+    """A model in two steps, the second for some positions at a time: a long window's logits can take tens of gigabytes.
+
+    The second step is the model's own forward, for what it does behind its output layer (soft caps, scales), with the decoder's
+    output in the decoder's place. A model that this does not fit gives all logits at once.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._decoder: Any = model.get_decoder()
+        self._probe = torch.zeros((1, 3), dtype=torch.long, device=model.device)
+        self._comes_apart = self._decoder is not model and self._is_the_same()
+
+    @torch.inference_mode()
+    def _is_the_same(self) -> bool:
+        expected_TV = self._model(input_ids=self._probe, use_cache=False).logits[0]
+        try:
+            found_TV = self._second(self._first(self._probe), slice(1, 3))
+        except (AttributeError, TypeError):
+            return False
+        return found_TV.shape == expected_TV[1:].shape and torch.allclose(
+            found_TV, expected_TV[1:], atol=1e-3, equal_nan=True
+        )
+
+    def logits(self, inputs_BT: torch.Tensor, is_scored_BT: torch.Tensor, rows: int) -> Iterator[torch.Tensor]:
+        """Logits (R, V) of the positions where `is_scored_BT`, `rows` after `rows`."""
         with torch.inference_mode():
-            logits_BTV = model(input_ids=inputs_BT[:, :-1], use_cache=False).logits
-        places = [
-            (int(split.offsets[document] + start - split.split.offsets[document]), stop - start - 1)
-            for document, start, stop in batch
-        ]
-        yield inputs_BT[:, 1:], logits_BTV, places
+            if not self._comes_apart:
+                yield from self._model(input_ids=inputs_BT, use_cache=False).logits[is_scored_BT].split(rows)
+                return
+            output = self._first(inputs_BT)
+            output.last_hidden_state = output.last_hidden_state[is_scored_BT][None]
+        for start in range(0, output.last_hidden_state.shape[1], rows):
+            with torch.inference_mode():
+                logits_RV = self._second(output, slice(start, start + rows))
+            yield logits_RV
+
+    def _first(self, inputs_BT: torch.Tensor) -> Any:
+        return self._decoder(input_ids=inputs_BT, use_cache=False)
+
+    def _second(self, output: Any, positions: slice) -> torch.Tensor:
+        piece = copy(output)
+        piece.last_hidden_state = output.last_hidden_state[:, positions]
+        self._decoder.forward = lambda *args, **kwargs: piece
+        try:
+            logits_RV: torch.Tensor = self._model(input_ids=self._probe, use_cache=False).logits[0]
+        finally:
+            del self._decoder.forward
+        return logits_RV
 
 
-def target_log_probabilities(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-    """log p of each target (B, T) under softmax(logits), in float32."""
-    chosen_BT = logits_BTV.gather(-1, targets_BT.unsqueeze(-1)).squeeze(-1).float()
-    return chosen_BT - torch.logsumexp(logits_BTV.float(), dim=-1)
+def target_log_probabilities(logits_RV: torch.Tensor, targets_R: torch.Tensor) -> torch.Tensor:
+    """log p of each target (R) under softmax(logits), in float32."""
+    chosen_R = logits_RV.gather(-1, targets_R.unsqueeze(-1)).squeeze(-1).float()
+    return chosen_R - torch.logsumexp(logits_RV.float(), dim=-1)

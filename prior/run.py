@@ -10,7 +10,6 @@ import numpy as np
 from chorus.population import manifest
 from chorus.population.errors import ChorusError
 from chorus.population.manifest import Name, Pool, Population
-from chorus.population.tokens import TextTokenizer
 from chorus.prior.budgets import Budgets, Spending, resolve
 from chorus.prior.distributions import MemberDistributions
 from chorus.prior.engine import Engine, connect
@@ -18,6 +17,7 @@ from chorus.prior.fit import HeldOut, PriorFit, check_budgets, fit_prior
 from chorus.prior.latency import LATENCY_JSON, load_table
 from chorus.prior.likelihoods import Progress, likelihoods
 from chorus.prior.plots import save_frontier, save_members
+from chorus.prior.reading import Marks, Reader
 from chorus.prior.report import save_report
 from chorus.prior.results import FittedText, NamedFit, fitted_population, save_json
 from chorus.prior.splits import HELD_OUT, ScoredSplit, corpus_splits, own_splits
@@ -36,6 +36,7 @@ def fit_population(
     max_bytes: int = 2_000_000,
     split_on: str | None = None,
     text_field: str = "text",
+    marks: Marks | None = None,
     budgets: Budgets = NO_BUDGETS,
     latency: Path | None = None,
     shrink: bool = False,
@@ -50,6 +51,7 @@ def fit_population(
         corpora: name of each prior, and its text; one prior may go without a name, and without a text: see `OWN`.
         max_bytes: most text to take from a corpus.
         split_on: see `population.corpus.read_documents`; and `text_field` too.
+        marks: what stands around each text of a corpus; what the members know by default, see `Reader.of`.
         budgets: what tiers may cost.
         latency: a table for budgets in milliseconds; prior/latency.json of the population where there is one.
         shrink: draw weights towards uniform; see `fit_prior`.
@@ -66,7 +68,8 @@ def fit_population(
     logger.info("Checking the files of %d members ...", len(population.members))
     manifest.verify(population, directory)
     texts = {
-        name: _splits(population, directory, text, max_bytes, split_on, text_field) for name, text in corpora.items()
+        name: _splits(population, directory, text, max_bytes, split_on, text_field, marks)
+        for name, text in corpora.items()
     }
     asked = None if engine is None else connect(engine, population)
     if asked is not None:
@@ -90,7 +93,7 @@ def fit_population(
             pools=pools,
         )
         text = FittedText(
-            source=corpora[name] or "the population's own held-out splits",
+            source=_source(corpora[name], splits),
             num_tokens={part: split.num_scored for part, split in splits.items()},
             num_documents={part: split.split.num_documents for part, split in splits.items()},
         )
@@ -130,6 +133,13 @@ def _amounts(splits: Mapping[str, ScoredSplit]) -> str:
     return ", ".join(f"{s.name} {s.num_scored:,} tokens in {s.split.num_documents} documents" for s in splits.values())
 
 
+def _source(corpus: str | None, splits: dict[str, ScoredSplit]) -> str:
+    if corpus is None:
+        return "the population's own held-out splits"
+    is_chat = any(split.is_scored is not None for split in splits.values())
+    return f"the answers in the conversations of {corpus}" if is_chat else corpus
+
+
 def _under(name: str | None, fit: PriorFit) -> PriorFit:
     """The fit with the prior's name before those of its tiers."""
     if name is None:
@@ -156,9 +166,10 @@ def _splits(
     max_bytes: int,
     split_on: str | None,
     text_field: str,
+    marks: Marks | None,
 ) -> dict[str, ScoredSplit]:
     shape = {"context_length": population.context_length, "vocab_size": population.vocab_size}
     if corpus is None:
         return own_splits(directory, **shape)
-    tokenizer = TextTokenizer.load(directory)
-    return corpus_splits(corpus, tokenizer, max_bytes=max_bytes, split_on=split_on, text_field=text_field, **shape)
+    reader = Reader.of(population, directory, marks, text_field=text_field)
+    return corpus_splits(corpus, reader, max_bytes=max_bytes, split_on=split_on, **shape)

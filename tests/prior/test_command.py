@@ -14,9 +14,10 @@ from chorus.population import manifest
 from chorus.population.cli import cli, main
 from chorus.population.corpus import read_documents
 from chorus.population.errors import ChorusError
-from chorus.population.tokens import TextTokenizer, TokenSplit, split_path
+from chorus.population.tokens import TokenSplit, split_path
 from chorus.prior.distributions import tier_losses
 from chorus.prior.likelihoods import likelihoods
+from chorus.prior.reading import Reader
 from chorus.prior.splits import own_splits, whole_corpus
 from chorus.prior.weights import mixture_losses
 from tests.prior.matrices import cut_splits
@@ -260,7 +261,12 @@ def test_evaluates_on_other_text_and_leaves_the_manifest(fitted, tmp_path):
     assert "in 3 documents" in result.output
     population = manifest.load(directory)
     split = whole_corpus(
-        str(corpus), TextTokenizer.load(directory), context_length=256, vocab_size=512, max_bytes=10_000, split_on=None
+        str(corpus),
+        Reader.of(manifest.load(directory), directory),
+        context_length=256,
+        vocab_size=512,
+        max_bytes=10_000,
+        split_on=None,
     )
     p_MN = likelihoods(population, directory, [split])
     for tier in population.tiers:

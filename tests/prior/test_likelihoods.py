@@ -4,12 +4,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig, OPTConfig
 
 from chorus.population import assemble, manifest
 from chorus.population.errors import ChorusError
 from chorus.population.tokens import TokenSplit
-from chorus.prior import likelihoods as rows
+from chorus.prior import likelihoods as rows_of
 from chorus.prior.likelihoods import likelihoods, row_file
 from chorus.prior.matrix import INDEX, ROWS
 from chorus.prior.splits import ScoredSplit, own_splits
@@ -56,6 +56,64 @@ def test_equal_a_slow_reference_document_by_document(world):
         np.testing.assert_allclose(np.log(row_N), np.log(slow_N), atol=2e-4)
 
 
+ARCHITECTURES = {
+    "llama": lambda: LlamaConfig(num_key_value_heads=1, **SHAPE),
+    "gpt2": lambda: GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3),
+    "gemma2": lambda: Gemma2Config(num_key_value_heads=1, head_dim=16, final_logit_softcapping=2.0, **SHAPE),
+    "granite": lambda: GraniteConfig(num_key_value_heads=1, logits_scaling=3.0, **SHAPE),
+    "opt": lambda: OPTConfig(vocab_size=300, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2,
+                             max_position_embeddings=64, word_embed_proj_dim=16, init_std=0.3),
+}  # fmt: skip
+SHAPE = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "max_position_embeddings": 64, "initializer_range": 0.3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("rows", [1, 7, 10_000])
+def test_a_long_windows_logits_are_made_piece_by_piece(architecture, rows):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES[architecture]()).eval()
+    generator = np.random.default_rng(0)
+    documents = [generator.integers(2, 300, size=size).tolist() for size in (2, 30, 40, 64, 100)]
+    split = ScoredSplit(
+        name="test",
+        split=TokenSplit.from_documents(documents),
+        context_length=64,
+        is_scored=generator.random(sum(map(len, documents))) < 0.7,
+    )
+    made = []
+    model.get_output_embeddings().register_forward_hook(lambda module, given, out: made.append(out.shape[:-1].numel()))
+
+    found = list(rows_of.logits(model, split, rows=rows))
+
+    assert sorted(np.concatenate([columns_R for columns_R, _, _ in found])) == list(range(split.num_scored))
+    assert max(len(logits_RV) for _, _, logits_RV in found) <= rows
+    assert max(made) <= max(rows, 3)  # but for a look at three tokens
+    expected = {}  # of every scored token: itself, and what predicts it
+    for start, stop in split.windows:
+        ids = split.split.tokens[start:stop].astype(np.int64)
+        with torch.no_grad():
+            slow_TV = model(input_ids=torch.from_numpy(ids[None])).logits[0]
+        expected |= {split.columns[start + idx]: (ids[idx], slow_TV[idx - 1]) for idx in range(1, len(ids))}
+    for columns_R, targets_R, logits_RV in found:
+        for column, target, logits_V in zip(columns_R, targets_R, logits_RV, strict=True):
+            assert int(target) == expected[column][0]
+            torch.testing.assert_close(logits_V, expected[column][1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_that_does_not_come_apart_gives_all_logits_at_once(world):
+    directory, population, splits = world
+    model = rows_of.load_model(directory / population.members[0].path, population)
+    expected = [each[2] for each in rows_of.logits(model, splits["test"], rows=50)]
+    model.get_decoder = lambda: model
+
+    found = [each[2] for each in rows_of.logits(model, splits["test"], rows=50)]
+
+    torch.testing.assert_close(torch.cat(found), torch.cat(expected), atol=1e-4, rtol=1e-4)
+
+
 def test_splits_lie_one_after_the_other(world):
     directory, population, splits = world
 
@@ -72,8 +130,10 @@ def test_splits_lie_one_after_the_other(world):
 def loaded(monkeypatch):
     """Which checkpoints were loaded to be computed with."""
     names = []
-    real = rows.load_model
-    monkeypatch.setattr(rows, "load_model", lambda path, population: names.append(path.name) or real(path, population))
+    real = rows_of.load_model
+    monkeypatch.setattr(
+        rows_of, "load_model", lambda path, population: names.append(path.name) or real(path, population)
+    )
     return names
 
 

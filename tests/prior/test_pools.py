@@ -147,7 +147,7 @@ def test_the_certificate_bounds_the_excess_after_every_pass(monkeypatch):
     best, _ = best_by_scipy(source, (FITNESS, SELECTION), lambda log_p: log_p[list(members)])
     excesses = []
     for passes in (1, 2, 3, 5):
-        monkeypatch.setattr("prior.pools._MAX_PASSES", passes)
+        monkeypatch.setattr("chorus.prior.pools._MAX_PASSES", passes)
         ((fit,),) = fit_pools(source, [source.linear_set(members)], pools=("log",), gap=1e-9)
         slow = np.concatenate([slow_losses(source, part, fit.pooled) for part in (FITNESS, SELECTION)]).mean()
         assert -1e-8 <= slow - best <= fit.gap + 1e-8

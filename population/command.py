@@ -54,12 +54,20 @@ def init(checkpoints: tuple[Path, ...], out: Path, name: str | None) -> None:
     "--out", required=True, type=click.Path(path_type=Path), help="Directory of the population, empty or not."
 )
 @click.option("--only-manifest", is_flag=True, help="Keep the manifest alone: enough for `chorus serve --engine`.")
-def fetch(url: str, sha256: str, out: Path, only_manifest: bool) -> None:
+@click.option(
+    "--max-bytes",
+    type=click.IntRange(min=1),
+    default=fetching.MAX_BYTES,
+    show_default=True,
+    help="Largest size of the archive, and of what it unpacks to.",
+)
+def fetch(url: str, sha256: str, out: Path, only_manifest: bool, max_bytes: int) -> None:
     """Fetch a population from the tar archive at URL, checked against its digest and those of the manifest.
 
+    The archive holds plain files and folders, no links. Its address begins with http:// or https://.
     Where the server wants it, the environment variable CHORUS_FETCH_AUTHORIZATION holds the value of an Authorization header.
     """
-    found = fetching.fetch(url, sha256=sha256, out=out, only_manifest=only_manifest)
+    found = fetching.fetch(url, sha256=sha256, out=out, only_manifest=only_manifest, max_bytes=max_bytes)
     what = "its manifest" if only_manifest else f"{len(found.members)} members; all digests match"
     Console().print(f"[bold]{found.name}[/]: {what}", highlight=False)
 

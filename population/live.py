@@ -45,6 +45,6 @@ class LiveManifest:
     def _look(self) -> tuple[int, int, int]:
         try:
             status = self._path.stat()
-        except FileNotFoundError:
+        except OSError:
             return (0, 0, 0)
         return (status.st_ino, status.st_size, status.st_mtime_ns)

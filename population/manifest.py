@@ -12,16 +12,17 @@ and whole. It does not know how members are trained, weights are fitted or token
       prior/               likelihoods, fit report, frontier plot
 """
 
-import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from chorus.population.errors import ChorusError
-from chorus.population.files import sha256, write_text
+from chorus.population.files import locked, read_json, sha256, write_text
 from chorus.population.shell import command
 
 MANIFEST = "population.json"
@@ -29,7 +30,19 @@ SCHEMA_VERSION = 1
 SIMPLEX_TOLERANCE = 1e-6
 LAST_PRIOR_VERSION = 2**31 - 1
 
+
+def _inside(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or parts[0] == "/" or ".." in parts or "\0" in path:
+        raise ValueError(f"{path!r} is not a path inside the population's directory, like members/t0-c00")
+    return path
+
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+InnerPath = Annotated[str, AfterValidator(_inside)]
+"""Relative to the population's directory, and not out of it."""
+FileName = Annotated[str, Field(pattern=r"^[^/\x00]+$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Pool = Literal["linear", "log"]
 
 
@@ -52,9 +65,9 @@ class Member(_Record):
     """One model of the population: a Hugging Face checkpoint under the population's directory."""
 
     name: Name
-    path: str
+    path: InnerPath
     """Directory of the checkpoint, relative to the population's."""
-    sha256: dict[str, str]
+    sha256: dict[FileName, Sha256] = Field(min_length=1)
     """Digest of each weight file of the checkpoint, by file name."""
     num_parameters: int = Field(ge=1)
     trajectory: int | None = None
@@ -114,7 +127,7 @@ class Population(_Record):
 
     schema_version: Literal[1] = 1
     name: Name
-    tokenizer_sha256: str
+    tokenizer_sha256: Sha256
     vocab_size: int = Field(ge=1)
     context_length: int = Field(ge=2)
     """Longest sequence, in tokens, that every member was made for."""
@@ -210,34 +223,37 @@ def load(directory: Path) -> Population:
     """
     path = directory / MANIFEST
     try:
-        text = path.read_text(encoding="utf-8")
+        raw = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ChorusError(
             f"{directory} is not a population: it has no {MANIFEST}. "
             "Make one with `chorus train CORPUS --out DIR` or `chorus population init CHECKPOINT... --out DIR`."
         ) from None
-    try:
-        raw = json.loads(text)
-        version = raw.get("schema_version") if isinstance(raw, dict) else None
-        if version != SCHEMA_VERSION:
-            raise ChorusError(
-                f"{path} has schema version {version!r}; this chorus reads version {SCHEMA_VERSION}. "
-                "Use the chorus version that wrote it, or make the population again."
-            )
-        return Population.model_validate_json(text)
-    except json.JSONDecodeError as error:
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
         raise ChorusError(
-            f"{path} is not JSON ({error}). Restore it from a backup or make the population again."
-        ) from None
+            f"{path} has schema version {version!r:.40}; this chorus reads version {SCHEMA_VERSION}. "
+            "Use the chorus version that wrote it, or make the population again."
+        )
+    try:
+        return Population.model_validate(raw)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors())
-        raise ChorusError(f"{path} does not follow the schema: {problems}") from None
+        problems = [f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors()]
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ChorusError(f"{path} does not follow the schema: {'; '.join(problems[:5])}{more}") from None
 
 
 def save(population: Population, directory: Path) -> None:
     """Validate the manifest again and write it atomically."""
     checked = Population.model_validate(population.model_dump())
     write_text(directory / MANIFEST, checked.model_dump_json(indent=2) + "\n")
+
+
+@contextmanager
+def updating(directory: Path) -> Iterator[None]:
+    """Hold the manifest: whoever loads it to save it again does both within, so that no change of another process is lost."""
+    with locked(directory / f".{MANIFEST}.lock"):
+        yield
 
 
 def verify(population: Population, directory: Path) -> None:
@@ -266,12 +282,20 @@ def verify_member(member: Member, population: Population, directory: Path) -> No
             f"member {member.name!r} is missing: {root} does not exist. Restore it, "
             f"or remove the member from {MANIFEST} and run `{command('chorus', 'prior', 'fit', directory)}`."
         )
+    _check_inside(root, member, directory)
+    for file in sorted(root.glob("*.safetensors")):
+        if file.name not in member.sha256:
+            raise ChorusError(
+                f"member {member.name!r}: the manifest has no digest of {file}, so nothing vouches for these weights. "
+                "Remove the file if it is not the member's."
+            )
     for file_name, expected in member.sha256.items():
         file = root / file_name
         if not file_name.endswith(".safetensors"):
             raise ChorusError(f"member {member.name!r}: {file_name} is not safetensors, and no other format is read.")
         if not file.is_file():
             raise ChorusError(f"member {member.name!r}: {file} is missing. Restore it.")
+        _check_inside(file, member, directory)
         if (digest := sha256(file)) != expected:
             raise ChorusError(
                 f"member {member.name!r}: {file} has sha256 {digest}, the manifest says {expected}. "
@@ -285,6 +309,14 @@ def verify_member(member: Member, population: Population, directory: Path) -> No
         )
 
 
+def _check_inside(path: Path, member: Member, directory: Path) -> None:
+    if not path.resolve().is_relative_to(directory.resolve()):
+        raise ChorusError(
+            f"member {member.name!r}: {path} is a link that leads out of the population, to {path.resolve()}. "
+            "Put the files themselves there, or mount their disk there."
+        )
+
+
 def read_config(checkpoint: Path) -> dict[str, JsonValue]:
     """The `config.json` of a Hugging Face checkpoint.
 
@@ -293,11 +325,9 @@ def read_config(checkpoint: Path) -> dict[str, JsonValue]:
     """
     path = checkpoint / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        config = read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
         raise ChorusError(f"{checkpoint} is not a Hugging Face checkpoint: it has no config.json.") from None
-    except json.JSONDecodeError as error:
-        raise ChorusError(f"{path} is not JSON ({error}).") from None
     if not isinstance(config, dict) or not isinstance(config.get("vocab_size"), int):
         raise ChorusError(f"{path} names no vocab_size: a decoder-only language model is expected.")
     return config

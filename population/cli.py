@@ -1,5 +1,6 @@
 """The command's front door: `chorus`. It knows the names of the sub-commands and loads a room only when its command is called."""
 
+import errno
 import importlib
 import io
 import os
@@ -20,6 +21,8 @@ _COMMANDS = {
     "bench": ("chorus.serve.gateway.bench_command:bench", "Put load on a gateway and print what became of it."),
     "population": ("chorus.population.command:population", "Look at a population, or make one from checkpoints."),
 }
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 class _LazyGroup(click.Group):
@@ -65,6 +68,13 @@ def main() -> None:
     except ChorusError as error:
         click.secho("error: ", fg="red", bold=True, nl=False, err=True)
         click.echo(str(error), err=True)
+        sys.exit(2)
+    except OSError as error:  # a full disk, a directory without rights
+        if error.filename is None and error.errno not in _DISK:
+            raise
+        click.secho("error: ", fg="red", bold=True, nl=False, err=True)
+        where = "" if error.filename is None else f"{error.filename}: "
+        click.echo(f"{where}{error.strerror}. What stood there before is whole; mend this and run it again.", err=True)
         sys.exit(2)
     except click.ClickException as error:
         error.show()

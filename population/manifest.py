@@ -256,6 +256,15 @@ def updating(directory: Path) -> Iterator[None]:
         yield
 
 
+def save_newer(population: Population, directory: Path) -> None:
+    """Save a prior that came from elsewhere, unless the manifest there has a later one by now, or other members."""
+    with updating(directory):
+        there = load(directory)
+        weights, expected = ({m.name: m.sha256 for m in each.members} for each in (there, population))
+        if there.prior_version < population.prior_version and weights == expected:
+            save(population, directory)
+
+
 def verify(population: Population, directory: Path) -> None:
     """Check that the tokenizer and every member's weights are the files that the manifest was written for.
 

@@ -8,13 +8,10 @@ writing and no other. Rows belong to digests of weights and text, so a file of a
 for this one.
 """
 
-import fcntl
-import json
 import logging
 import os
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -22,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from chorus.population.files import write_text
+from chorus.population.files import locked, write_text
 
 ROWS, INDEX = "rows.f32", "index.json"
 _DTYPE = np.dtype("<f4")
@@ -100,7 +97,7 @@ class RowFile:
         """Keep a member's row: in the place of its damaged one, else after the last."""
         assert row_N.shape == (self._empty.num_tokens,)
         data = np.ascontiguousarray(row_N, dtype=_DTYPE).tobytes()
-        with self._locked():
+        with locked(self._directory / ".lock"):
             index = self._index()
             rows = list(index.rows)
             number = next((idx for idx, row in enumerate(rows) if row.weights == weights), len(rows))
@@ -139,20 +136,13 @@ class RowFile:
     def _index(self) -> Index:
         path = self._directory / INDEX
         try:
-            found = Index.model_validate(json.loads(path.read_text(encoding="utf-8")))
+            found = Index.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             return self._empty
-        except (ValidationError, ValueError) as error:
+        except ValidationError as error:
             logger.warning("%s is damaged and its rows are computed again (%s)", path, type(error).__name__)
             return self._empty
         if found.model_copy(update={"rows": ()}) != self._empty:
             logger.warning("%s belongs to another text and its rows are computed again", path)
             return self._empty
         return found
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One writer at a time, of all processes."""
-        with (self._directory / ".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield

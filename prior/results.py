@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from chorus.population import manifest
+from chorus.population.errors import ChorusError
 from chorus.population.files import write_text
 from chorus.population.manifest import Loss, Population, Tier
 from chorus.prior.bootstrap import Interval
@@ -68,6 +69,29 @@ def fitted_population(population: Population, fits: Sequence[NamedFit]) -> Popul
     return population.model_copy(
         update={"tiers": tuple(tiers), "members": members, "prior_version": population.prior_version + 1}
     )
+
+
+def with_prior(current: Population, fitted: Population) -> Population:
+    """The population as it stands now under the prior that was fitted to it as it stood before.
+
+    Members that joined in between keep what the manifest says of them; no tier names them yet.
+
+    Raises:
+        ChorusError: a member that the prior was fitted for is gone or has other weights.
+    """
+    weights = {member.name: member.sha256 for member in current.members}
+    if lost := [member.name for member in fitted.members if weights.get(member.name) != member.sha256]:
+        raise ChorusError(
+            f"the population changed while its prior was fitted: {', '.join(lost)} is gone or has other weights. Fit again."
+        )
+    losses = {member.name: member.test_loss for member in fitted.members}
+    members = tuple(
+        member.model_copy(update={"test_loss": losses.get(member.name, member.test_loss)}) for member in current.members
+    )
+    tiers = tuple(
+        tier.model_copy(update={"relative_cost": current.relative_cost(tier.members)}) for tier in fitted.tiers
+    )
+    return current.model_copy(update={"members": members, "tiers": tiers, "prior_version": fitted.prior_version})
 
 
 def _loss(held_out: HeldOut, interval: Interval) -> Loss:

@@ -19,7 +19,7 @@ from chorus.prior.likelihoods import Progress, likelihoods
 from chorus.prior.plots import save_frontier, save_members
 from chorus.prior.reading import Marks, Reader
 from chorus.prior.report import save_report
-from chorus.prior.results import FittedText, NamedFit, fitted_population, save_json
+from chorus.prior.results import FittedText, NamedFit, fitted_population, save_json, with_prior
 from chorus.prior.splits import HELD_OUT, ScoredSplit, corpus_splits, own_splits
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,8 @@ def fit_population(
     progress: Progress | None = None,
 ) -> tuple[Population, list[NamedFit]]:
     """Fit the priors of a population and write manifest, reports, plots and JSON. The manifest is written last.
+
+    Several fits at once are written one after the other, each under a version of its own.
 
     Args:
         directory: the population's.
@@ -99,14 +101,17 @@ def fit_population(
         )
         fits.append(NamedFit(name=name, held_out=held_out, fit=_under(name, found), text=text))
 
-    fitted = fitted_population(population, fits)
-    for named in fits:
-        out = directory / named.directory
-        save_json(directory, fitted, named)
-        save_frontier(out, fitted, named.fit)
-        save_members(out, fitted, named.fit)
-        save_report(out, fitted, named.fit, named.text)
-    manifest.save(fitted, directory)
+    with manifest.updating(directory):
+        current = manifest.load(directory)  # another fit may have ended meanwhile, or a member joined
+        fitted = fitted_population(population.model_copy(update={"prior_version": current.prior_version}), fits)
+        updated = with_prior(current, fitted)
+        for named in fits:
+            out = directory / named.directory
+            save_json(directory, fitted, named)
+            save_frontier(out, fitted, named.fit)
+            save_members(out, fitted, named.fit)
+            save_report(out, fitted, named.fit, named.text)
+        manifest.save(updated, directory)
     return fitted, fits
 
 

@@ -30,16 +30,19 @@ def average(run: Run, trajectory: int, last: int) -> Llama:
     return mean
 
 
-def check_average(run: Run, last: int) -> None:
-    """Refuse an average that cannot be made.
+def missing_averages(run: Run, last: int) -> dict[int, str]:
+    """Trajectories whose average of the last members is yet to be made, and its name: all, or what an interruption left.
 
     Raises:
-        ChorusError: the run is not finished, or has not so many members in a trajectory.
+        ChorusError: none is missing, the run is not finished, or has not so many members in a trajectory.
     """
     if not run.finished:
         raise ChorusError(f"{run.directory} is not finished. Run `chorus train` on it to the end first.")
     if not 2 <= last <= run.settings.cycles:
         raise ChorusError(f"--last is {last}; 2 to {run.settings.cycles} members of a trajectory can be averaged.")
     known = {member.name for member in manifest.load(run.directory).members}
-    if average_name(0, last) in known:
+    names = {idx: average_name(idx, last) for idx in range(run.settings.trajectories)}
+    missing = {idx: name for idx, name in names.items() if name not in known}
+    if not missing:
         raise ChorusError(f"{run.directory} has the averages of the last {last} already. Give another --last.")
+    return missing

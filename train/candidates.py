@@ -64,24 +64,26 @@ def distil(directory: Path, name: str, tier: str | None, checkpoint_seconds: flo
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--last", type=int, default=3, show_default=True, help="Members of each trajectory that are averaged.")
 def average(directory: Path, last: int) -> None:
-    """Add the mean of the weights of each trajectory's last members to the population in DIRECTORY."""
+    """Add the mean of the weights of each trajectory's last members to the population in DIRECTORY.
+
+    An interrupted run continues when the same command is run again.
+    """
     import torch
 
     from chorus.train import launch
     from chorus.train.average import average as mean
-    from chorus.train.average import average_name, check_average
+    from chorus.train.average import missing_averages
     from chorus.train.member import add_member
     from chorus.train.run import Run
 
     run = Run.load(directory)
-    check_average(run, last)
-    names = []
+    missing_averages(run, last)  # refused before anything is written
     with launch.only_one(directory):
-        for trajectory in range(run.settings.trajectories):
-            names.append(average_name(trajectory, last))
+        missing = missing_averages(run, last)
+        for trajectory, name in missing.items():
             model, epochs = mean(run, trajectory, last), float(run.settings.epochs)
-            add_member(model, run, names[-1], torch.device("cpu"), epochs=epochs)
-    _report(run, names)
+            add_member(model, run, name, torch.device("cpu"), epochs=epochs)
+    _report(run, list(missing.values()))
 
 
 def _report(run: "Run", names: list[str]) -> None:

@@ -6,6 +6,7 @@ needs to know nothing but its step.
 
 # B rows, T positions
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -41,6 +42,8 @@ class TrainTokens:
         with replacing(directory / _TOKENS) as temporary:
             tokens: NDArray[np.uint32]
             tokens = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint32, shape=(int(offsets[-1]),))  # type: ignore[no-untyped-call]
+            with temporary.open("r+b") as file:  # a full disk is an OSError here; in a mapped file it would be a SIGBUS
+                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
             for document, start in zip(documents, offsets[:-1], strict=True):
                 tokens[start : start + len(document)] = document
             tokens.flush()  # type: ignore[attr-defined]

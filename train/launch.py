@@ -1,6 +1,5 @@
 """The processes of a run on one machine: started, listened to, and stopped together."""
 
-import fcntl
 import json
 import os
 import queue
@@ -9,13 +8,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
 from chorus.population.errors import ChorusError
+from chorus.population.files import locked
 from chorus.train.log import Record
 from chorus.train.run import Run
 
@@ -159,9 +159,9 @@ def only_one(directory: Path) -> Iterator[None]:
         ChorusError: another command holds it.
     """
     (directory / "training").mkdir(parents=True, exist_ok=True)
-    with (directory / "training" / "lock").open("a") as file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(directory / "training" / "lock", wait=False))
         except BlockingIOError:
             raise ChorusError(
                 f"another chorus train is at work in {directory}. Wait for it, or stop it (it checkpoints), and run again."

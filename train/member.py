@@ -12,7 +12,7 @@ from chorus.train import diversity, heldout
 from chorus.train.evaluate import likelihoods
 from chorus.train.model import Llama
 from chorus.train.run import Run, diversity_path, likelihoods_path
-from chorus.train.snapshot import load_member, register, save_member
+from chorus.train.snapshot import load_saved, register, save_member
 
 
 def add_member(model: Llama, run: Run, name: str, device: torch.device, *, epochs: float, **origin: JsonValue) -> float:
@@ -22,7 +22,7 @@ def add_member(model: Llama, run: Run, name: str, device: torch.device, *, epoch
     """
     path = save_member(model, run, name)
     selection = TokenSplit.load(split_path(run.directory, "selection"))
-    saved = load_member(run, name, device)
+    saved = load_saved(run, name, device)
     found = likelihoods(saved, selection, device)
     write_array(likelihoods_path(run, name), found)
     relative = str(path.relative_to(run.directory))

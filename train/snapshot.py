@@ -1,10 +1,7 @@
 """Snapshots as members: plain Hugging Face Llama checkpoints in bfloat16, entered in the manifest as soon as they are whole."""
 
-import fcntl
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -48,11 +45,18 @@ def save_member(model: Llama, run: Run, name: str) -> Path:
 
 
 def load_member(run: Run, name: str, device: torch.device) -> Llama:
-    """The member as it was saved, in float32, frozen and in eval mode: a teacher, or a model to evaluate.
+    """The member as the manifest describes it, in float32, frozen and in eval mode: a teacher, or a part of an average.
 
     Raises:
-        ChorusError: its file is missing or damaged.
+        ChorusError: it is not in the manifest, or its file is missing or damaged.
     """
+    population = manifest.load(run.directory)
+    manifest.verify_member(population.member(name), population, run.directory)
+    return load_saved(run, name, device)
+
+
+def load_saved(run: Run, name: str, device: torch.device) -> Llama:
+    """The same of a member that is not in the manifest yet, or is about to take the place of another there."""
     path = run.directory / "members" / name / WEIGHTS
     try:
         model = Llama(_shape(read_config(path.parent)))
@@ -109,7 +113,7 @@ def register(run: Run, member: Member) -> None:
     Any process of the run may call it: a lock puts them in order. Tiers that a fit made stay; they name members that are still
     there. Otherwise all members so far are mixed under uniform weights.
     """
-    with _locked(run.directory / "training" / "registry.lock"):
+    with manifest.updating(run.directory):
         known: tuple[Member, ...] = ()
         population = None
         if (run.directory / manifest.MANIFEST).exists():
@@ -144,10 +148,3 @@ def _new_population(run: Run, members: tuple[Member, ...]) -> Population:
             settings={**run.settings.as_json(), "tokens": dict(run.prepared.tokens)},
         ),
     )
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

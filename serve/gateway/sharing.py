@@ -78,6 +78,6 @@ async def _agree_on_prior(store: Store, ours: Population, directory: Path | None
         return
     if directory is not None:
         try:
-            manifest.save(taken, directory)
+            await asyncio.to_thread(manifest.save_newer, taken, directory)  # a fit may hold the manifest for seconds
         except OSError as error:
             logger.error("prior version %d was published and cannot be written: %s", version, error)

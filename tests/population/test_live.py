@@ -43,8 +43,9 @@ def test_other_members_are_left_aside(directory: Path, caplog: pytest.LogCapture
 def test_a_broken_or_missing_manifest_is_left_aside(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
     live = LiveManifest(directory)
     before = live.current()
-    (directory / manifest.MANIFEST).write_text("{")
-    assert live.current() is before
+    for broken in (b"{", b"[" * 100_000, b"\xff\xfe"):
+        (directory / manifest.MANIFEST).write_bytes(broken)
+        assert live.current() is before
     (directory / manifest.MANIFEST).unlink()
     assert live.current() is before
     manifest.save(refit(before), directory)

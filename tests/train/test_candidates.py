@@ -10,10 +10,11 @@ from click.testing import CliRunner
 
 from chorus.population import manifest
 from chorus.population.errors import ChorusError
-from chorus.train import student
+from chorus.train import member, student
 from chorus.train.average import average
 from chorus.train.candidates import average as average_command
 from chorus.train.candidates import distil
+from chorus.train.member import add_member
 from chorus.train.run import Run
 from chorus.train.snapshot import load_member
 from chorus.train.student import Student
@@ -96,6 +97,48 @@ def test_an_average_has_the_mean_of_its_members_weights(run: Run) -> None:
         torch.testing.assert_close(mean, (one + other) / 2)
     assert "has the averages of the last 2 already" in refusal("average", str(run.directory), "--last", "2")
     assert "2 to 2 members" in refusal("average", str(run.directory), "--last", "3")
+
+
+def test_an_average_that_was_interrupted_is_completed_by_the_same_command(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def killed(*arguments: object, **keys: object) -> float:
+        if made:
+            raise KeyboardInterrupt
+        made.append(arguments[2])
+        return add_member(*arguments, **keys)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(member, "add_member", killed)
+    command = [str(run.directory), "--last", "2"]
+    assert CliRunner().invoke(average_command, command).exit_code == 1
+    monkeypatch.undo()
+    names = [each.name for each in manifest.load(run.directory).members]
+    assert names[-1:] == made == ["t0-a02"]
+    first = manifest.load(run.directory).member("t0-a02").sha256
+
+    result = CliRunner().invoke(average_command, command)
+
+    assert result.exit_code == 0, (result.output, result.exception)
+    population = manifest.load(run.directory)
+    manifest.verify(population, run.directory)
+    assert [each.name for each in population.members] == [*names, "t1-a02"]
+    assert population.member("t0-a02").sha256 == first
+    assert "t1-a02: " in result.output
+    assert "already" in refusal("average", *command)
+
+
+def test_a_damaged_member_is_neither_averaged_nor_a_teacher(run: Run) -> None:
+    file = run.directory / "members" / "t1-c00" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(content)
+    assert "'t1-c00': " in refusal("average", str(run.directory), "--last", "2")
+    tier = manifest.load(run.directory).tiers[-1]
+    student.claim(run, "apprentice", student.make_plan(run, tier, **SMALL))
+    with pytest.raises(ChorusError, match=r"'t1-c00': .* changed or damaged"):
+        Student(run, "apprentice", CPU).train(lambda record: None, lambda: False)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A trajectory in this process: stopped, crashed and diverged at many moments, which costs too much with whole processes."""
 
+import logging
 import math
 import random
 import shutil
@@ -162,3 +163,43 @@ def test_without_distillation_no_member_has_a_teacher(tmp_path: Path) -> None:
     Trajectory(run, 0, CPU).train(records.append, lambda: False)
     assert [member.teacher for member in manifest.load(run.directory).members] == [None, None]
     assert all(record["loss"] == record["cross_entropy"] for record in records if record["event"] == "step")
+
+
+def flip(path: Path, moments: random.Random) -> None:
+    """Change one bit in the middle half of a file, where the weights are."""
+    content = bytearray(path.read_bytes())
+    content[moments.randrange(len(content) // 4, 3 * len(content) // 4)] ^= 1 << moments.randrange(8)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damaged", [1, 2])
+def test_a_flipped_bit_in_a_checkpoint_is_found_and_told(
+    undisturbed: Run, tmp_path: Path, damaged: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, moments = prepare(TINY, tmp_path / "flipped"), random.Random(damaged)
+    home = run.directory / "training" / "t0"
+
+    def train_for(records: int) -> None:
+        written: list[Record] = []
+        trajectory = Trajectory(run, 0, CPU, checkpoint_seconds=0.0)
+        assert not trajectory.train(written.append, lambda: len(written) >= records)
+
+    train_for(12)
+    checkpoints = sorted(home.glob("checkpoint-*.pt"))
+    assert len(checkpoints) == 2
+    for path in checkpoints[2 - damaged :]:
+        flip(path, moments)
+    with caplog.at_level(logging.WARNING):
+        train_for(3)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (1 if damaged == 1 else 3)
+    for path, line in zip(checkpoints[::-1][:damaged], told, strict=False):
+        assert path.name in line
+        assert "going back to the one before" in line
+    assert ("begins again" in told[-1]) == (damaged == 2)
+    left = sorted(home.glob("checkpoint-*.pt"))
+    assert len(left) == 2  # those of now: damaged ones of a later step do not push them out
+    caplog.clear()
+    train_whole(run)
+    assert caplog.records == []
+    assert digests(run) == digests(undisturbed)

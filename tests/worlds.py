@@ -4,9 +4,14 @@ Members are drawn with large weights, so that their distributions are peaked and
 hide a wrong weight.
 """
 
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -138,3 +143,40 @@ def with_nested_tiers(population: Population) -> Population:
         cost = population.relative_cost(names[:size])
         tiers.append(Tier(name=tier_name, members=names[:size], weights=weights, relative_cost=cost))
     return population.model_copy(update={"tiers": tuple(tiers)})
+
+
+class SmallDisk:
+    """A file system of a few megabytes that can be filled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def fill(self, *, leaving: int = 0) -> None:
+        """Leave so many bytes, in whole blocks."""
+        self.make_room()
+        with (self.path / "filler").open("wb", buffering=0) as file, suppress(OSError):
+            while file.write(bytes(65_536)):
+                pass
+        size = (self.path / "filler").stat().st_size
+        os.truncate(self.path / "filler", max(0, size - leaving))
+
+    def make_room(self) -> None:
+        """Take the filling out."""
+        (self.path / "filler").unlink(missing_ok=True)
+
+
+@contextmanager
+def small_disk(path: Path, *, megabytes: int) -> Iterator[SmallDisk]:
+    """A tmpfs at `path`; the test is skipped where none may be mounted."""
+    path.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(path)]
+    try:
+        allowed = os.geteuid() == 0 and subprocess.run(mounting, check=False, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        allowed = False
+    if not allowed:
+        pytest.skip("only root may mount a small disk")
+    try:
+        yield SmallDisk(path)
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)

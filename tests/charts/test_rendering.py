@@ -283,6 +283,7 @@ def test_the_fetching_pods_reach_the_object_store_and_gateways_keep_the_manifest
         (init,) = pick(objects, kind, suffix)["spec"]["template"]["spec"]["initContainers"]
         assert init["command"] == ["chorus", "population", "fetch"]
         assert ("--only-manifest" in init["args"]) is only
+        assert int(init["args"][init["args"].index("--max-bytes") + 1]) >= 2 << 30
         ports = [port for rule in pick(objects, "NetworkPolicy", suffix)["spec"]["egress"] for port in rule["ports"]]
         assert {"port": 9000, "protocol": "TCP"} in ports
 

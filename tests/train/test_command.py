@@ -19,6 +19,7 @@ from chorus.population.tokens import TokenSplit, split_path
 from chorus.train.command import train
 from chorus.train.heldout import loss
 from chorus.train.run import Run, likelihoods_path
+from tests.worlds import small_disk
 
 TINY = [
     "--max-bytes", "60000", "--layers", "1", "--width", "32", "--heads", "1", "--context-length", "32",
@@ -225,3 +226,44 @@ def test_a_full_disk_stops_with_a_sentence_and_what_was_finished_is_usable(tmp_p
     population = manifest.load(out)
     manifest.verify(population, out)
     assert {member.name for member in population.members} <= {"t0-c00", "t1-c00"}
+
+
+def test_a_disk_that_runs_full_stops_the_run_which_goes_on_when_there_is_room(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    with small_disk(tmp_path / "disk", megabytes=96) as disk:
+        out = disk.path / "out"
+        process = start(out, "--checkpoint-seconds", "0")
+        wait_for_members(out, 1)
+        disk.fill()
+        output = finish(process)
+        assert process.returncode == 2, output
+        assert "No space left on device" in output
+        assert "run the same command again to continue" in output
+        assert "Traceback" not in output
+        manifest.verify(manifest.load(out), out)
+        disk.make_room()
+
+        process = start(out)
+        output = finish(process)
+        assert process.returncode == 0, output
+        assert digests(out) == digests(undisturbed)
+        assert [records(out, idx) for idx in (0, 1)] == [records(undisturbed, idx) for idx in (0, 1)]
+
+
+def test_a_flipped_bit_in_the_newest_checkpoint_is_told_and_changes_nothing(undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "flipped"
+    process = start(out, "--checkpoint-seconds", "0")
+    wait_for_steps(out, NUM_STEPS // 2)
+    os.killpg(process.pid, signal.SIGKILL)
+    finish(process)
+    newest = sorted((out / "training" / "t1").glob("checkpoint-*.pt"))[-1]
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+
+    process = start(out)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert f"{newest.name} is damaged" in output
+    assert digests(out) == digests(undisturbed)

@@ -1,4 +1,6 @@
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 
 from chorus.population.errors import ChorusError
 from chorus.train.data import Epoch, TrainTokens
+from tests.worlds import small_disk
 
 BOS, EOS = 0, 1
 
@@ -59,3 +62,15 @@ def test_damaged_tokens_are_a_sentence(tmp_path: Path, data: TrainTokens) -> Non
     (tmp_path / "train-tokens.npy").write_bytes(b"nonsense")
     with pytest.raises(ChorusError, match=r"cannot be read.*new --out"):
         TrainTokens(tmp_path)
+
+
+def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(tmp_path: Path) -> None:
+    save = (
+        "import sys; import numpy as np; from pathlib import Path; from chorus.train.data import TrainTokens\n"
+        "TrainTokens.save(Path(sys.argv[1]), [1_000_000], [np.zeros(1_000_000, dtype=np.uint32)])"
+    )
+    with small_disk(tmp_path / "disk", megabytes=2) as disk:
+        done = subprocess.run([sys.executable, "-c", save, str(disk.path)], check=False, capture_output=True, text=True)
+        assert done.returncode == 1, done  # a SIGBUS would be -7
+        assert "No space left on device" in done.stderr
+        assert list(disk.path.iterdir()) == []

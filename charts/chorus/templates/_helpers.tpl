@@ -148,6 +148,8 @@ initContainers:
       - {{ required "population.url.sha256 is needed with population.source=url" $population.url.sha256 | quote }}
       - --out
       - /to
+      - --max-bytes
+      - {{ mul 2147483648 $population.gib | quote }}
       {{- if eq .component "gateway" }}
       - --only-manifest
       {{- end }}

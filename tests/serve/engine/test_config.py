@@ -1,5 +1,8 @@
 """What a population cannot be served with is refused at start, with a sentence that says why."""
 
+import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,6 +38,17 @@ def test_what_cannot_work_is_refused_and_says_why(changes: dict[str, Any], says:
     _refuse(configuration())
     with pytest.raises(ChorusError, match=says):
         _refuse(configuration(**changes))
+
+
+def test_members_that_cannot_be_mixed_are_refused_as_at_init(tiny_population: Path, tmp_path: Path) -> None:
+    from chorus.serve.engine.config import check_members
+
+    directory = Path(shutil.copytree(tiny_population, tmp_path / "sliding"))
+    check_members(directory)
+    config = directory / "members/t0-c02/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "sliding_window": 64}))
+    with pytest.raises(ChorusError, match=r"member 't0-c02' has a sliding window of 64 tokens in a context of 256"):
+        check_members(directory)
 
 
 def test_attention_that_is_not_full_is_refused_by_layer() -> None:

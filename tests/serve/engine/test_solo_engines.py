@@ -50,6 +50,22 @@ def test_other_architectures_are_mixed_exactly(architecture: str, tmp_path: Path
             check_against_reference(directory, tier, output)
 
 
+def test_members_of_different_architectures_are_mixed_exactly(tmp_path: Path) -> None:
+    save_member(tmp_path / "llama", seed=0)
+    save_tokenizer(tmp_path / "llama")
+    for idx, architecture in enumerate(("qwen2", "gpt2"), start=1):
+        save_checkpoint(tmp_path / architecture, architecture, seed=idx)
+    directory = tmp_path / "all"
+    assemble.gather([tmp_path / name for name in ("llama", "qwen2", "gpt2")], directory)
+    with running_engine(directory) as mixed:
+        for first, second in (("economy", "max"), ("max", "economy")):
+            assert_isolated(mixed, directory, first, second)
+        tiers = ("economy", "max", "economy", "max")
+        outputs = mixed.generate(prompts(4), [greedy(tier) for tier in tiers], use_tqdm=False)
+        for tier, output in zip(tiers, outputs, strict=True):
+            check_against_reference(directory, tier, output)
+
+
 def test_members_of_different_depth_and_width_are_mixed_exactly(tmp_path: Path) -> None:
     for idx, (layers, width) in enumerate([(2, 64), (3, 96)]):
         save_member(tmp_path / f"tune-{idx}", seed=idx, layers=layers, width=width)

@@ -152,6 +152,23 @@ def test_without_redis_a_quota_is_the_gateways_share_and_with_it_again_the_whole
     in_redis(redis, story)
 
 
+@pytest.mark.parametrize("level", ["nan", "inf", "-inf", "abc", "1e308", "-1e308", "0x10"])
+@pytest.mark.parametrize("at", ["nan", "inf", "-1e308", "1e308", "1"])
+def test_a_bucket_with_garbage_in_it_counts_as_full(redis: RedisServer, level: str, at: str) -> None:
+    async def story(store: RedisStore) -> None:
+        bucket = Bucket(name="g", rate_per_s=0.01, burst=3)
+        await store._redis.hset("chorus:tiny:quota:g", mapping={"level": level, "at": at})
+        waits = [await store.take(bucket, 1.0) for _ in range(4)]
+        assert waits[:3] == [0.0] * 3
+        assert 90 < waits[3] <= 100
+        assert store.is_up
+        await store._redis.set("chorus:tiny:quota:g", "a text")
+        assert await store.take(bucket, 1.0) == 0.0
+        assert store.is_up
+
+    in_redis(redis, story)
+
+
 def test_engines_are_known_on_while_redis_is_away_and_until_they_had_time_to_announce_themselves(
     redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,12 +6,13 @@ anybody refused, with the time after which it is worth coming back.
 """
 
 import asyncio
+import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Callable, Container, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -19,12 +20,14 @@ from chorus.population.manifest import Tier
 from chorus.serve.gateway.calls import Call
 from chorus.serve.gateway.demand import Demand
 from chorus.serve.gateway.engines import Engine
-from chorus.serve.gateway.errors import ApiError
+from chorus.serve.gateway.errors import ApiError, bad_request
 from chorus.serve.gateway.flights import Flight
 from chorus.serve.gateway.lengths import AnswerLengths
 from chorus.serve.gateway.level import Level, Supply
 from chorus.serve.gateway.plans import NotNow, Plan, Wish, alone_s, at_floor, least_s, plan
-from chorus.serve.gateway.tenants import Tenant
+from chorus.serve.gateway.tenants import ANYONE, Tenant
+
+logger = logging.getLogger(__name__)
 
 _TICK_S = 0.02
 _LOOK_AT = 8  # waiting requests that are looked at in one go, for each tenant
@@ -72,6 +75,8 @@ class Grant:
     waited_s: float
     is_promised: bool
     """Whether it was expected to be in time."""
+    tenant: Tenant = ANYONE
+    """Who is charged for it."""
 
     @property
     def tier(self) -> Tier:
@@ -104,6 +109,17 @@ class Admission:
         """Requests in the queue."""
         return self._num_waiting
 
+    @asynccontextmanager
+    async def admitted(
+        self, call: Call, tenant: Tenant, tiers: Sequence[Tier], *, arrived_at: float, avoid: Container[Engine] = ()
+    ) -> AsyncIterator[Grant]:
+        """Leave to begin, as `admit` gives it, and given back however the request ends."""
+        grant = await self.admit(call, tenant, tiers, arrived_at=arrived_at, avoid=avoid)
+        try:
+            yield grant
+        finally:
+            self.release(grant)
+
     async def admit(
         self, call: Call, tenant: Tenant, tiers: Sequence[Tier], *, arrived_at: float, avoid: Container[Engine] = ()
     ) -> Grant:
@@ -111,7 +127,7 @@ class Admission:
 
         Raises:
             ApiError: 429 with the time after which it is worth coming back; 504 if the request wants failure at its deadline;
-                503 if there is no engine.
+                503 if there is no engine; 400 for more sequences than run at once.
         """
         ask = self._ask(call, tenant, tiers, arrived_at, avoid)
         self._note(ask)
@@ -136,7 +152,14 @@ class Admission:
         """The request ended, however it did."""
         grant.engine.flights.end(grant.flight)
         self._ends.append(time.perf_counter())
+        self._settle(grant)
         self.look()
+
+    def end_sequences(self, grant: Grant, count: int) -> None:
+        """So many of the request's sequences are complete: others may begin in their places."""
+        if grant.flight.num_sequences > 1:
+            grant.engine.flights.end_sequences(grant.flight, count)
+            self.look()
 
     async def keep(self) -> None:
         """Look at the queue forever: time alone may let somebody in, or show that there is no hope."""
@@ -169,6 +192,11 @@ class Admission:
                 self._dequeue(ask)
                 ask.granted.set_exception(error)
                 continue
+            except Exception as error:  # its own fault alone: whoever comes behind is let in
+                logger.exception("a waiting request could not be planned")
+                self._dequeue(ask)
+                ask.granted.set_exception(error)
+                continue
             if grant is not None:
                 self._dequeue(ask)
                 ask.granted.set_result(grant)
@@ -185,6 +213,12 @@ class Admission:
     def _ask(
         self, call: Call, tenant: Tenant, tiers: Sequence[Tier], arrived_at: float, avoid: Container[Engine]
     ) -> Ask:
+        if (num_sequences := call.size.num_sequences) > self.limits.max_sequences:
+            raise bad_request(
+                f"this request asks for {num_sequences} sequences (prompts times the larger of n and best_of); "
+                f"at most {self.limits.max_sequences} run at once here. Send several requests.",
+                code="too_many_sequences",
+            )
         budget_s = call.terms.budget_s
         finish_by = None if budget_s is None else arrived_at + budget_s
         wish = Wish(tiers=tiers, size=self.lengths.planned(call.size, tenant.name), finish_by=finish_by)
@@ -215,9 +249,7 @@ class Admission:
 
     def _note(self, ask: Ask) -> None:
         now, tiers, engines = time.perf_counter(), ask.wish.tiers, self._engines(ask.call, ask.avoid)
-        # No more sequences than can run at all: how many a request may ask for, its engine decides later.
-        most_sequences = self.limits.max_sequences * len(engines)
-        size = replace(ask.wish.size, num_sequences=min(ask.wish.size.num_sequences, most_sequences))
+        size = ask.wish.size
         prompt_tokens = engines[0].model.prompt_tokens(tokens=size.prompt_tokens, characters=size.prompt_characters)
         self._most_members = max(self._most_members, len(tiers[0].members))
         self._losses |= {tier.budget: tier.test_loss.nats for tier in tiers if tier.test_loss is not None}
@@ -239,9 +271,7 @@ class Admission:
             probability=self.limits.probability,
         )
         waiting = (ask.wish for asks in self._waiting.values() for ask in asks if ask.wish.finish_by is not None)
-        waiting_tokens = sum(
-            wish.size.total_tokens for wish in waiting if wish.size.num_sequences <= self.limits.max_sequences
-        )
+        waiting_tokens = sum(wish.size.total_tokens for wish in waiting)
         level = self._levels.setdefault(engine, Level())
         return level.choose(
             self._demand.rates(now),
@@ -295,9 +325,12 @@ class Admission:
             expected_first_s=found.first_s,
             expected_token_s=found.token_s,
         )
-        engine.flights.begin(flight)
+        grant = Grant(
+            engine=engine, flight=flight, waited_s=now - ask.arrived_at, is_promised=is_promised, tenant=ask.tenant
+        )
         self._charge(ask, found)
-        return Grant(engine=engine, flight=flight, waited_s=now - ask.arrived_at, is_promised=is_promised)
+        engine.flights.begin(flight)
+        return grant
 
     def _charge(self, ask: Ask, found: Plan) -> None:
         # Start-time fair queueing (Goyal, Vin, Cheng 1996): who comes back begins at the clock, so that idling saves nothing up.
@@ -306,6 +339,13 @@ class Admission:
         self._used[ask.tenant.name] = self._clock + cost
         if len(self._used) > 4096:
             self._used = {name: used for name, used in self._used.items() if used > self._clock}
+
+    def _settle(self, grant: Grant) -> None:
+        """What was generated counts for whose turn it is, where that is known, not what might have been."""
+        flight, tenant = grant.flight, grant.tenant
+        if flight.generated is not None and tenant.name in self._used:
+            too_many = flight.num_sequences * flight.work.max_tokens - flight.generated
+            self._used[tenant.name] -= flight.work.members * too_many / tenant.share
 
     def _pressure(self) -> float:
         """From 0 to 1: at half a queue, whoever may shrink is at the floor."""

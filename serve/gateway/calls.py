@@ -1,14 +1,25 @@
 """From the bytes a client sent to a call that an engine can be given: our fields read, checked and taken out."""
 
 import json
+import re
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 
 from chorus.population.manifest import Population, Tier
 from chorus.serve.gateway.errors import ApiError, bad_request
-from chorus.serve.gateway.sizes import read_size
+from chorus.serve.gateway.sizes import read_size, read_text
 from chorus.serve.gateway.terms import OnDeadline, Size, Terms
 from chorus.serve.gateway.tiers import Choice, at_least, choose
 
@@ -29,10 +40,28 @@ MOST_TOKENS_PER_EVENT = 64
 """A stream that says nothing for much longer than that looks like one of an engine that hangs."""
 MIN_BUDGET_MS, MAX_BUDGET_MS = 1, 24 * 3600 * 1000
 _OURS = ("budget", "latency_budget_ms", "on_deadline", "min_budget")
+_MOST = 2**31 - 1
+"""Largest count that a request may give."""
+_LARGE = re.compile(rb"[0-9]{19}")
+"""Digits of what may be an integer beyond 64 bits."""
+
+
+def _to_whole(value: object) -> object:
+    """JSON has one kind of number: 16.0 is as whole as 16."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[StrictInt, BeforeValidator(_to_whole)]
+
+
+_COUNTS = ("n", "best_of", "max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
 class CallFields(BaseModel):
-    """The fields of a request that the gateway reads. All others go to the engine as they are."""
+    """The fields of a request that the gateway reads. All others go to the engine as they are.
+
+    Null is as good as nothing, for all of them.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -65,6 +94,13 @@ class CallFields(BaseModel):
         description=f"Tokens in each event of a stream, {MOST_TOKENS_PER_EVENT} at most; by default as many as are generated in a "
         "thirtieth of a second. The first and the last event never wait.",
     )
+    n: Count | None = Field(None, ge=1, le=_MOST, description="Number of choices.")
+    best_of: Count | None = Field(None, ge=1, le=_MOST, description="Counts as so many sequences, where it is above n.")
+    max_tokens: Count | None = Field(None, ge=0, le=_MOST, description="Longest answer, in tokens of each choice.")
+    max_completion_tokens: Count | None = Field(
+        None, ge=0, le=_MOST, description="As `max_tokens`, and goes before it."
+    )
+    max_output_tokens: Count | None = Field(None, ge=0, le=_MOST, description="As `max_tokens`, of Responses.")
     vllm_xargs: dict[str, JsonValue] | None = Field(
         None, description=f"Extra arguments for the engine. Keys that begin with `{RESERVED_PREFIX}` are refused."
     )
@@ -88,13 +124,15 @@ class Call:
     streams: bool = False
     """Whether the client gets a stream."""
     streams_from_engine: bool = False
-    """Whether the engine is asked for one: also where a whole answer may have to be cut short."""
+    """Whether the engine is asked for one: also where a whole answer may end at a deadline, to know what was computed by then."""
     tokens_per_event: int | None = 1
     """Of a stream; None if that is the gateway's to choose."""
     wants_usage: bool = True
     """False if the client streams without asking for usage: the event that carries it is then ours alone."""
     wants_counts: bool = False
     """Whether the client wants the usage so far in each event of its stream."""
+    has_offsets: bool = False
+    """Whether the answer echoes the prompt and says where its tokens begin in it."""
     affinity: bytes = b""
     """The beginning of the prompt: requests that share it are best served by the same engine."""
 
@@ -139,7 +177,8 @@ def parse(body: bytes) -> dict[str, Any]:
         ApiError: 422 if the body is not JSON (NaN and Infinity are not), 400 if it is not an object.
     """
     try:
-        parsed = json.loads(body, parse_constant=_refuse_constant)
+        parse_int = _parse_int if _LARGE.search(body) else None
+        parsed = json.loads(body, parse_constant=_refuse_constant, parse_int=parse_int)
     except (ValueError, RecursionError) as error:
         raise ApiError(422, f"the body is not JSON: {error}.", code="malformed_json") from None
     if not isinstance(parsed, dict):
@@ -156,7 +195,7 @@ def read_call(body: bytes, kind: Kind, population: Population, default: Tier, te
     Raises:
         ApiError: what the client must change, as 400, 404 or 422.
     """
-    fields = parse(body)
+    fields = {key: value for key, value in parse(body).items() if value is not None}
     if kind != "tokens":
         _check_input(fields, kind)
     ours = _validate(fields)
@@ -165,24 +204,36 @@ def read_call(body: bytes, kind: Kind, population: Population, default: Tier, te
 
     for key in (*_OURS, "vllm_xargs", "stream_interval"):
         fields.pop(key, None)
+    fields |= {key: getattr(ours, key) for key in _COUNTS if key in fields}  # the engine gets what is counted here
     fields["model"] = population.name
     if kind == "tokens":
         extra: dict[str, JsonValue] = {}
         return Call(
-            kind=kind, choice=choice, floor=choice.tier, fields=_to_json(fields), extra=extra, is_served_by_a_tier=False
+            kind=kind,
+            choice=choice,
+            floor=choice.tier,
+            size=read_text(fields),
+            fields=_to_json(fields),
+            extra=extra,
+            is_served_by_a_tier=False,
         )
     terms = _read_terms(ours)
     streams = bool(ours.stream)
-    if streams_from_engine := streams or (terms.stops_at_deadline and terms.on_deadline == "truncate"):
+    has_tools = bool(fields.get("tools") or fields.get("functions"))
+    # Of a whole answer that fails nothing is shown: where vLLM reads a stream less well, or not at all, it stays whole.
+    is_cut = terms.stops_at_deadline and not fields.get("use_beam_search")
+    if streams_from_engine := streams or (is_cut and (terms.on_deadline == "truncate" or not has_tools)):
         fields["stream"] = True
     splices = kind in ("completion", "chat")
     if streams_from_engine and splices:
-        # Whatever is cut short has no last event: what it used is counted on the way.
-        counts = {"continuous_usage_stats": True} if terms.stops_at_deadline else {}
-        fields["stream_options"] = {**(ours.stream_options or {}), "include_usage": True, **counts}
+        # Whatever is cut short, or left, has no last event: what it used is counted on the way.
+        fields["stream_options"] = {
+            **{key: value for key, value in (ours.stream_options or {}).items() if value is not None},
+            "include_usage": True,
+            "continuous_usage_stats": True,
+        }
     wants_usage = not streams or not splices or bool((ours.stream_options or {}).get("include_usage"))
     wants_counts = wants_usage and bool((ours.stream_options or {}).get("continuous_usage_stats"))
-    joins = splices and not (fields.get("tools") or fields.get("functions"))
     return Call(
         kind=kind,
         choice=choice,
@@ -193,9 +244,10 @@ def read_call(body: bytes, kind: Kind, population: Population, default: Tier, te
         extra=ours.vllm_xargs or {},
         streams=streams,
         streams_from_engine=streams_from_engine,
-        tokens_per_event=_tokens_per_event(ours, terms, joins=joins) if splices else 1,
+        tokens_per_event=_tokens_per_event(ours, terms, joins=not has_tools) if splices else 1,
         wants_usage=wants_usage,
         wants_counts=wants_counts,
+        has_offsets=kind == "completion" and bool(fields.get("echo")) and "logprobs" in fields,
         affinity=_beginning(fields, kind),
     )
 
@@ -249,6 +301,10 @@ def _validate(fields: dict[str, Any]) -> CallFields:
             "stream_options": "an object",
             "stream_interval": "a whole number of tokens, at least 1",
             "vllm_xargs": "an object",
+            "n": f"a whole number of choices, from 1 to {_MOST}",
+            "best_of": f"a whole number of sequences, from 1 to {_MOST}",
+            "max_tokens": f"a whole number of tokens, from 0 to {_MOST}",
+            "max_completion_tokens": f"a whole number of tokens, from 0 to {_MOST}",
         }[param]
         raise bad_request(
             f"{param} is {_shorten(fields[param])}; {expected} is expected.", code="invalid_value", param=param
@@ -321,6 +377,12 @@ def _to_json(fields: dict[str, Any]) -> bytes:
         raise bad_request("a string holds an unpaired surrogate, which is no text.", code="invalid_value") from None
     except ValueError:
         raise ApiError(422, "the body is not JSON: a number in it is out of range.", code="malformed_json") from None
+
+
+def _parse_int(digits: str) -> int:
+    if abs(value := int(digits)) >= 2**64:
+        raise ValueError(f"a number of {len(digits)} digits is out of range")
+    return value
 
 
 def _refuse_constant(name: str) -> NoReturn:

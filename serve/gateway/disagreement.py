@@ -9,15 +9,20 @@ M members, N tokens
 import asyncio
 import json
 import math
-from typing import Any
+from collections.abc import Coroutine, Iterable
+from dataclasses import replace
+from typing import Any, TypeVar
 
-from chorus.serve.gateway import quotas, upstream
+from chorus.serve.gateway import upstream
 from chorus.serve.gateway.calls import Call
 from chorus.serve.gateway.engines import Engine
 from chorus.serve.gateway.errors import ApiError, bad_request
-from chorus.serve.gateway.proxy import Passage
+from chorus.serve.gateway.proxy import Passage, cancel
+from chorus.serve.gateway.quotas import NOTHING, Bill
 from chorus.serve.gateway.splice import Usage
 from chorus.serve.gateway.terms import Size
+
+T = TypeVar("T")
 
 MEMBER_ARGUMENT = "chorus_member"
 """Key of an engine's extra arguments that names one member, to be asked alone."""
@@ -42,7 +47,22 @@ def jensen_gaps(log_p_MN: list[list[float]], weights_M: list[float]) -> list[flo
     return gaps
 
 
-async def find(call: Call, passage: Passage) -> dict[str, Any]:
+def size_of(call: Call) -> Size:
+    """What is computed for a call, as one prompt for each member of its tier.
+
+    Raises:
+        ApiError: the prompt is something else than token ids.
+    """
+    num_members = len(call.choice.tier.members)
+    return Size(
+        num_sequences=num_members,
+        num_prompts=num_members,
+        prompt_tokens=len(_token_ids(call)) * num_members,
+        max_tokens=1,
+    )
+
+
+async def find(call: Call, passage: Passage, bill: Bill) -> dict[str, Any]:
     """The gaps of a prompt of token ids, under the tier that the call asks for; the first token has none.
 
     Takes its turn among the requests, and is charged as so many prompts as the tier has members.
@@ -51,19 +71,17 @@ async def find(call: Call, passage: Passage) -> dict[str, Any]:
         ApiError: the prompt is something else than token ids, or as `Relay`.
     """
     tokens, tier = _token_ids(call), call.choice.tier
-    size = Size(prompt_tokens=len(tokens) * len(tier.members), max_tokens=1)
-    taken = await quotas.charge(passage.store, passage.tenant, size, size.prompt_tokens)
-    used = Usage(prompt_tokens=0, completion_tokens=0)
-    try:
-        grant = await passage.admission.admit(call, passage.tenant, [tier], arrived_at=passage.record.began_at)
+    size = size_of(call)
+    most = passage.admission.limits.max_sequences
+    call = replace(call, size=replace(size, num_sequences=min(size.num_sequences, most)))
+    async with passage.admission.admitted(call, passage.tenant, [tier], arrived_at=passage.record.began_at) as grant:
+        bill.used = None
         try:
-            asked = [_ask(passage, grant.engine, member, tokens) for member in tier.members]
-            log_p_MN = await asyncio.gather(*asked)
-            used = Usage(prompt_tokens=size.prompt_tokens, completion_tokens=len(tier.members))
-        finally:
-            passage.admission.release(grant)
-    finally:
-        await asyncio.shield(quotas.settle(passage.store, taken, used))
+            log_p_MN = await _together([_ask(passage, grant.engine, member, tokens) for member in tier.members])
+        except ApiError:
+            bill.used = NOTHING
+            raise
+        bill.used = Usage(prompt_tokens=size.prompt_tokens, completion_tokens=len(tier.members))
     return {
         "tier": tier.name,
         "members": tier.members,
@@ -71,6 +89,16 @@ async def find(call: Call, passage: Passage) -> dict[str, Any]:
         "disagreement_nats": [None, *jensen_gaps(log_p_MN, list(tier.weights))],
         "logprobs": [[None, *log_p_N] for log_p_N in log_p_MN],
     }
+
+
+async def _together(asked: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All answers; if one fails, the others are not waited for."""
+    tasks = [asyncio.ensure_future(each) for each in asked]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            await cancel(task)
 
 
 def _token_ids(call: Call) -> list[int]:

@@ -34,8 +34,10 @@ def offer_for(request: Request) -> Offer:
     return offer_to(_tenant(request, gateway), gateway.offer)
 
 
-async def read(request: Request, kind: Kind) -> tuple[Call, Passage]:
+async def read(request: Request, kind: Kind, *, is_aside: bool = False) -> tuple[Call, Passage]:
     """The call in a request's body, checked, and what it needs on its way. The body is read only for those whose key is known.
+
+    One `is_aside` whose work grows with its body, though no member runs for it, or all do: it is bounded by what fits a context.
 
     Raises:
         ApiError: its key, its length, or what the client must change.
@@ -43,7 +45,7 @@ async def read(request: Request, kind: Kind) -> tuple[Call, Passage]:
     gateway = gateway_of(request)
     tenant = _tenant(request, gateway)
     passage = _passage(request, gateway, tenant, offer_to(tenant, gateway.offer))
-    body = await _body(request, gateway.settings.max_body_bytes)
+    body = await _body(request, gateway.settings.max_aside_bytes if is_aside else gateway.settings.max_body_bytes)
     call = _read_call(body, kind, passage, gateway.offer)
     if call.is_served_by_a_tier:
         passage.record.tier_asked = call.choice.asked

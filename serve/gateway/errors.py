@@ -3,6 +3,7 @@
 import http
 import json
 import logging
+import re
 from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 MESSAGES = "/v1/messages"
 """Anthropic's API: all below it has errors of its own shape."""
+_CONTEXT = re.compile(r"maximum context length is (\d+) tokens\. However, your prompt")
+_NO_ROOM = "max_tokens must be at least 1, got 0"
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that left; nobody receives it, but logs and metrics show it."""
 
@@ -97,6 +100,28 @@ def engine_error(status: int, body: bytes) -> ApiError:
         message, param = body[:500].decode(errors="replace").strip() or _phrase(status), None
     code = "engine_error" if status >= 500 else "rejected_by_engine"
     return ApiError(status, message, code=code, param=param.removeprefix("body.") if isinstance(param, str) else None)
+
+
+def explain_length(error: ApiError, *, max_tokens: int | None, context_length: int) -> ApiError:
+    """The engine's refusal of a prompt that leaves no room for an answer, in words that say what has to fit; others as they are.
+
+    The engine reads such a prompt only as far as its limit, and then speaks of that length as the prompt's, or of an answer of 0
+    tokens that nobody asked for.
+    """
+    known = _CONTEXT.search(error.message)
+    is_full = max_tokens != 0 and _NO_ROOM in error.message
+    if error.status != 400 or not (known or is_full):
+        return error
+    context_length = int(known[1]) if known else context_length
+    asked = 1 if max_tokens is None else max_tokens
+    rest = f"an answer of at least {asked}" if max_tokens is None else f"max_tokens, which is {asked}"
+    return bad_request(
+        f"the prompt is too long: it may have {max(0, context_length - asked)} tokens, as the context of {context_length} has to "
+        f"hold it and {rest}. Shorten the prompt{'' if max_tokens is None else ' or ask for fewer tokens'}; "
+        "POST /tokenize counts them.",
+        code="context_length_exceeded",
+        param=error.param,
+    )
 
 
 def error_status(body: bytes) -> int:

@@ -1,6 +1,7 @@
 """How long the gateway waits for an engine's words, and what a finished answer teaches about the engine."""
 
 import asyncio
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from chorus.serve.gateway.splice import Usage
 LEAD_S = 0.01
 """What is cut at a deadline is cut so much before it, so that it arrives in time."""
 _NOTICEABLE_S = 0.05
+_MOMENT_S = 1.0
 
 
 class Stop(Enum):
@@ -46,6 +48,12 @@ class Exchange:
         self._is_silent = False
         self._silence: asyncio.TimerHandle | None = None
         self._blocked_s = 0.0
+        self._blocked_at = -math.inf
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the client is slow to take words, or was a moment ago: a send that waits ends when the client leaves."""
+        return self._is_sending or time.perf_counter() - self._blocked_at < _MOMENT_S
 
     @contextmanager
     def sending(self) -> Iterator[None]:
@@ -53,7 +61,10 @@ class Exchange:
         began_at, self._is_sending = time.perf_counter(), True
         yield
         self._is_sending = False
-        self._blocked_s += time.perf_counter() - began_at
+        now = time.perf_counter()
+        self._blocked_s += now - began_at
+        if now - began_at > _NOTICEABLE_S:
+            self._blocked_at = now
 
     async def __aenter__(self) -> "Exchange":
         self._patience = asyncio.timeout(None)

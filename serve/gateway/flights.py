@@ -32,6 +32,10 @@ class Flight:
     """Of a stream, after the first."""
     num_tokens: int = 0
     """Tokens seen so far, of all sequences."""
+    num_ended: int = 0
+    """Sequences that are complete."""
+    generated: int | None = None
+    """Tokens that the engine generated in all, once that is known."""
     area: tuple[float, float] = (0.0, 0.0)
     """Members and rows times seconds that the engine had run when it began or, once known, at its first token."""
 
@@ -39,6 +43,11 @@ class Flight:
     def members(self) -> Sequence[str]:
         """Names of those that it began with."""
         return self.tier.members[: self.work.members]
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that are not complete."""
+        return self.num_sequences - self.num_ended
 
     @property
     def most_members(self) -> int | None:
@@ -84,7 +93,7 @@ class Flights:
                 if flight.finish_by is not None:
                     count = min(count, max(within, len(flight.floor.members)))
                 members.update(flight.tier.members[:count])
-                rows += count * flight.num_sequences
+                rows += count * flight.num_running
         return Load(members=len(members.union(adding)), rows=rows + len(adding) * num_sequences)
 
     def begin(self, flight: Flight) -> None:
@@ -93,8 +102,7 @@ class Flights:
         flight.before = self.load()
         flight.area = self._area
         self.running.add(flight)
-        self.num_sequences += flight.num_sequences
-        self._rows += flight.work.members * flight.num_sequences
+        self._add(flight, flight.num_sequences)
         self._members.update(flight.members)
 
     def note_first(self, flight: Flight) -> None:
@@ -103,16 +111,27 @@ class Flights:
         flight.first_at = time.perf_counter()
         flight.area = self._area
 
+    def end_sequences(self, flight: Flight, count: int) -> None:
+        """So many of its sequences are complete: their places are free, though the others still run."""
+        count = min(count, flight.num_running)
+        if flight in self.running and count:
+            self._advance()
+            flight.num_ended += count
+            self._add(flight, -count)
+
     def end(self, flight: Flight) -> None:
         """It is answered, or broken off."""
         if flight not in self.running:
             return
         self._advance()
         self.running.remove(flight)
-        self.num_sequences -= flight.num_sequences
-        self._rows -= flight.work.members * flight.num_sequences
+        self._add(flight, -flight.num_running)
         self._members.subtract(flight.members)
         self._members = +self._members
+
+    def _add(self, flight: Flight, num_sequences: int) -> None:
+        self.num_sequences += num_sequences
+        self._rows += flight.work.members * num_sequences
 
     def mean_load(self, flight: Flight, now: float) -> Load | None:
         """What ran on average since its first token, or since it began where no token was seen; None if that was just now."""

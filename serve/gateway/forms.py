@@ -77,9 +77,8 @@ class _SplicedStream(EventSplicer):
     is_opening = False
 
     def __init__(self, call: Call, additions: Additions, *, name: str, at_end: AtEnd | None) -> None:
-        counts = call.terms.stops_at_deadline
         super().__init__(
-            additions, keep_usage=call.wants_usage, at_end=at_end, counts=counts, hides_counts=not call.wants_counts
+            additions, keep_usage=call.wants_usage, at_end=at_end, counts=True, hides_counts=not call.wants_counts
         )
         self._call = call
         self._name, self._is_chat = name, call.kind == "chat"
@@ -106,12 +105,12 @@ class _SplicedStream(EventSplicer):
 
     def cut_answer(self, usage: Usage) -> bytes:
         if self._assembly is None or self._assembly.is_empty:
-            num_choices = self._call.size.num_sequences
+            num_choices = self._call.size.num_prompts * self._call.size.num_choices
             return empty_answer(self._name, is_chat=self._is_chat, num_choices=num_choices, usage=usage)
         return self._assembly.answer(cut=usage)
 
     def cut_events(self, usage: Usage, additions: Additions) -> bytes:
-        indices = list(range(self._call.size.num_sequences))
+        indices = list(range(self._call.size.num_prompts * self._call.size.num_choices))
         event = last_event(self._name, is_chat=self._is_chat, indices=indices, like=self.head)
         events = Additions(population=additions.population, model=None).splice(event)
         if self._call.wants_usage:

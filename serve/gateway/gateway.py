@@ -2,15 +2,16 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
 
 import aiohttp
 
 from chorus.serve.gateway import upstream
 from chorus.serve.gateway.admission import Admission
+from chorus.serve.gateway.aside import Turns
+from chorus.serve.gateway.background import Background
 from chorus.serve.gateway.calibration import calibrate
 from chorus.serve.gateway.discovery import Discovery, changes
 from chorus.serve.gateway.echoes import Echoes
@@ -44,7 +45,10 @@ class Gateway:
             settings.population, settings.default_tier_name, settings.manifest, lambda: self.pool.context_length
         )
         self.admission = Admission(settings.limits, self.pool.candidates)
+        self.turns = Turns()
         self.keys = settings.keys
+        self._watches: dict[str, asyncio.Task[None]] = {}
+        """Of the engines that others run, by address."""
         self.store: Store = MemoryStore()
         if settings.redis is not None:
             from chorus.serve.gateway.redis_store import RedisStore  # only those who share need the client
@@ -54,14 +58,12 @@ class Gateway:
         """Whether it was told to stop and only finishes what it has."""
         shared = self.store if settings.redis is not None else None
         self.metrics = Metrics(self.pool, self.admission, self._offer.current, shared)
+        self.background = Background(self.metrics.count_background_failure)
         self.echoes = Echoes(self.pool, settings.echo_part, self.metrics.observe_echo)
         self.tracing: Tracing | None = None
         if settings.otlp_traces_endpoint is not None:
             self.tracing = Tracing(settings.otlp_traces_endpoint, population=self.population_name)
         self.session: aiohttp.ClientSession
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._keepers: set[asyncio.Task[None]] = set()
-        """Those that keep an engine of our own."""
         self._on_up = on_up
         self._on_failure = on_failure
 
@@ -81,47 +83,37 @@ class Gateway:
         settings = self.settings
         async with upstream.open_session() as self.session:
             try:
+                begin = self.background.begin
                 if settings.sources:
-                    self._begin(self._discover())
+                    begin("the discovery of engines", self._discover)
                 else:
                     self._add("")
-                self._begin(self.admission.keep())
+                begin("the queue", self.admission.keep)
                 if settings.echo_part:
-                    self._begin(self.echoes.keep(self.session, lambda: self.admission.num_waiting > 0))
+                    is_busy = lambda: self.admission.num_waiting > 0  # noqa: E731
+                    begin("the sampling of prompts", partial(self.echoes.keep, self.session, is_busy))
                 if settings.redis is not None:
-                    self._begin(self.store.keep())
-                    self._begin(
-                        share(
-                            self.store,
-                            self.pool,
-                            lambda: self._offer.population,
-                            settings.directory,
-                            interval_s=settings.discovery_interval_s / 2,
-                        )
-                    )
+                    begin("the count of gateways", self.store.keep)
+                    begin("sharing", self._share)
                 yield
             finally:
-                for task in self._tasks:
-                    task.cancel()
-                # Again and again: a library that is cancelled at the moment its own time runs out may take the one for the other.
-                # But whoever keeps an engine of ours is cancelled once: it then gives the engine its time to stop.
-                while self._tasks:
-                    await asyncio.wait(self._tasks, timeout=1)
-                    for task in self._tasks - self._keepers:
-                        task.cancel()
+                await self.background.end()
                 await self.store.close()
                 if self.tracing is not None:
                     await asyncio.to_thread(self.tracing.close)
 
-    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+    async def _share(self) -> None:
+        await share(
+            self.store,
+            self.pool,
+            lambda: self.offer.population,
+            self.settings.directory,
+            interval_s=self.settings.discovery_interval_s / 2,
+        )
 
     async def _discover(self) -> None:
         """Follow the engines that others run, as they come and go. One that went finishes what it runs."""
-        sources, watches = self.settings.sources, dict[str, asyncio.Task[None]]()
+        sources, watches = self.settings.sources, self._watches
         discovery = Discovery(sources, self.store)
         while True:
             found = await discovery.look()
@@ -147,10 +139,10 @@ class Gateway:
         )
         engine.on_restart = self.metrics.count_restart
         self.pool.engines = [*self.pool.engines, engine]
-        keeper = self._begin(self._keep(engine))
-        if engine.is_supervised:
-            self._keepers.add(keeper)
-        return keeper
+        # Cancelled once, whoever keeps an engine of ours gives it its time to stop.
+        return self.background.begin(
+            "the watch over an engine", partial(self._keep, engine), is_patient=engine.is_supervised
+        )
 
     async def _keep(self, engine: Engine) -> None:
         supervision = self.settings.engine
@@ -169,7 +161,7 @@ class Gateway:
             self._on_failure(f"the supervision of the engine failed: {error}")
 
     def _came_up(self, engine: Engine, start_s: float | None) -> None:
-        self._begin(self._learn(engine))
+        self.background.begin("what is learned of an engine", partial(self._learn, engine), again=False)
         self.admission.look()
         self._on_up(engine.url, start_s)
 

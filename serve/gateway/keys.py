@@ -34,9 +34,9 @@ class Key(_Record):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     tiers: tuple[Name, ...] | None = Field(None, min_length=1)
     floor: Name | None = None
-    requests_per_s: float | None = Field(None, gt=0)
-    tokens_per_min: float | None = Field(None, gt=0)
-    share: float = Field(1.0, gt=0)
+    requests_per_s: float | None = Field(None, ge=1e-5, le=1e6)
+    tokens_per_min: float | None = Field(None, ge=1, le=1e12)
+    share: float = Field(1.0, ge=1e-3, le=1e3)
 
     def tenant(self) -> Tenant:
         """Its holder, without the digest."""

@@ -65,7 +65,7 @@ class Metrics:
         )
         self._tokens_out = Counter(
             "chorus_gateway_completion_tokens",
-            "Tokens generated. Those of a stream that its client left early are not known.",
+            "Tokens generated, also of streams that were left or cut.",
             ["tier_served"],
             registry=self._registry,
         )
@@ -142,6 +142,15 @@ class Metrics:
         self._engine_restarts = Counter(
             "chorus_gateway_engine_restarts", "Times the engine was started again.", registry=self._registry
         )
+        self._background_failures = Counter(
+            "chorus_gateway_background_failures",
+            "Times that a task beside the requests failed and began again; the log has the cause.",
+            registry=self._registry,
+        )
+
+    def count_background_failure(self) -> None:
+        """A task that runs beside the requests failed."""
+        self._background_failures.inc()
 
     def count_restart(self) -> None:
         """An engine of our own was started again."""

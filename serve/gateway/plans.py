@@ -71,8 +71,7 @@ def plan(
 
     `level` says how many members everybody may have as things go; it is asked only where that matters.
     """
-    # A request of more sequences than fit at all begins alone: the engine queues what it cannot run.
-    if flights.num_sequences and flights.num_sequences + wish.size.num_sequences > max_sequences:
+    if flights.num_sequences + wish.size.num_sequences > max_sequences:
         return NotNow.FULL
     tiers = wish.tiers[min(len(wish.tiers) - 1, round(pressure * (len(wish.tiers) - 1))) :]
     if wish.finish_by is None or not model.is_seeded:

@@ -3,7 +3,8 @@
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import aiohttp
 from starlette.responses import Response
@@ -15,15 +16,17 @@ from chorus.serve.gateway.admission import Admission, Grant, deadline_exceeded
 from chorus.serve.gateway.calls import Call, Kind
 from chorus.serve.gateway.echoes import Echo, Echoes
 from chorus.serve.gateway.engines import Engine
-from chorus.serve.gateway.errors import ApiError, engine_error, respond, unavailable
+from chorus.serve.gateway.errors import ApiError, engine_error, explain_length, respond, unavailable
 from chorus.serve.gateway.exchange import Exchange, Stop, StoppedError
 from chorus.serve.gateway.forms import FORMS, Stream
 from chorus.serve.gateway.offer import Offer
+from chorus.serve.gateway.offsets import Offsets
 from chorus.serve.gateway.pace import tokens_per_event
 from chorus.serve.gateway.pool import Pool
+from chorus.serve.gateway.quotas import NOTHING
 from chorus.serve.gateway.records import Record
 from chorus.serve.gateway.report import Report, new_mark
-from chorus.serve.gateway.splice import Additions, Usage
+from chorus.serve.gateway.splice import FINISHED, Additions, Usage
 from chorus.serve.gateway.store import Store
 from chorus.serve.gateway.tenants import Tenant
 
@@ -63,9 +66,13 @@ class _Attempt:
     splicer: Stream
     joins: bool
     """Whether the engine's stream becomes a whole answer."""
+    offsets: Offsets = field(default_factory=Offsets)
     has_answered: bool = False
     """Whether anything of the answer's body has come: from then on nothing is tried again. The head of a stream comes when nothing
     is computed yet."""
+    is_stream: bool = False
+    used: Usage | None = NOTHING
+    """What the engine computed, where that is known at once: before it is asked, of a whole answer, and when it refuses."""
 
     @property
     def engine(self) -> Engine:
@@ -90,58 +97,56 @@ class Relay(Response):
         self._model = None if call.choice.model == passage.offer.population.name else call.choice.model
         self._has_begun = False
         self._is_complete = False
+        self._used: Usage | None = NOTHING
+        """What was computed for it; None where that does not show."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answering = asyncio.create_task(self._answer(send))
-        leaving = asyncio.create_task(_disconnected(receive))
+        leaving = asyncio.create_task(disconnected(receive))
         try:
             await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:  # the gateway stops, and has waited as long as it was told to
-            await _cancel(answering)
+            await cancel(answering)
             await self._break_off(scope, receive, send, "the gateway was stopped")
             raise
         finally:
-            await _cancel(leaving)
-            await _cancel(answering)
+            await cancel(leaving)
+            await cancel(answering)
         if not answering.cancelled():
             answering.result()
 
     async def _answer(self, send: Send) -> None:
         """Serve within the tenant's rates."""
-        record, size = self._record, self._call.size
-        prompt_tokens = self._passage.pool.prompt_tokens(size)
-        taken = await quotas.charge(self._passage.store, self._passage.tenant, size, prompt_tokens)
-        try:
-            await self._serve(send)
-        except ApiError:
-            record.usage = record.usage or Usage(prompt_tokens=0, completion_tokens=0)
-            raise
-        finally:
-            if taken is not None:
-                await asyncio.shield(quotas.settle(self._passage.store, taken, record.usage))
+        passage, size = self._passage, self._call.size
+        tokens = passage.pool.prompt_tokens(size) + size.total_tokens
+        async with quotas.charged(passage.store, passage.tenant, tokens) as bill:
+            try:
+                await self._serve(send)
+            finally:
+                bill.used = self._record.usage = self._used
 
     async def _serve(self, send: Send) -> None:
         """Try an engine, and after a loss before the first byte once more: elsewhere, or there if it is well."""
         avoid: tuple[Engine, ...] = ()
         for is_last in (False, True):
-            grant = await self._passage.admission.admit(
+            async with self._passage.admission.admitted(
                 self._call, self._passage.tenant, self._tiers, arrived_at=self._record.began_at, avoid=avoid
-            )
-            self._note(grant)
-            try:
-                await self._try(grant, send)
-            except _LostError:
-                grant.engine.breaker.note_failure()
-                # Who is known to be down is not asked: a frozen one would keep the request for as long as a probe may take.
-                is_well = grant.engine.is_up and await grant.engine.check()
-                others = [each for each in self._passage.pool.engines if each is not grant.engine and each.is_up]
-                if is_last or not (is_well or others):
-                    raise upstream.lost(grant.engine) from None
-                avoid = (grant.engine,) if others else ()
-            else:
-                return
-            finally:
-                self._passage.admission.release(grant)
+            ) as grant:
+                self._note(grant)
+                try:
+                    await self._try(grant, send)
+                except _LostError:
+                    grant.engine.breaker.note_failure()
+                    # Who is known to be down is not asked: a frozen one would keep the request for as long as a probe may take.
+                    is_well = grant.engine.is_up and await grant.engine.check()
+                    others = [each for each in self._passage.pool.engines if each is not grant.engine and each.is_up]
+                    if is_last or not (is_well or others):
+                        raise upstream.lost(grant.engine) from None
+                    avoid = (grant.engine,) if others else ()
+                else:
+                    return
+                finally:
+                    grant.flight.generated = None if self._used is None else self._used.completion_tokens
 
     async def _try(self, grant: Grant, send: Send) -> None:
         attempt = self._attempt(grant)
@@ -149,7 +154,10 @@ class Relay(Response):
         grant.engine.breaker.note_try()
         try:
             async with attempt.exchange:
-                await self._ask(attempt, send)
+                try:
+                    await self._ask(attempt, send)
+                finally:
+                    self._used = self._computed(attempt)
         except StoppedError as stopped:
             await self._stop(attempt, stopped.why, send)
         except upstream.BROKEN:
@@ -161,6 +169,7 @@ class Relay(Response):
         report = Report(
             offer=self._passage.offer,
             tier=grant.tier,
+            tiers=self._tiers,
             most_members=grant.flight.most_members,
             asked=call.choice.asked,
             terms=call.terms,
@@ -198,13 +207,15 @@ class Relay(Response):
             tokens_per_event=grant.flight.tokens_per_event,
             report_mark=attempt.report.mark,
         )
+        attempt.used = None
         answer = await upstream.send(self._passage.session, grant.engine, self._path, body, self._passage.headers)
-        is_stream = answer.status == 200 and answer.content_type == _EVENT_STREAM
-        attempt.has_answered = not is_stream
+        attempt.is_stream = answer.status == 200 and answer.content_type == _EVENT_STREAM
+        attempt.has_answered = not attempt.is_stream
         try:
             if answer.status != 200:
+                attempt.used = NOTHING
                 raise await self._refusal(attempt, answer)
-            if is_stream:
+            if attempt.is_stream:
                 await self._stream(attempt, answer, send)
             else:
                 await self._whole(attempt, await answer.read(), send)
@@ -217,11 +228,13 @@ class Relay(Response):
             attempt.engine.breaker.note_failure()
             if not await attempt.engine.check():
                 return upstream.lost(attempt.engine)
-        return engine_error(answer.status, body)
+        return self._explained(engine_error(answer.status, body))
 
     async def _whole(self, attempt: _Attempt, body: bytes, send: Send) -> None:
-        self._record.usage = self._form.read_usage(body)
+        attempt.used = self._used = self._form.read_usage(body)
         body = attempt.report.take_drops(body)
+        if self._call.has_offsets:
+            body = await asyncio.to_thread(attempt.offsets.mend, body)
         self._finish(attempt, streamed=False)
         await self._send_whole(attempt, body, send)
 
@@ -232,10 +245,14 @@ class Relay(Response):
             attempt.has_answered = not splicer.is_opening
             if not events:
                 continue
+            if self._call.has_offsets and not attempt.joins:
+                events = attempt.offsets.mend_events(events)
             if num_events := splicer.count(events):
                 attempt.exchange.heard(num_events)
+            if num_ended := len(FINISHED.findall(events)):
+                self._passage.admission.end_sequences(attempt.grant, num_ended)
             await self._pass_on(attempt, events, send)
-        self._record.usage = splicer.usage
+        attempt.used = self._used = splicer.usage
         if not splicer.done:
             await self._lose(attempt, Stop.LOST, send)
             return
@@ -243,14 +260,14 @@ class Relay(Response):
         if attempt.joins:
             if self._call.size.num_sequences > 1:
                 attempt.report.drops = {}  # one choice's, where all are meant
-            await self._send_whole(attempt, splicer.answer(), send)
+            await self._send_whole(attempt, self._mended(attempt, splicer.answer()), send)
         else:
             await self._end(send)
 
     async def _pass_on(self, attempt: _Attempt, events: bytes, send: Send) -> None:
         if attempt.joins:
             if refusal := attempt.splicer.refusal(events):
-                raise refusal
+                raise self._refused(attempt, refusal)
             return
         with attempt.exchange.sending():
             if not self._has_begun:
@@ -263,7 +280,7 @@ class Relay(Response):
         vLLM finds some faults of a request (a token that is not in the vocabulary) after it has begun to stream.
         """
         if refusal := attempt.splicer.refusal(events):
-            raise refusal
+            raise self._refused(attempt, refusal)
         self._record.first_token_s = self._record.elapsed_s()
         await self._start(attempt, send, f"{_EVENT_STREAM}; charset=utf-8")
 
@@ -289,6 +306,8 @@ class Relay(Response):
 
     async def _lose(self, attempt: _Attempt, why: Stop, send: Send) -> None:
         """The engine's answer broke off: an error event if some of it is with the client, another try if nothing of it had come."""
+        if not self._has_begun:
+            attempt.used = self._used = NOTHING  # the client has nothing of it
         if not attempt.has_answered:
             raise _LostError
         attempt.engine.breaker.note_failure()
@@ -304,24 +323,41 @@ class Relay(Response):
         """Return what there is."""
         attempt.report.is_truncated = self._record.is_truncated = True
         self._record.num_drops = attempt.report.num_drops
-        usage = self._record.usage = self._used_so_far(attempt)
         self._note_deadline(attempt, is_met=self._record.elapsed_s() <= (self._call.terms.budget_s or 0.0))
+        usage = self._used or Usage(
+            prompt_tokens=self._prompt_tokens(), completion_tokens=attempt.grant.flight.num_tokens
+        )
         self._note_length(is_cut=True)
         if not self._call.streams:
-            await self._send_whole(attempt, attempt.splicer.cut_answer(usage), send)
+            await self._send_whole(attempt, self._mended(attempt, attempt.splicer.cut_answer(usage)), send)
             return
         additions = Additions(population=attempt.report.end(self._record.elapsed_s()), model=self._model)
         if not self._has_begun:
             await self._start(attempt, send, f"{_EVENT_STREAM}; charset=utf-8")
         await self._end(send, attempt.splicer.cut_events(usage, additions))
 
-    def _used_so_far(self, attempt: _Attempt) -> Usage:
-        """What a request used that is cut. Where the engine has not told its prompt's length, that is known or guessed."""
-        found = attempt.splicer.usage_so_far(self._call.size.num_choices)
-        if found is not None and found.prompt_tokens:
-            return found
-        prompt_tokens = round(self._passage.pool.prompt_tokens(self._call.size))
-        return Usage(prompt_tokens=prompt_tokens, completion_tokens=0 if found is None else found.completion_tokens)
+    def _computed(self, attempt: _Attempt) -> Usage | None:
+        """What the engine computed until now; None while that does not show."""
+        is_whole = not self._call.streams_from_engine or (attempt.has_answered and not attempt.is_stream)
+        if attempt.used is not None or is_whole:
+            return attempt.used
+        size = self._call.size
+        if attempt.exchange.is_behind:  # the client takes nothing, and the engine goes on behind what lies ready for it
+            return Usage(prompt_tokens=self._prompt_tokens(), completion_tokens=size.total_tokens)
+        counted = attempt.splicer.usage or attempt.splicer.usage_so_far(size.num_choices)
+        if counted is not None and counted.prompt_tokens and size.num_prompts == 1:
+            return counted
+        if (
+            counted is not None
+        ):  # of the prompts that came to their turn, or of none, where the engine counts them at the end
+            return replace(counted, prompt_tokens=max(self._prompt_tokens(), counted.prompt_tokens))
+        if attempt.grant.flight.num_tokens:  # an engine that does not count on the way
+            return None
+        return Usage(prompt_tokens=self._prompt_tokens(), completion_tokens=0)
+
+    def _prompt_tokens(self) -> int:
+        """Its prompts' length, as far as it is known before the engine counts them."""
+        return round(self._passage.pool.prompt_tokens(self._call.size))
 
     async def _send_whole(self, attempt: _Attempt, body: bytes, send: Send) -> None:
         population = attempt.report.end(self._record.elapsed_s())
@@ -332,13 +368,15 @@ class Relay(Response):
     def _finish(self, attempt: _Attempt, *, streamed: bool) -> None:
         """The engine's answer is complete."""
         attempt.engine.breaker.note_success()
+        if self._has_begun:
+            self._note_tier(attempt)  # members may have left since
         self._record.num_drops = attempt.report.num_drops
         budget_s = self._call.terms.budget_s
         if budget_s is not None:
             self._note_deadline(attempt, is_met=self._record.elapsed_s() <= budget_s)
         self._note_length()
         attempt.exchange.teach(
-            self._record.usage,
+            self._used,
             streamed=streamed,
             characters=0 if self._call.size.prompt_tokens else self._call.size.prompt_characters,
         )
@@ -349,15 +387,31 @@ class Relay(Response):
 
     def _note_length(self, *, is_cut: bool = False) -> None:
         """Learn how long answers are, where the request did not say."""
-        usage = self._record.usage
+        usage = self._used
         if usage is not None or is_cut:
             tokens = 0.0 if usage is None else usage.completion_tokens / self._call.size.num_sequences
             lengths = self._passage.admission.lengths
             lengths.observe(self._call.size, self._passage.tenant.name, tokens, is_cut=is_cut)
 
+    def _mended(self, attempt: _Attempt, body: bytes) -> bytes:
+        return attempt.offsets.mend(body) if self._call.has_offsets else body
+
+    def _refused(self, attempt: _Attempt, refusal: ApiError) -> ApiError:
+        attempt.used = NOTHING
+        return self._explained(refusal)
+
+    def _explained(self, error: ApiError) -> ApiError:
+        context_length = self._passage.offer.population.context_length
+        asked = None if self._call.size.max_tokens >= context_length else self._call.size.max_tokens
+        return explain_length(error, max_tokens=asked, context_length=context_length)
+
+    def _note_tier(self, attempt: _Attempt) -> None:
+        self._record.tier_served = attempt.report.served.name
+        self._record.is_shrunk = attempt.report.served.name != self._call.choice.tier.name
+
     def _note_deadline(self, attempt: _Attempt, *, is_met: bool) -> None:
         self._record.is_deadline_met = is_met
-        usage, flight = self._record.usage, attempt.grant.flight
+        usage, flight = self._used, attempt.grant.flight
         # An answer that became longer than it was planned says nothing of the engine.
         is_longer = usage is not None and usage.completion_tokens > flight.num_sequences * flight.work.max_tokens
         if attempt.grant.is_promised and not is_longer:
@@ -374,9 +428,8 @@ class Relay(Response):
         self, attempt: _Attempt, send: Send, content_type: str, *, content_length: int | None = None
     ) -> None:
         self._has_begun = True
-        self._record.tier_served = attempt.grant.tier.name
-        self._record.is_shrunk = attempt.grant.tier.name != self._call.choice.tier.name
-        headers = [(b"content-type", content_type.encode()), (TIER_HEADER, attempt.grant.tier.name.encode())]
+        self._note_tier(attempt)
+        headers = [(b"content-type", content_type.encode()), (TIER_HEADER, attempt.report.served.name.encode())]
         if content_length is None:
             # no proxy is to hold events back
             headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
@@ -401,11 +454,13 @@ class Relay(Response):
         await send({"type": "http.response.body", "body": body})
 
 
-async def _cancel(task: asyncio.Task[None]) -> None:
+async def cancel(task: asyncio.Task[Any]) -> None:
+    """End a task and wait until it has."""
     task.cancel()
     await asyncio.wait({task})
 
 
-async def _disconnected(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
+    """Wait until the client leaves. Its body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,21 +1,26 @@
 """Rates of a tenant: requests per second and tokens per minute, taken before a request is served and settled after it."""
 
+import asyncio
 import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from chorus.serve.gateway.errors import ApiError
 from chorus.serve.gateway.splice import Usage
 from chorus.serve.gateway.store import Bucket, Store
 from chorus.serve.gateway.tenants import Tenant
-from chorus.serve.gateway.terms import Size
+
+_LONGEST_WAIT_S = 24 * 3600
+NOTHING = Usage(prompt_tokens=0, completion_tokens=0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Charge:
-    """What was taken for a request."""
+@dataclass(kw_only=True)
+class Bill:
+    """What a request costs, filled in by those who serve it."""
 
-    bucket: Bucket
-    tokens: float
+    used: Usage | None = NOTHING
+    """What the engine computed so far; None while that cannot be known: then the charge stays as it was taken."""
 
 
 def _request_bucket(tenant: Tenant) -> Bucket | None:
@@ -28,32 +33,36 @@ def _token_bucket(tenant: Tenant) -> Bucket | None:
     return None if rate is None else Bucket(name=f"tokens:{tenant.name}", rate_per_s=rate / 60, burst=rate)
 
 
-async def charge(store: Store, tenant: Tenant, size: Size, prompt_tokens: float) -> Charge | None:
-    """Take a request's share of its tenant's rates: the prompt, and every token that may be generated.
+@asynccontextmanager
+async def charged(store: Store, tenant: Tenant, tokens: float) -> AsyncIterator[Bill]:
+    """Take a request's share of its tenant's rates, `tokens` at most, and settle it to the bill's `used` however it ends.
+
+    A request may ask for more than the burst: it takes the burst, and what it used beyond that is a debt.
 
     Raises:
         ApiError: 429 with the time after which there is enough.
     """
-    if (requests := _request_bucket(tenant)) and (wait_s := await store.take(requests, 1.0)):
+    requests, bucket = _request_bucket(tenant), _token_bucket(tenant)
+    if requests and (wait_s := await store.take(requests, 1.0)):
         raise _too_many(f"{tenant.requests_per_s:g} requests per second", wait_s)
-    if (bucket := _token_bucket(tenant)) is None:
-        return None
-    tokens = min(prompt_tokens + size.total_tokens, bucket.burst)
-    if wait_s := await store.take(bucket, tokens):
-        if requests:
-            await store.settle(requests, -1.0)
-        raise _too_many(f"{tenant.tokens_per_min:g} tokens per minute", wait_s)
-    return Charge(bucket=bucket, tokens=tokens)
-
-
-async def settle(store: Store, taken: Charge | None, usage: Usage | None) -> None:
-    """Correct what was taken to what was used. Where that is not known (the client left), it stays."""
-    if taken is not None and usage is not None:
-        await store.settle(taken.bucket, usage.prompt_tokens + usage.completion_tokens - taken.tokens)
+    taken = 0.0
+    if bucket:
+        taken = min(tokens, bucket.burst)
+        if wait_s := await store.take(bucket, taken):
+            if requests:
+                await store.settle(requests, -1.0)
+            raise _too_many(f"{tenant.tokens_per_min:g} tokens per minute", wait_s)
+    bill = Bill()
+    try:
+        yield bill
+    finally:
+        if bucket and bill.used is not None:
+            used = bill.used.prompt_tokens + bill.used.completion_tokens
+            await asyncio.shield(store.settle(bucket, used - taken))
 
 
 def _too_many(what: str, wait_s: float) -> ApiError:
-    retry_after_s = max(1, math.ceil(wait_s))
+    retry_after_s = max(1, math.ceil(min(wait_s, _LONGEST_WAIT_S)))
     return ApiError(
         429,
         f"this API key's rate of {what} is used up; come back in {retry_after_s} s.",

@@ -3,6 +3,7 @@
 import json
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,9 @@ class Report:
 
     offer: Offer
     tier: Tier
+    """With which it began."""
+    tiers: Sequence[Tier] = ()
+    """Those that may stand in for it, from the largest on."""
     most_members: int | None
     """How many of the tier's members it began with, if not with all."""
     asked: str
@@ -37,13 +41,22 @@ class Report:
     is_truncated: bool = False
     num_drops: int = 0
     """Members that left on the way, of all choices, as far as the engine says so."""
+    _num_tokens: int = 0
+    _num_member_tokens: int = 0
+    """Tokens of all choices whose members are known, and the same counted once for each of these."""
+
+    @property
+    def served(self) -> Tier:
+        """The tier that the answer amounts to: the smallest with as many members as its tokens had on average."""
+        if not self._num_tokens:
+            return self.tier
+        members = round(self._num_member_tokens / self._num_tokens)
+        fitting = [tier for tier in self.tiers if members <= tier.budget <= self.tier.budget]
+        return min(fitting, key=lambda tier: tier.budget, default=self.tier)
 
     def begin(self) -> bytes:
         """The object as far as it is known when the answer begins."""
-        known = self.offer.population_json[self.tier.name]
-        if not (extra := self._choice()):
-            return known
-        return known[:-1] + b"," + _dumps(extra)[1:]
+        return self._object(self._choice())
 
     def end(self, elapsed_s: float) -> bytes:
         """The object when the answer is complete, `elapsed_s` after the request arrived."""
@@ -52,9 +65,11 @@ class Report:
             is_met = elapsed_s <= self.terms.budget_s
             extra |= {"elapsed_ms": round(1000 * elapsed_s, 1), "deadline": "met" if is_met else "missed"}
             extra |= {"truncated": self.is_truncated, **self.drops}
-        if not extra:
-            return self.offer.population_json[self.tier.name]
-        return self.offer.population_json[self.tier.name][:-1] + b"," + _dumps(extra)[1:]
+        return self._object(extra)
+
+    def _object(self, extra: dict[str, Any]) -> bytes:
+        known = self.offer.population_json[self.served.name]
+        return known[:-1] + b"," + _dumps(extra)[1:] if extra else known
 
     def take_drops(self, body: bytes) -> bytes:
         """Take the engine's report of dropped members out of its answer, where vLLM carries it in a field for other purposes."""
@@ -80,11 +95,14 @@ class Report:
     def _note(self, found: dict[str, Any]) -> None:
         self.drops = {key: found[key] for key in _FIELDS if key in found}
         at_start = 0 if self.most_members is None else len(self.tier.members) - self.most_members
+        for members, tokens in self.drops.get("members_per_token", ()):
+            self._num_tokens += tokens
+            self._num_member_tokens += members * tokens
         self.num_drops += max(0, len(self.drops.get("drops", ())) - at_start)
 
     def _choice(self) -> dict[str, Any]:
         extra: dict[str, Any] = {}
-        if self.terms.budget_s is not None or (self.asked != "default" and self.asked != self.tier.name):
+        if self.terms.budget_s is not None or (self.asked != "default" and self.asked != self.served.name):
             extra["tier_asked"] = self.asked
         if self.terms.budget_s is not None:
             if self.most_members is not None:

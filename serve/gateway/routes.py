@@ -1,6 +1,8 @@
 """The gateway's routes."""
 
+import re
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -9,11 +11,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import PlainTextResponse
 
 from chorus.population.assemble import chorus_version
-from chorus.serve.gateway import disagreement, document, upstream
+from chorus.serve.gateway import aside, disagreement, document, upstream
 from chorus.serve.gateway.calls import Kind
 from chorus.serve.gateway.entry import gateway_of, offer_for, read
 from chorus.serve.gateway.errors import MESSAGES, ApiError, unavailable
 from chorus.serve.gateway.proxy import Relay
+from chorus.serve.gateway.quotas import NOTHING, Bill
+from chorus.serve.gateway.splice import Usage
 from chorus.serve.gateway.tiers import tiers_between
 
 
@@ -30,7 +34,9 @@ router = APIRouter()
 
 
 _ENGINE_ERRORS = (400, 401, 403, 404, 413, 422, 429, 500, 503, 504)
-_TOKEN_ERRORS = (400, 401, 403, 404, 413, 422, 500, 503)
+_TOKEN_ERRORS = (400, 401, 403, 404, 413, 422, 429, 500, 503, 504)
+_COUNT = re.compile(rb'"count"\s*:\s*(\d{1,15})')
+"""How many tokens an engine cut a text into."""
 
 
 async def _relay(path: str, request: Request, kind: Kind) -> Response:
@@ -41,10 +47,22 @@ async def _relay(path: str, request: Request, kind: Kind) -> Response:
 
 
 async def _forward(path: str, request: Request) -> Response:
-    call, passage = await read(request, "tokens")
-    engine = passage.pool.candidates()[0]
-    body = await upstream.fetch(passage.session, engine, path, call.body(), passage.headers)
-    return Response(body, media_type="application/json")
+    call, passage = await read(request, "tokens", is_aside=True)
+    tokens = round(passage.pool.prompt_tokens(call.size))
+
+    async def work(bill: Bill) -> Response:
+        engine = passage.pool.candidates()[0]
+        bill.used = None
+        try:
+            body = await upstream.fetch(passage.session, engine, path, call.body(), passage.headers)
+        except ApiError:
+            bill.used = NOTHING
+            raise
+        count = _COUNT.search(body)
+        bill.used = Usage(prompt_tokens=int(count[1]) if count else tokens, completion_tokens=0)
+        return Response(body, media_type="application/json")
+
+    return await aside.serve(request.receive, gateway_of(request).turns, passage, tokens, work)
 
 
 @relays.post(
@@ -110,7 +128,10 @@ async def count_tokens(request: Request) -> Response:
 )
 async def show_disagreement(request: Request) -> dict[str, Any]:
     """How much the members of a tier disagree about each token of a text, given as token ids."""
-    return await disagreement.find(*await read(request, "completion"))
+    call, passage = await read(request, "completion", is_aside=True)
+    tokens = disagreement.size_of(call).prompt_tokens
+    work = partial(disagreement.find, call, passage)
+    return await aside.serve(request.receive, gateway_of(request).turns, passage, tokens, work)
 
 
 @router.post(

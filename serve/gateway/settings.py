@@ -11,6 +11,7 @@ from chorus.serve.gateway.discovery import DNS, SHARED
 from chorus.serve.gateway.keys import Keys
 from chorus.serve.gateway.tiers import default_tier
 
+_LEAST_ASIDE_BYTES = 256 * 1024
 _OURS = ("--model", "--host", "--port", "--uds", "--served-model-name", "--api-key")
 
 
@@ -96,6 +97,11 @@ class Settings:
                 )
         if self.redis is not None and not self.redis.startswith(("redis://", "rediss://", "unix://")):
             raise ChorusError(f"redis {self.redis!r} is not an address such as redis://127.0.0.1:6379/0.")
+
+    @property
+    def max_aside_bytes(self) -> int:
+        """Longest body of a request beside completions: more than fits a context as text or as token ids."""
+        return min(self.max_body_bytes, max(_LEAST_ASIDE_BYTES, 8 * self.population.context_length))
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -1,4 +1,5 @@
-"""How much work a request asks for, read from its body without a tokenizer. What is odd counts as little: the engine refuses it."""
+"""How much work a request asks for, read from its body without a tokenizer. A prompt that is odd counts as little: the engine
+refuses it."""
 
 from typing import Any
 
@@ -9,22 +10,33 @@ _COMPLETION_DEFAULT_TOKENS = 16
 
 
 def read_size(fields: dict[str, Any], kind: str, context_length: int) -> Size:
-    """The size of a request that members serve."""
+    """The size of a request that members serve, whose counts were checked and are not null."""
     texts, num_tokens, num_prompts = _prompt(fields, kind)
     characters = sum(len(text) for text in texts)
     fallback = _COMPLETION_DEFAULT_TOKENS if kind == "completion" else context_length
     names = {"chat": ("max_completion_tokens", "max_tokens"), "responses": ("max_output_tokens",)}
-    asked = None
-    for name in names.get(kind, ("max_tokens",)):
-        asked = asked or _natural(fields.get(name))
-    num_choices = max(1, _natural(fields.get("n")) or 1) if kind in ("completion", "chat") else 1
+    asked: int | None = next((fields[name] for name in names.get(kind, ("max_tokens",)) if name in fields), None)
+    has_choices = kind in ("completion", "chat")
+    num_choices: int = fields.get("n", 1) if has_choices else 1
     return Size(
-        num_sequences=num_prompts * num_choices,
+        num_sequences=num_prompts * max(num_choices, fields.get("best_of", 1) if has_choices else 1),
         num_choices=num_choices,
+        num_prompts=num_prompts,
         prompt_tokens=num_tokens,
         prompt_characters=characters,
         max_tokens=min(fallback if asked is None else asked, context_length),
         is_open=asked is None and kind != "completion",
+    )
+
+
+def read_text(fields: dict[str, Any]) -> Size:
+    """The size of what is to be cut into tokens, or joined."""
+    prompt, messages, tokens = (fields.get(name) for name in ("prompt", "messages", "tokens"))
+    texts = [prompt] if isinstance(prompt, str) else _texts(messages)
+    return Size(
+        prompt_tokens=len(tokens) if isinstance(tokens, list) else 0,
+        prompt_characters=sum(len(text) for text in texts),
+        max_tokens=0,
     )
 
 
@@ -36,17 +48,18 @@ def _prompt(fields: dict[str, Any], kind: str) -> tuple[list[str], int, int]:
     if kind in ("responses", "messages"):
         parts = [fields.get(name) for name in ("system", "instructions", "input", "messages")]
         return [text for part in parts for text in ([part] if isinstance(part, str) else _texts(part))], 0, 1
-    prompt = fields.get("prompt")
+    prompt, embeds = fields.get("prompt"), fields.get("prompt_embeds")
+    num_embeds = len(embeds) if isinstance(embeds, list) else int(embeds is not None)
     match prompt:
         case str():
-            return [prompt], 0, 1
+            return [prompt], 0, 1 + num_embeds
         case [int(), *_]:
-            return [], len(prompt), 1
+            return [], len(prompt), 1 + num_embeds
         case [_, *_]:
             tokens = sum(len(part) for part in prompt if isinstance(part, list))
-            return [part for part in prompt if isinstance(part, str)], tokens, len(prompt)
+            return [part for part in prompt if isinstance(part, str)], tokens, len(prompt) + num_embeds
         case _:
-            return [], 0, 1
+            return [], 0, max(1, num_embeds)
 
 
 def _texts(value: object) -> list[str]:
@@ -62,7 +75,3 @@ def _texts(value: object) -> list[str]:
             return found
         case _:
             return []
-
-
-def _natural(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

@@ -16,9 +16,12 @@ ERROR = b'data: {"error"'
 _OBJECT = b"data: {"
 _MODEL = re.compile(rb'"model"\s*:\s*"(?:[^"\\]|\\.)*"')
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
-_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
+FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
 _INDEX = re.compile(rb'"choices"\s*:\s*\[\s*\{\s*"index"\s*:\s*(\d+)')
-_USAGE_SO_FAR = re.compile(rb',\s*"usage"\s*:\s*\{(?:[^{}]|\{[^{}]*\})*\}')
+_USAGE_SO_FAR = re.compile(
+    rb',\s*"usage"\s*:\s*\{\s*"prompt_tokens"\s*:\s*(\d{1,15}),\s*"total_tokens"\s*:\s*\d+,\s*"completion_tokens"\s*:\s*(\d{1,15})'
+    rb"(?:[^{}]|\{[^{}]*\})*\}"
+)
 _PROMPT_TOKENS = re.compile(rb'"usage"\s*:\s*\{.*?"prompt_tokens"\s*:\s*(\d+)', re.DOTALL)
 _COMPLETION_TOKENS = re.compile(rb'"usage"\s*:\s*\{.*?"completion_tokens"\s*:\s*(\d+)', re.DOTALL)
 
@@ -92,7 +95,8 @@ class EventSplicer:
         self._at_end = at_end
         self._counts = counts
         self._hides_counts = hides_counts
-        self._used: dict[int, Usage] = {}
+        self._used: dict[int, tuple[int, int]] = {}
+        """Tokens of its prompt and of itself, by choice."""
         self._rest = b""
         self._saw_first = False
         self._first = b""
@@ -111,8 +115,8 @@ class EventSplicer:
         if not self._used:
             return None
         # The choices of a prompt follow each other, and each has the prompt's tokens in its count.
-        prompts = {idx // num_choices: used.prompt_tokens for idx, used in self._used.items()}
-        completion_tokens = sum(used.completion_tokens for used in self._used.values())
+        prompts = {idx // num_choices: prompt_tokens for idx, (prompt_tokens, _) in self._used.items()}
+        completion_tokens = sum(tokens for _, tokens in self._used.values())
         return Usage(prompt_tokens=sum(prompts.values()), completion_tokens=completion_tokens)
 
     def feed(self, data: bytes) -> bytes:
@@ -127,7 +131,7 @@ class EventSplicer:
         events = data[:end] if self._rest else data
         if DONE in events:
             self.done = events.startswith(DONE) or b"\n" + DONE in events
-        is_last = self._at_end is not None and _FINISHED.search(events)
+        is_last = self._at_end is not None and FINISHED.search(events)
         has_more = self._counts or is_last or _NO_CHOICES.search(events)
         if self._saw_first and self._additions.model is None and not has_more:
             return events  # the common case: nothing to add, nothing to take out
@@ -144,12 +148,14 @@ class EventSplicer:
             event = self._count(event)
         first, self._saw_first = not self._saw_first, True
         self._first = self._first or event
-        if self._at_end is not None and _FINISHED.search(event):
+        if self._at_end is not None and FINISHED.search(event):
             event, population = self._at_end(event)
             return replace(self._additions, population=population).splice(event)
         return self._additions.splice(event, first=first)
 
     def _count(self, event: bytes) -> bytes:
-        if (index := _INDEX.search(event)) and (usage := read_usage(event)):
-            self._used[int(index[1])] = usage
-        return _USAGE_SO_FAR.sub(b"", event, count=1) if self._hides_counts else event
+        if (used := _USAGE_SO_FAR.search(event, max(0, event.rfind(b'"usage"') - 8))) is None:
+            return event
+        if index := _INDEX.search(event):
+            self._used[int(index[1])] = int(used[1]), int(used[2])
+        return event[: used.start()] + event[used.end() :] if self._hides_counts else event

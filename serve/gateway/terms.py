@@ -29,6 +29,7 @@ class Size:
     """Answers that are generated side by side."""
     num_choices: int = 1
     """How many of them to each prompt."""
+    num_prompts: int = 1
     prompt_tokens: int = 0
     """Of prompts given as token ids, all sequences together."""
     prompt_characters: int = 0

@@ -257,7 +257,6 @@ def read(population: Population) -> Call:
     [
         {"latency_budget_ms": 1},  # hopeless: served at their floor whatever is decided
         {"latency_budget_ms": 86_400_000, "max_tokens": 4000},  # nobody waits for as long as that
-        {"n": 100_000},  # the engine will refuse it
         {"max_tokens": 0, "echo": True},  # prompts to be scored
     ],
 )

@@ -47,11 +47,14 @@ def test_usage_is_always_asked_for_in_streams_and_whether_the_client_did_is_note
         return read_call(json.dumps({"prompt": "a", **fields}).encode(), "completion", tiny, default_tier(tiny))
 
     streaming = call(stream=True)
-    assert json.loads(streaming.body())["stream_options"] == {"include_usage": True}
+    counted = {"include_usage": True, "continuous_usage_stats": True}
+    assert json.loads(streaming.body())["stream_options"] == counted
+    assert not streaming.wants_counts
     assert not streaming.wants_usage
     asked = call(stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True})
-    assert json.loads(asked.body())["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
+    assert json.loads(asked.body())["stream_options"] == counted
     assert asked.wants_usage
+    assert asked.wants_counts
     assert "stream_options" not in json.loads(call(stream=False).body())
 
 

@@ -12,6 +12,7 @@ import pytest
 from chorus.population.manifest import Population
 from chorus.serve.gateway.assembly import Assembly
 from chorus.serve.gateway.splice import Usage
+from tests.live import wait_for
 from tests.serve.gateway.conftest import Pair, gateway_before, known
 from tests.serve.gateway.scripted import DONE, USAGE, WHOLE, ScriptedEngine, event
 
@@ -66,6 +67,31 @@ def test_the_engines_drops_are_reported_in_the_population_object(pair: Pair) -> 
     assert answer["population"]["drops"] == drops["drops"]
     assert answer["population"]["members_per_token"] == drops["members_per_token"]
     assert answer["kv_transfer_params"] is None
+
+
+def test_an_answer_that_one_member_gave_has_the_name_of_a_tier_with_one(pair: Pair) -> None:
+    drops = {
+        "members_per_token": [[4, 1], [1, 9]],
+        "drops": [{"member": "t0-c00", "at_token": 1, "reason": "late"}] * 3,
+    }
+    whole = json.dumps({**json.loads(WHOLE), "kv_transfer_params": drops}).encode()
+    pair.engine.steps, pair.engine.content_type = [whole], "application/json"
+    answer = ask(pair, latency_budget_ms=5000)
+    assert pair.engine.bodies[-1]["vllm_xargs"]["chorus_tier"] == "max"
+    found = answer.json()["population"]
+    assert (found["tier"], found["tier_asked"], len(found["members"])) == ("economy", "default", 1)
+    assert answer.headers["x-chorus-tier"] == "economy"
+    metrics = httpx.get(f"{pair.url}/metrics").text
+    assert 'chorus_gateway_shrunk_requests_total{tier_served="economy"} 1.0' in metrics
+
+
+def test_a_stream_whose_members_left_says_so_at_its_end(pair: Pair, mark: str) -> None:
+    report = {"members_per_token": [[1, 9]], "drops": [{"member": "t0-c00", "at_token": 0, "reason": "start"}] * 3}
+    pair.engine.steps = [event("a"), told(mark, {**report, "stop_reason": None}), USAGE, DONE]
+    first, last = events(ask(pair, stream=True, latency_budget_ms=5000))
+    assert (first["population"]["tier"], last["population"]["tier"]) == ("max", "economy")
+    counted = re.compile(r'^chorus_gateway_requests_total.*tier_served="economy"', re.MULTILINE)
+    wait_for("the count", lambda: counted.search(httpx.get(f"{pair.url}/metrics").text), timeout_s=10)
 
 
 def test_a_stream_says_at_its_end_whether_the_deadline_was_met(pair: Pair) -> None:

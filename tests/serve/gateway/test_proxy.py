@@ -214,6 +214,37 @@ def test_the_engines_refusal_keeps_its_sentence_and_its_parameter(pair: Pair) ->
     }
 
 
+LONG = (
+    "This model's maximum context length is 200 tokens. However, your prompt contains at least 185 input tokens, which exceeds "
+    "this limit even without any output tokens. Please reduce the length of the input prompt."
+)
+
+
+@pytest.mark.parametrize(
+    ("message", "fields", "parts"),
+    [
+        (LONG, {"max_tokens": 16}, ("it may have 184 tokens", "context of 200", "max_tokens, which is 16")),
+        ("max_tokens must be at least 1, got 0.", {}, ("it may have 240 tokens", "context of 256", "which is 16")),
+        ("max_tokens must be at least 1, got 0.", {"max_tokens": 256}, ("it may have 255 tokens", "at least 1.")),
+    ],
+)
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_with_what_has_to_fit(
+    pair: Pair, message: str, fields: dict[str, Any], parts: tuple[str, ...]
+) -> None:
+    pair.engine.status, pair.engine.content_type = 400, "application/json"
+    pair.engine.steps = [json.dumps({"error": {"message": message, "param": "input_tokens", "code": 400}}).encode()]
+    error = httpx.post(f"{pair.url}/v1/completions", json={"prompt": "a", **fields}).json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert all(part in error["message"] for part in parts), error["message"]
+
+
+def test_an_answer_of_no_tokens_that_was_asked_for_is_the_clients_own(pair: Pair) -> None:
+    pair.engine.status, pair.engine.content_type = 400, "application/json"
+    pair.engine.steps = [b'{"error": {"message": "max_tokens must be at least 1, got 0."}}']
+    error = httpx.post(f"{pair.url}/v1/completions", json={"prompt": "a", "max_tokens": 0}).json()["error"]
+    assert error["message"] == "max_tokens must be at least 1, got 0."
+
+
 def test_a_failure_of_a_healthy_engine_is_its_own_and_of_a_sick_one_a_503(pair: Pair) -> None:
     pair.engine.steps, pair.engine.status, pair.engine.content_type = [b"oops"], 500, "text/plain"
     healthy = complete(pair)

@@ -72,6 +72,7 @@ _CODE_SUFFIXES |= {
 }
 _READ_SUFFIXES = _TEXT_SUFFIXES | _CODE_SUFFIXES | ROW_SUFFIXES
 _FEW_FILES = 20  # of a folder: too few documents for splits, so that long ones are cut into passages
+_LONG_BYTES = 16_000  # of such a file
 _NAMED = 5  # files in one note
 _DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?(:.+)?")
 
@@ -108,8 +109,9 @@ def read_all_documents(
             document; every row of a `.jsonl` or `.parquet` file or `.json` array in it too), such a file of rows, or the name of a
             Hugging Face dataset, `NAME` or `NAME:CONFIG`, of which the train split is streamed. Files may be compressed.
         split_on: regular expression; a line of a text file where it matches begins a new document. Without it a file is cut
-            at lines `<|endoftext|>` if it has any; and a single file without them, or one of fewer than 20 in a folder, is cut at
-            blank lines into passages of about 4,000 characters, so that it can be split by whole documents at all.
+            at lines `<|endoftext|>` if it has any; and a single file without them, or a long one (16 kB) among fewer than 20 in a
+            folder, is cut at blank lines into passages of about 4,000 characters, so that it can be split by whole documents at
+            all; see `textfile.read_pieces`.
         text_field: the field of a row, or column of a dataset, that holds the text.
         notes: takes what is left out or cut otherwise than the user may expect.
 
@@ -301,8 +303,9 @@ def _read_folder(root: Path, split_on: str | None, text_field: str, notes: Notes
     left_out: list[str] = []
     for path in paths:
         name, num_given = str(path.relative_to(root)), 0
+        cut = len(paths) == 1 or (len(paths) < _FEW_FILES and path.stat().st_size > _LONG_BYTES)
         try:
-            for document in _read_file(path, name, split_on, text_field, passages=len(paths) < _FEW_FILES, notes=notes):
+            for document in _read_file(path, name, split_on, text_field, passages=cut, notes=notes):
                 yield document
                 num_given += 1
         except ChorusError as error:

@@ -136,10 +136,13 @@ def _head_problem(path: Path, head: bytes) -> str | None:
     if head.startswith(b"%PDF-"):
         return f"{path} is a PDF. Take the text out of it, for example with `pdftotext`."
     if (where := head.find(b"\0")) >= 0:
-        return (
-            f"{path} is binary, not text (NUL at byte {where}). If it is text, take them out: "
-            f"`tr -d '\\0' < {shlex.quote(str(path))} > {shlex.quote(str(_beside(path)))}`."
-        )
+        binary = f"{path} is binary, not text (NUL at byte {where})."
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(head)
+        except UnicodeDecodeError:
+            return binary
+        take_out = f"tr -d '\\0' < {shlex.quote(str(path))} > {shlex.quote(str(_beside(path)))}"
+        return f"{binary} If it is text all the same, take them out: `{take_out}`."
     return None
 
 

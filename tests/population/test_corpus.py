@@ -131,6 +131,12 @@ def test_a_corpus_without_blank_lines_can_be_split(split: str, tmp_path: Path) -
     assert all(document.text.endswith("\n") for document in documents)
 
 
+def test_short_files_of_a_folder_stay_whole(tmp_path: Path) -> None:
+    for idx in range(3):
+        (tmp_path / f"{idx}.txt").write_text(f"{idx}\n" + "word \n\n" * 1_500)
+    assert [d.name for d in read_documents(str(tmp_path))] == ["0.txt", "1.txt", "2.txt"]
+
+
 def test_many_files_of_a_folder_stay_whole(tmp_path: Path) -> None:
     for idx in range(20):
         (tmp_path / f"{idx}.txt").write_text(f"{idx}\n{PTB[:40_000]}")

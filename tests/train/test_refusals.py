@@ -106,7 +106,7 @@ def test_a_corpus_smaller_than_a_batch(corpus: Path, tmp_path: Path) -> None:
 
 def test_text_that_is_not_utf8(corpus: Path, tmp_path: Path) -> None:
     (corpus / "latin.txt").write_bytes("café".encode("latin-1"))
-    assert "is not UTF-8 (byte 3)" in refusal(corpus, out=tmp_path / "out")
+    assert "is not UTF-8 (byte 3)" in refusal(corpus / "latin.txt", out=tmp_path / "out")
 
 
 def test_a_vocabulary_larger_than_the_corpus_yields(corpus: Path, tmp_path: Path) -> None:

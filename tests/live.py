@@ -103,10 +103,10 @@ class Served:
 
 
 @contextmanager
-def serving(app: Any) -> Iterator[Served]:
-    """Serve an ASGI app from a thread."""
+def serving(app: Any, **options: Any) -> Iterator[Served]:
+    """Serve an ASGI app from a thread; `options` are uvicorn's."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+        server = uvicorn.Server(uvicorn.Config(app, **{"log_config": None, "timeout_graceful_shutdown": 1, **options}))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:

@@ -4,11 +4,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from chorus.population.assemble import chorus_version
 from chorus.serve.gateway import document, errors, playground, routes
 from chorus.serve.gateway.gateway import Gateway
-from chorus.serve.gateway.records import RecordMiddleware
+from chorus.serve.gateway.proxy import TIER_HEADER
+from chorus.serve.gateway.records import REQUEST_ID, RecordMiddleware
 
 
 def create_app(gateway: Gateway) -> FastAPI:
@@ -24,8 +26,20 @@ def create_app(gateway: Gateway) -> FastAPI:
         version=chorus_version(),
         description="An OpenAI API whose answers are mixtures of a population's members, with a budget per request.",
         lifespan=lifespan,
+        redirect_slashes=False,  # a redirect would lead wherever the client's Host says, and out of TLS
+        docs_url=None,  # FastAPI's pages load scripts from elsewhere; ours is in `playground`
+        redoc_url=None,
     )
     app.state.gateway = gateway
+    if origins := gateway.settings.allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=(REQUEST_ID, TIER_HEADER.decode(), "retry-after"),
+            max_age=3600,
+        )
     app.add_middleware(
         RecordMiddleware,
         begin=gateway.metrics.begin,

@@ -62,6 +62,45 @@ import click
     type=click.FloatRange(0),
     help="Longest time, in seconds, for requests that are being answered when the server stops.",
 )
+@click.option(
+    "--max-body-mib",
+    default=2.0,
+    show_default=True,
+    type=click.FloatRange(0, 1024, min_open=True),
+    help="Longest request body; to parse a long one holds everybody up.",
+)
+@click.option(
+    "--max-connections",
+    type=click.IntRange(1),
+    help="Connections of clients; by default 4096, or half of the files that may be open.",
+)
+@click.option(
+    "--max-connections-per-address",
+    type=click.IntRange(1),
+    help="Connections from one IPv4 address or IPv6 /64 network; a quarter of all by default.",
+)
+@click.option(
+    "--idle-timeout",
+    default=75,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Seconds between two requests on a connection. A load balancer's must be shorter.",
+)
+@click.option(
+    "--trusted-proxy",
+    "trusted_proxies",
+    metavar="ADDRESS",
+    multiple=True,
+    help="Address or network whose X-Forwarded-For and X-Forwarded-Proto are believed, without a limit on its connections; several "
+    "times for several.",
+)
+@click.option(
+    "--allow-origin",
+    "allow_origins",
+    metavar="ORIGIN",
+    multiple=True,
+    help="Let web pages of this origin (https://app.example.com, or * for all) call the API; several times for several.",
+)
 @click.option("--verbose", is_flag=True, help="Show a line for each request, and the engine's own output.")
 @click.option(
     "--log-format",
@@ -96,6 +135,12 @@ def serve(
     stall_timeout: float,
     drain_delay: float,
     drain_timeout: float,
+    max_body_mib: float,
+    max_connections: int | None,
+    max_connections_per_address: int | None,
+    idle_timeout: int,
+    trusted_proxies: tuple[str, ...],
+    allow_origins: tuple[str, ...],
     verbose: bool,
     log_format: str,
     otlp_traces_endpoint: str | None,
@@ -109,9 +154,11 @@ def serve(
     """
     from chorus.serve.gateway import launch
     from chorus.serve.gateway.admission import Limits
+    from chorus.serve.gateway.connections import ConnectionLimits
 
     if engine_urls and engine_arguments:
         raise click.UsageError("arguments after -- are for an engine of our own; with --engine there is none.")
+    max_body_bytes = max(1, round(max_body_mib * 2**20))
     launch.serve(
         directory,
         host=host,
@@ -131,4 +178,13 @@ def serve(
         ),
         stall_timeout_s=stall_timeout,
         drain=launch.Drain(delay_s=drain_delay, timeout_s=drain_timeout),
+        connections=ConnectionLimits(
+            max_connections=max_connections,
+            max_per_address=max_connections_per_address,
+            idle_timeout_s=idle_timeout,
+            max_dropped_bytes=max_body_bytes,
+            trusted_proxies=trusted_proxies,
+        ),
+        max_body_bytes=max_body_bytes,
+        allow_origins=allow_origins,
     )

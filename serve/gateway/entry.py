@@ -5,6 +5,7 @@ Called by the routes, not declared as FastAPI's dependencies: to resolve those t
 
 from fastapi import Request
 
+from chorus.serve.gateway import quotas
 from chorus.serve.gateway.calls import Call, Kind, read_call
 from chorus.serve.gateway.errors import ApiError
 from chorus.serve.gateway.gateway import Gateway
@@ -35,17 +36,18 @@ def offer_for(request: Request) -> Offer:
 
 
 async def read(request: Request, kind: Kind, *, is_aside: bool = False) -> tuple[Call, Passage]:
-    """The call in a request's body, checked, and what it needs on its way. The body is read only for those whose key is known.
+    """The call in a request's body, checked, and what it needs on its way. The body is read only for a known key within its rate.
 
     One `is_aside` whose work grows with its body, though no member runs for it, or all do: it is bounded by what fits a context.
 
     Raises:
-        ApiError: its key, its length, or what the client must change.
+        ApiError: its key, its rate, its length, or what the client must change.
     """
     gateway = gateway_of(request)
     tenant = _tenant(request, gateway)
     passage = _passage(request, gateway, tenant, offer_to(tenant, gateway.offer))
-    body = await _body(request, gateway.settings.max_aside_bytes if is_aside else gateway.settings.max_body_bytes)
+    await quotas.take_request(gateway.store, tenant)
+    body = await gateway.bodies.read(request, gateway.settings.max_aside_bytes if is_aside else None)
     call = _read_call(body, kind, passage, gateway.offer)
     if call.is_served_by_a_tier:
         passage.record.tier_asked = call.choice.asked
@@ -91,21 +93,6 @@ def _passage(request: Request, gateway: Gateway, tenant: Tenant, offer: Offer) -
         record=record,
         stall_timeout_s=gateway.settings.stall_timeout_s,
     )
-
-
-async def _body(request: Request, limit: int) -> bytes:
-    """The request's body, refused as soon as it is known to be too long."""
-    declared = request.headers.get("content-length", "")
-    too_long = ApiError(413, f"the body is longer than {limit} bytes, the most that is accepted.", code="body_too_long")
-    if declared.isdecimal() and int(declared) > limit:
-        raise too_long
-    parts, length = [], 0
-    async for part in request.stream():
-        length += len(part)
-        if length > limit:
-            raise too_long
-        parts.append(part)
-    return b"".join(parts)
 
 
 def _read_call(body: bytes, kind: Kind, passage: Passage, full: Offer) -> Call:

@@ -144,12 +144,12 @@ def add_handlers(app: FastAPI) -> None:
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return respond(error, request.url.path)
+    return respond(error, request.scope["path"])
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    path = request.url.path
+    path = request.scope["path"]
     if error.status_code == 404 and (why := why_unserved(path)):
         return respond(ApiError(404, f"{path} is not served here: {why}", code="route_not_served"), path)
     what = {404: "there is no such route", 405: "this route has other methods"}.get(error.status_code)
@@ -162,7 +162,9 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    return respond(ApiError(422, f"{where}: {first['msg']}", code="invalid_request", param=where), request.url.path)
+    return respond(
+        ApiError(422, f"{where}: {first['msg']}", code="invalid_request", param=where), request.scope["path"]
+    )
 
 
 async def _on_client_disconnect(request: Request, error: Exception) -> Response:
@@ -173,7 +175,7 @@ async def _on_unforeseen(request: Request, error: Exception) -> Response:
     record = getattr(request.state, "record", None)
     headers = {"x-request-id": record.request_id} if record else {}
     message = "the gateway failed on this request; its log has the cause under the request's id"
-    return respond(ApiError(500, message, code="gateway_error", headers=headers), request.url.path)
+    return respond(ApiError(500, message, code="gateway_error", headers=headers), request.scope["path"])
 
 
 def _phrase(status: int) -> str:

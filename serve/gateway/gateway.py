@@ -12,6 +12,7 @@ from chorus.serve.gateway import upstream
 from chorus.serve.gateway.admission import Admission
 from chorus.serve.gateway.aside import Turns
 from chorus.serve.gateway.background import Background
+from chorus.serve.gateway.bodies import Bodies
 from chorus.serve.gateway.calibration import calibrate
 from chorus.serve.gateway.discovery import Discovery, changes
 from chorus.serve.gateway.echoes import Echoes
@@ -49,6 +50,11 @@ class Gateway:
         self.keys = settings.keys
         self._watches: dict[str, asyncio.Task[None]] = {}
         """Of the engines that others run, by address."""
+        self.bodies = Bodies(
+            max_bytes=settings.max_body_bytes,
+            max_bytes_together=max(settings.max_bodies_bytes, settings.max_body_bytes),
+            timeout_s=settings.body_timeout_s,
+        )
         self.store: Store = MemoryStore()
         if settings.redis is not None:
             from chorus.serve.gateway.redis_store import RedisStore  # only those who share need the client

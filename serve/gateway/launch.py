@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from rich.console import Console
@@ -23,6 +24,7 @@ from chorus.population.manifest import Population
 from chorus.serve.gateway import logs
 from chorus.serve.gateway.admission import Limits
 from chorus.serve.gateway.app import create_app
+from chorus.serve.gateway.connections import ConnectionLimits, server_options
 from chorus.serve.gateway.console import print_example, print_offer, print_ready
 from chorus.serve.gateway.gateway import Gateway
 from chorus.serve.gateway.keys import Keys
@@ -56,6 +58,9 @@ def serve(
     logs_json: bool = False,
     otlp_traces_endpoint: str | None = None,
     echo_part: float = 0.0,
+    connections: ConnectionLimits | None = None,
+    max_body_bytes: int = Settings.max_body_bytes,
+    allow_origins: tuple[str, ...] = (),
 ) -> None:
     """Serve until SIGINT or SIGTERM, then finish what is being answered and stop the engine.
 
@@ -78,9 +83,12 @@ def serve(
             echo_part=echo_part,
             limits=limits or Limits(),
             stall_timeout_s=stall_timeout_s,
+            max_body_bytes=max_body_bytes,
+            allow_origins=allow_origins,
         )
+        http = server_options(connections or ConnectionLimits(max_dropped_bytes=max_body_bytes))
         with _listen(host, port) as listener:
-            Run(settings=settings, listener=listener, console=Console(), drain=drain or Drain()).run()
+            Run(settings=settings, listener=listener, console=Console(), drain=drain or Drain(), http=http).run()
     except ChorusError:
         if log is not None and log.stat().st_size == 0:
             log.unlink()  # else it says why the engine failed
@@ -117,7 +125,15 @@ def max_num_seqs(engine_arguments: Sequence[str]) -> int | None:
 class Run:
     """One run of the server, from the first line on the console to the last."""
 
-    def __init__(self, *, settings: Settings, listener: socket.socket, console: Console, drain: "Drain") -> None:
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        listener: socket.socket,
+        console: Console,
+        drain: "Drain",
+        http: dict[str, Any],
+    ) -> None:
         self._settings = settings
         self._listener = listener
         self._console = console
@@ -129,11 +145,8 @@ class Run:
             drain,
             uvicorn.Config(
                 create_app(gateway),
-                log_config=None,
-                access_log=False,
-                server_header=False,
+                **http,
                 lifespan="on",
-                ws="none",
                 timeout_graceful_shutdown=round(drain.timeout_s),
             ),
         )

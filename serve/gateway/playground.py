@@ -1,13 +1,14 @@
-"""The page at `/`: three files beside this module, sent with headers that let nothing else in."""
+"""The pages at `/` and `/docs`: files beside this module, sent with headers that let nothing else in."""
 
+from functools import partial
 from pathlib import Path
 
 from fastapi import APIRouter, Response
 
 _DIRECTORY = Path(__file__).parent / "page"
-_FILES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
@@ -18,7 +19,7 @@ router = APIRouter(include_in_schema=False)
 
 def _file(name: str) -> Response:
     content = (_DIRECTORY / name).read_text(encoding="utf-8")
-    return Response(content, media_type=f"{_FILES[name]}; charset=utf-8", headers=_HEADERS)
+    return Response(content, media_type=f"{_TYPES[Path(name).suffix]}; charset=utf-8", headers=_HEADERS)
 
 
 @router.get("/")
@@ -27,13 +28,11 @@ async def index() -> Response:
     return _file("index.html")
 
 
-@router.get("/page/page.css")
-async def style() -> Response:
-    """Its style."""
-    return _file("page.css")
+@router.get("/docs")
+async def docs() -> Response:
+    """The API, as the OpenAPI document describes it."""
+    return _file("docs.html")
 
 
-@router.get("/page/page.js")
-async def script() -> Response:
-    """Its script."""
-    return _file("page.js")
+for _name in ("page.css", "page.js", "docs.js"):
+    router.add_api_route(f"/page/{_name}", partial(_file, _name))

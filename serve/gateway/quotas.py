@@ -33,23 +33,30 @@ def _token_bucket(tenant: Tenant) -> Bucket | None:
     return None if rate is None else Bucket(name=f"tokens:{tenant.name}", rate_per_s=rate / 60, burst=rate)
 
 
+async def take_request(store: Store, tenant: Tenant) -> None:
+    """Take a request from its tenant's rate of requests, before its body is read.
+
+    Raises:
+        ApiError: 429 with the time after which there is enough.
+    """
+    if (requests := _request_bucket(tenant)) and (wait_s := await store.take(requests, 1.0)):
+        raise _too_many(f"{tenant.requests_per_s:g} requests per second", wait_s)
+
+
 @asynccontextmanager
 async def charged(store: Store, tenant: Tenant, tokens: float) -> AsyncIterator[Bill]:
-    """Take a request's share of its tenant's rates, `tokens` at most, and settle it to the bill's `used` however it ends.
+    """Take tokens from the tenant's rate, and settle them to the bill's `used` however the request ends.
 
     A request may ask for more than the burst: it takes the burst, and what it used beyond that is a debt.
 
     Raises:
         ApiError: 429 with the time after which there is enough.
     """
-    requests, bucket = _request_bucket(tenant), _token_bucket(tenant)
-    if requests and (wait_s := await store.take(requests, 1.0)):
-        raise _too_many(f"{tenant.requests_per_s:g} requests per second", wait_s)
-    taken = 0.0
+    bucket, taken = _token_bucket(tenant), 0.0
     if bucket:
         taken = min(tokens, bucket.burst)
         if wait_s := await store.take(bucket, taken):
-            if requests:
+            if requests := _request_bucket(tenant):
                 await store.settle(requests, -1.0)
             raise _too_many(f"{tenant.tokens_per_min:g} tokens per minute", wait_s)
     bill = Bill()

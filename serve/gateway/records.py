@@ -35,6 +35,8 @@ class Record:
     """One request, filled in by whoever learns a part of it."""
 
     request_id: str
+    client: str | None = None
+    """Its address; as a trusted proxy tells, if one stands between."""
     route: str = "none"
     status: int = CLIENT_CLOSED_REQUEST
     """Of the answer; if none was begun, the client left before."""
@@ -72,6 +74,7 @@ class Record:
         """All of it for a log, without what is not known. No part of a body or a key is in it."""
         known: dict[str, object] = {
             "request_id": self.request_id,
+            "client": self.client,
             "method": method,
             "route": self.route,
             "status": self.status,
@@ -121,7 +124,10 @@ class RecordMiddleware:
             return
         headers = Headers(scope=scope)
         given = headers.get(REQUEST_ID, "")
-        record = Record(request_id=given if _ACCEPTABLE_ID.fullmatch(given) else uuid.uuid4().hex)
+        record = Record(
+            request_id=given if _ACCEPTABLE_ID.fullmatch(given) else uuid.uuid4().hex,
+            client=scope["client"][0] if scope.get("client") else None,
+        )
         scope.setdefault("state", {})["record"] = record
         if self._begin_trace is not None:
             record.trace = self._begin_trace(scope["method"], headers)
@@ -136,15 +142,17 @@ class RecordMiddleware:
             await send(message)
 
         self._begin()
+        # HEAD is answered as GET; the server leaves the body out.
+        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         try:
-            await self.app(scope, receive, send_with_id)
+            await self.app(inner, receive, send_with_id)
         except Exception:
             record.status = 500
             logger.exception("request %s failed", record.request_id)
             raise
         finally:
             record.duration_s = record.elapsed_s()
-            route = scope.get("route")
+            route = inner.get("route")
             record.route = getattr(route, "path", "none")
             self._observe(record)
             if record.trace is not None:

@@ -1,5 +1,6 @@
 """What a gateway is told when it starts."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,14 +75,26 @@ class Settings:
     """Whether a few short requests of our own tell how long an engine takes, when it begins to answer."""
     stall_timeout_s: float = 60.0
     """Longest silence without a reason (see `life`): of an engine with work, which then counts as gone, and of a stream."""
-    max_body_bytes: int = 16 * 2**20
-    """Longest request body; longer ones are refused with 413."""
+    max_body_bytes: int = 2 * 2**20
+    """Longest request body, also after decoding; longer ones get 413. The worst 2 MiB take a third of a second to read,
+    in which nobody else is answered."""
+    max_bodies_bytes: int = 64 * 2**20
+    """What bodies that are still being read may hold together."""
+    body_timeout_s: float = 60.0
+    """Longest time from a request's head to the end of its body."""
+    allow_origins: tuple[str, ...] = ()
+    """Origins whose pages may call the API from a browser (CORS); `*` for all."""
     probe_interval_s: float = 1.0
     """Time between two looks at the engine's health."""
     probe_timeout_s: float = 15.0
     """An engine that does not answer a look for this long counts as down. A busy one takes its time."""
 
     def __post_init__(self) -> None:
+        for origin in self.allow_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ChorusError(
+                    f"origin {origin!r} is not one that a browser sends: SCHEME://HOST[:PORT] without a path, or * for all."
+                )
         if not self.population.tiers:
             raise ChorusError(
                 f"population {self.population.name!r} has no tiers. Fit them with `chorus prior fit DIR`."

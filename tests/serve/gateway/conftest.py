@@ -11,6 +11,7 @@ import pytest
 from chorus.population import manifest
 from chorus.population.manifest import Population
 from chorus.serve.gateway.app import create_app
+from chorus.serve.gateway.connections import ConnectionLimits, server_options
 from chorus.serve.gateway.gateway import Gateway
 from chorus.serve.gateway.latency import LatencyModel, Load, Work
 from chorus.serve.gateway.settings import Settings
@@ -37,12 +38,14 @@ def tiny(tiny_population: Path) -> Population:
 
 
 @contextmanager
-def gateway_before(engine: ScriptedEngine, population: Population, **options: Any) -> Iterator[Pair]:
+def gateway_before(
+    engine: ScriptedEngine, population: Population, *, connections: ConnectionLimits | None = None, **options: Any
+) -> Iterator[Pair]:
     with serving(engine) as behind:
         gateway = Gateway(
             Settings(population=population, engine=behind.url, probe_interval_s=0.1, calibrates=False, **options)
         )
-        with serving(create_app(gateway)) as server:
+        with serving(create_app(gateway), **server_options(connections or ConnectionLimits())) as server:
             wait_for("the engine to be seen", lambda: gateway.pool.is_ready, timeout_s=10)
             yield Pair(server=server, engine=engine, gateway=gateway)
 

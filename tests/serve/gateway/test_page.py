@@ -73,8 +73,8 @@ class Page:
         raise TimeoutError(f"{script}: {self.problems}, {await self.evaluate('document.body.innerText')}")
 
 
-def in_browser(url: str, profile: Path, story: Any) -> None:
-    """Open `url` and let `story` act on the page."""
+def in_browser(url: str, profile: Path, story: Any, *, ready: str = "document.getElementById('tier')") -> None:
+    """Open `url` and let `story` act on the page, once it is loaded and `ready` is there."""
 
     async def tell(address: str) -> None:
         target = httpx.put(f"{address}/json/new?about:blank", timeout=30).json()["webSocketDebuggerUrl"]
@@ -83,7 +83,7 @@ def in_browser(url: str, profile: Path, story: Any) -> None:
             for domain in ("Page", "Runtime", "Log", "Network"):
                 await page.call(f"{domain}.enable")
             await page.call("Page.navigate", url=url)
-            await page.until("document.readyState === 'complete' && document.getElementById('tier') !== null")
+            await page.until(f"document.readyState === 'complete' && {ready} !== null")
             await story(page)
             assert not page.problems
 
@@ -140,12 +140,34 @@ def test_the_page_streams_an_answer_tinted_by_disagreement_with_its_members_and_
 
 
 def test_the_page_needs_nothing_from_outside_and_lets_nothing_in(tiny: Population) -> None:
+    files = {"": "text/html", "docs": "text/html", "page/page.css": "text/css"}
+    files |= {"page/page.js": "text/javascript", "page/docs.js": "text/javascript"}
     with gateway_before(ScriptedEngine(), tiny) as pair:
-        for path, kind in (("/", "text/html"), ("/page/page.css", "text/css"), ("/page/page.js", "text/javascript")):
-            answer = httpx.get(pair.url + path)
+        for path, kind in files.items():
+            answer = httpx.get(f"{pair.url}/{path}")
             assert answer.status_code == 200
             assert answer.headers["content-type"].startswith(kind)
-            assert "default-src 'self'" in answer.headers["content-security-policy"]
+            policy = answer.headers["content-security-policy"]
+            assert "default-src 'self'" in policy
+            assert "unsafe" not in policy
             assert "http://" not in answer.text
             assert "https://" not in answer.text
         assert "/page/page.js" not in httpx.get(f"{pair.url}/openapi.json").text
+        assert httpx.get(f"{pair.url}/redoc").status_code == 404
+
+
+def test_the_documentation_lists_every_route_with_its_fields(tiny: Population, tmp_path: Path) -> None:
+    with gateway_before(ScriptedEngine(), tiny) as pair:
+        paths = set(httpx.get(f"{pair.url}/openapi.json").json()["paths"])
+
+        async def story(page: Page) -> None:
+            await page.until("document.querySelectorAll('details').length > 5")
+            shown = await page.evaluate("[...document.querySelectorAll('summary code')].map(each => each.textContent)")
+            assert set(shown) == paths
+            fields = (
+                "[...document.querySelectorAll('details:first-of-type td:first-child')].map(each => each.textContent)"
+            )
+            assert {"prompt", "budget", "max_tokens", "200", "429"} <= set(await page.evaluate(fields))
+            assert "chorus: tiny" in await page.evaluate("document.body.textContent")
+
+        in_browser(f"{pair.url}/docs", tmp_path / "profile", story, ready="document.getElementById('routes')")

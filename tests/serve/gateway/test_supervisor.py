@@ -117,6 +117,7 @@ def test_a_killed_engine_turns_ready_red_breaks_its_streams_loudly_and_comes_bac
     with watching(tiny, tmp_path, monkeypatch) as watched:
         wait_for("ready", watched.ready, timeout_s=30)
         with httpx.stream("POST", f"{watched.url}/v1/completions", json=BODY, timeout=30) as stream:
+            assert stream.status_code == 200, stream.read()
             lines = stream.iter_lines()
             next(lines)
             before = watched.engine_processes()

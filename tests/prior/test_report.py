@@ -55,7 +55,8 @@ def test_the_command_warns_where_a_tier_shows_no_gain_over_the_best_single_membe
         num_documents = 100
 
     fit = with_difference(fit_prior(some_held_out(4)), difference)
-    (warning,) = _warnings(list(fit.tiers), Many())  # type: ignore[arg-type]
+    sizes = {tier.name: len(tier.mixture.members) for tier in fit.tiers}
+    (warning,) = _warnings(list(fit.tiers), sizes, Many())  # type: ignore[arg-type]
     assert warning.startswith(
         f"{fit.tiers[-1].name} {words} the best single member on the test part: {difference.nats:+.4f}"
     )

@@ -194,9 +194,8 @@ async def ready(request: Request) -> dict[str, str]:
     return {"status": "ready"}
 
 
-@router.api_route(
-    "/ping", methods=["GET", "POST"], responses=document.answers({"type": "object"}, 503), tags=["operation"]
-)
+@router.post("/ping", include_in_schema=False)
+@router.get("/ping", responses=document.answers({"type": "object"}, 503), tags=["operation"])
 async def ping(request: Request) -> dict[str, str]:
     """The same, by the name that SageMaker has for it."""
     return await ready(request)

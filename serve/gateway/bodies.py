@@ -21,7 +21,8 @@ class Bodies:
         self._max_bytes_together = max_bytes_together
         self._timeout_s = timeout_s
         self._held_bytes = 0
-        self._reading: dict[asyncio.Timeout, None] = {}
+        self._reading: dict[asyncio.Timeout, int] = {}
+        """What each of them holds; one that is given up holds nothing from then on."""
 
     async def read(self, request: Request, max_bytes: int | None = None) -> bytes:
         """The request's body, refused as soon as it is known to be longer than `max_bytes`, or than any may be.
@@ -48,27 +49,29 @@ class Bodies:
         parts, length = [], 0
         try:
             async with asyncio.timeout(self._timeout_s) as patience:
-                self._reading[patience] = None
+                self._reading[patience] = 0
                 try:
                     async for part in request.stream():
                         parts.append(part)
                         length += len(part)
-                        self._held_bytes += len(part)
                         if length > max_bytes:
                             raise _too_long(max_bytes)
-                        if self._held_bytes > self._max_bytes_together:
+                        if patience in self._reading:
+                            self._reading[patience] += len(part)
+                            self._held_bytes += len(part)
+                        while self._held_bytes > self._max_bytes_together:
                             self._give_up_oldest()
                 finally:
-                    self._held_bytes -= length
-                    del self._reading[patience]
+                    self._held_bytes -= self._reading.pop(patience, 0)
         except TimeoutError:
             message = f"the body did not come within {self._timeout_s:g} s, or had to make room for others; send the request again."
             raise ApiError(408, message, code="body_timeout", headers={"Connection": "close"}) from None
         return b"".join(parts)
 
     def _give_up_oldest(self) -> None:
-        oldest = next((each for each in self._reading if not each.expired()), None)
-        if oldest is not None:
+        oldest = next(iter(self._reading))
+        self._held_bytes -= self._reading.pop(oldest)
+        if not oldest.expired():
             oldest.reschedule(asyncio.get_running_loop().time())
 
 

@@ -11,7 +11,7 @@ from chorus.population.checkpoint import check_mixable
 from chorus.population.errors import ChorusError
 from chorus.serve.engine.loader import LOAD_FORMAT
 from chorus.serve.engine.parallel import settle
-from chorus.serve.engine.requests import check_every_request
+from chorus.serve.engine.requests import check_every_request, try_every_grammar
 
 
 class PopulationConfig(VerifyAndUpdateConfig):
@@ -35,6 +35,7 @@ class PopulationConfig(VerifyAndUpdateConfig):
             load.load_format = LOAD_FORMAT
         settle(vllm_config)
         check_every_request(vllm_config.model_config.model)
+        try_every_grammar()
 
 
 def _refuse(vllm_config: Any) -> None:

@@ -62,3 +62,43 @@ def check_every_request(model: str) -> None:
 
     validate.plain = plain  # type: ignore[attr-defined]
     InputProcessor._validate_params = validate
+
+
+def try_every_grammar() -> None:
+    """Make vLLM's API server try a request's grammar in another process before it looks at it. Called as the one above."""
+    from vllm.sampling_params import SamplingParams, check_json_nesting
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.structured_output import backend_xgrammar
+
+    from chorus.serve.engine.grammars import GrammarTrials, tried
+
+    if hasattr(AsyncLLM.add_request, "plain"):
+        return
+    plain_init, plain_add_request = AsyncLLM.__init__, AsyncLLM.add_request
+    plain_validate = SamplingParams._validate_structured_outputs
+
+    @wraps(plain_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        # Before there are threads, and before this process loses the parser.
+        self.grammar_trials = GrammarTrials(kwargs["vllm_config"] if "vllm_config" in kwargs else args[0])
+        backend_xgrammar.validate_xgrammar_grammar = check_nesting
+        plain_init(self, *args, **kwargs)
+
+    @wraps(plain_add_request)
+    async def add_request(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        await self.grammar_trials.check(params)
+        return await plain_add_request(self, request_id, prompt, params, *args, **kwargs)
+
+    @wraps(plain_validate)
+    def validate(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self.structured_outputs is None or self.structured_outputs is not tried.get():
+            plain_validate(self, *args, **kwargs)
+
+    def check_nesting(params: Any) -> None:
+        """In place of the parser, which vLLM also calls while it reads a request: here nothing could stop it."""
+        check_json_nesting(params.structured_outputs.json)
+        check_json_nesting(params.structured_outputs.structural_tag, structural_tag=True)
+
+    add_request.plain = plain_add_request  # type: ignore[attr-defined]
+    AsyncLLM.__init__, AsyncLLM.add_request = init, add_request
+    SamplingParams._validate_structured_outputs = validate

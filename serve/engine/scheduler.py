@@ -30,6 +30,7 @@ from chorus.serve.engine.deadline import (
     choose_drops,
     way_down,
 )
+from chorus.serve.engine.grammars import GrammarManager
 from chorus.serve.engine.kv import MemberCoordinator, groups_by_member
 from chorus.serve.engine.metrics import DROP_REASONS, StepCounts, attach
 from chorus.serve.engine.mixture import TIER_ARGUMENT, Mixture, Prior
@@ -54,6 +55,7 @@ class PopulationScheduler(Scheduler):
         self._mixtures: dict[str, Mixture] = {}
         self._deadlines: dict[str, Deadline] = {}
         self._changed: set[str] = set()
+        GrammarManager.adopt(self.structured_output_manager)
         self._kv = MemberCoordinator.adopt(self.kv_cache_manager, groups_of)
         self._step_cost = StepCost()
         self._step_started = 0.0

@@ -9,12 +9,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from chorus.serve.gateway import quotas
 from chorus.serve.gateway.errors import ApiError
-from chorus.serve.gateway.proxy import Passage, cancel, disconnected
+from chorus.serve.gateway.presence import while_connected
+from chorus.serve.gateway.proxy import Passage
 from chorus.serve.gateway.quotas import Bill
 from chorus.serve.gateway.tenants import Tenant
 
@@ -78,16 +78,7 @@ async def serve(
         ApiError: 429; 504 after `longest_s`; or as `work`.
         ClientDisconnect: the client left before.
     """
-    working = asyncio.create_task(_work(turns, passage, tokens, work, longest_s))
-    leaving = asyncio.create_task(disconnected(receive))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        await cancel(leaving)
-        await cancel(working)
+    return await while_connected(receive, _work(turns, passage, tokens, work, longest_s))
 
 
 async def _work(

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from chorus.population.manifest import Population, Tier
+from chorus.serve.gateway.constraints import check_constraints
 from chorus.serve.gateway.errors import ApiError, bad_request
 from chorus.serve.gateway.sizes import read_size, read_text
 from chorus.serve.gateway.terms import OnDeadline, Size, Terms
@@ -38,7 +39,10 @@ EXPECTED_ARGUMENT = "chorus_expected_tokens"
 REPORT_ARGUMENT = "chorus_report_in_stop_reason"
 MOST_TOKENS_PER_EVENT = 64
 """A stream that says nothing for much longer than that looks like one of an engine that hangs."""
+MOST_NESTED = 100
+"""Objects and lists in one another: a body is walked by many functions that call themselves, here and in the engine."""
 MIN_BUDGET_MS, MAX_BUDGET_MS = 1, 24 * 3600 * 1000
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _OURS = ("budget", "latency_budget_ms", "on_deadline", "min_budget")
 _MOST = 2**31 - 1
 """Largest count that a request may give."""
@@ -121,6 +125,8 @@ class Call:
     extra: dict[str, JsonValue]
     """The client's extra arguments."""
     is_served_by_a_tier: bool = True
+    is_constrained: bool = False
+    """Whether the answer is to follow a schema or a grammar, which may be what an engine fails on."""
     streams: bool = False
     """Whether the client gets a stream."""
     streams_from_engine: bool = False
@@ -174,11 +180,13 @@ def parse(body: bytes) -> dict[str, Any]:
     """The JSON object in a request's body.
 
     Raises:
-        ApiError: 422 if the body is not JSON (NaN and Infinity are not), 400 if it is not an object.
+        ApiError: 422 if the body is not JSON (NaN and Infinity are not), 400 if it is not an object, nests too deeply, or holds
+            half characters.
     """
     try:
         parse_int = _parse_int if _LARGE.search(body) else None
-        parsed = json.loads(body, parse_constant=_refuse_constant, parse_int=parse_int)
+        text = body.decode(json.detect_encoding(body))
+        parsed = json.loads(text, parse_constant=_refuse_constant, parse_int=parse_int)
     except (ValueError, RecursionError) as error:
         raise ApiError(422, f"the body is not JSON: {error}.", code="malformed_json") from None
     if not isinstance(parsed, dict):
@@ -186,16 +194,38 @@ def parse(body: bytes) -> dict[str, Any]:
             f"the body is a JSON {_json_type(parsed)}; an object with the request's fields is expected.",
             code="body_not_an_object",
         )
+    if text.count("[") + text.count("{") > MOST_NESTED and _nests_deeper(parsed, MOST_NESTED):
+        raise bad_request(f"the body nests more than {MOST_NESTED} objects and lists.", code="nested_too_deeply")
+    if _SURROGATE.search(text):
+        _to_json(parsed)
     return parsed
 
 
-def read_call(body: bytes, kind: Kind, population: Population, default: Tier, tenant_floor: str | None = None) -> Call:
-    """Check a request's body and make it the engine's. `tenant_floor` is the smallest tier that its key may be taken down to.
+def _nests_deeper(value: object, most: int) -> bool:
+    level = [value]
+    for _ in range(most):
+        inside = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        level = [part for parts in inside for part in parts if isinstance(part, dict | list)]
+    return bool(level)
+
+
+def read_call(
+    body: bytes,
+    kind: Kind,
+    population: Population,
+    default: Tier,
+    tenant_floor: str | None = None,
+    *,
+    may_constrain: bool = True,
+) -> Call:
+    """Check a request's body and make it the engine's. `tenant_floor` is the smallest tier that its key may be taken down to, and
+    it `may_constrain` answers to a schema or a grammar.
 
     Raises:
-        ApiError: what the client must change, as 400, 404 or 422.
+        ApiError: what the client must change, as 400, 403, 404 or 422.
     """
     fields = {key: value for key, value in parse(body).items() if value is not None}
+    is_constrained = check_constraints(fields, is_allowed=may_constrain)
     if kind != "tokens":
         _check_input(fields, kind)
     ours = _validate(fields)
@@ -242,6 +272,7 @@ def read_call(body: bytes, kind: Kind, population: Population, default: Tier, te
         size=read_size(fields, kind, population.context_length),
         fields=_to_json(fields),
         extra=ours.vllm_xargs or {},
+        is_constrained=is_constrained,
         streams=streams,
         streams_from_engine=streams_from_engine,
         tokens_per_event=_tokens_per_event(ours, terms, joins=not has_tools) if splices else 1,

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 from chorus.serve.gateway import upstream
 from chorus.serve.gateway.calls import Call
 from chorus.serve.gateway.engines import Engine
-from chorus.serve.gateway.errors import ApiError, bad_request
-from chorus.serve.gateway.proxy import Passage, cancel
+from chorus.serve.gateway.errors import ApiError, bad_gateway, bad_request
+from chorus.serve.gateway.presence import cancel
+from chorus.serve.gateway.proxy import Passage
 from chorus.serve.gateway.quotas import NOTHING, Bill
 from chorus.serve.gateway.splice import Usage
 from chorus.serve.gateway.terms import Size
@@ -129,14 +130,13 @@ async def _ask(passage: Passage, engine: Engine, member: str, tokens: list[int])
         "temperature": 0,
         "vllm_xargs": {MEMBER_ARGUMENT: member},
     }
-    answer = await upstream.fetch(
-        passage.session, engine, "/v1/completions", json.dumps(body).encode(), passage.headers
-    )
+    data, path = json.dumps(body).encode(), "/v1/completions"
+    answer = await upstream.fetch(passage.session, engine, path, data, passage.headers, limit_s=passage.stall_timeout_s)
     try:
         found = json.loads(answer)["choices"][0]["logprobs"]["token_logprobs"][1:]
         if len(found) != len(tokens) - 1:
             raise ValueError(f"{len(found)} log-probabilities")
-        return [max(_LOWEST, float(log_p)) for log_p in found]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+        return [min(0.0, max(_LOWEST, float(log_p))) for log_p in found]
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
         message = f"the engine did not answer with log-probabilities of {len(tokens) - 1} tokens ({error})."
-        raise ApiError(500, message, code="engine_error") from None
+        raise bad_gateway(message) from None

@@ -66,7 +66,7 @@ MESSAGE_FIELDS = {
 _CAUSES = {
     400: "A field, or the engine's own refusal.",
     401: "An API key is needed, or is not known.",
-    403: "The tier is not for this API key.",
+    403: "The tier, or structured output, is not for this API key.",
     404: "No such model, tier or route.",
     405: "The route has other methods.",
     408: "The body did not come in time.",
@@ -75,8 +75,9 @@ _CAUSES = {
     422: "The body is not JSON.",
     429: "Too much for the engines, or for the key.",
     500: "The engine failed on this request.",
+    502: "The engine's answer cannot be passed on.",
     503: "No engine answers.",
-    504: "The time budget cannot be kept, and the request wants to fail then.",
+    504: "The time budget cannot be kept, and the request wants to fail then; or an engine took too long.",
 }
 _EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
 """The data is a part of the answer as JSON, or `[DONE]`."""

@@ -132,7 +132,9 @@ class Engine:
     async def answers(self) -> bool:
         """Ask for its health, and wait for the answer."""
         try:
-            async with self._session.get(f"{self.url}/health", timeout=self._probe_timeout) as response:
+            async with self._session.get(
+                f"{self.url}/health", timeout=self._probe_timeout, allow_redirects=False
+            ) as response:
                 return response.status == 200
         except (aiohttp.ClientError, TimeoutError):
             return False
@@ -187,7 +189,9 @@ class Engine:
         """What its steps cost, which changes slowly, and whether it takes any."""
         self._metrics_at = time.monotonic()
         try:
-            async with self._session.get(f"{self.url}/metrics", timeout=self._probe_timeout) as response:
+            async with self._session.get(
+                f"{self.url}/metrics", timeout=self._probe_timeout, allow_redirects=False
+            ) as response:
                 metrics = await response.read()
         except (aiohttp.ClientError, TimeoutError):
             metrics = b""
@@ -214,7 +218,9 @@ class Engine:
     async def learn_context(self) -> None:
         """Ask how long a context it was started with. Where it does not say, what was known stays."""
         try:
-            async with self._session.get(f"{self.url}/v1/models", timeout=self._probe_timeout) as response:
+            async with self._session.get(
+                f"{self.url}/v1/models", timeout=self._probe_timeout, allow_redirects=False
+            ) as response:
                 lengths = [card["max_model_len"] for card in json.loads(await response.read())["data"]]
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError):
             return
@@ -226,7 +232,9 @@ class Engine:
         body = {"prompt": [0], "max_tokens": 1}
         try:
             url = f"{self.url}/v1/completions"
-            async with self._session.post(url, json=body, timeout=self._probe_timeout) as response:
+            async with self._session.post(
+                url, json=body, timeout=self._probe_timeout, allow_redirects=False
+            ) as response:
                 await response.read()
                 return response.status < 500
         except (aiohttp.ClientError, TimeoutError):

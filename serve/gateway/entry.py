@@ -96,12 +96,21 @@ def _passage(request: Request, gateway: Gateway, tenant: Tenant, offer: Offer) -
 
 
 def _read_call(body: bytes, kind: Kind, passage: Passage, full: Offer) -> Call:
-    offer, floor = passage.offer, passage.tenant.floor
+    offer, tenant = passage.offer, passage.tenant
     try:
-        return read_call(body, kind, offer.population, offer.default_tier, tenant_floor=floor)
+        return read_call(
+            *(body, kind, offer.population, offer.default_tier),
+            tenant_floor=tenant.floor,
+            may_constrain=tenant.structured_outputs,
+        )
     except ApiError as error:
         if error.status == 404 and offer is not full:
-            read_call(body, kind, full.population, full.default_tier)  # unless it does not exist at all
+            try:
+                read_call(body, kind, full.population, full.default_tier)
+            except (
+                ApiError
+            ):  # it does not exist at all: only the offer's own error names nothing but what this key may use
+                raise error from None
             names = ", ".join(tier.name for tier in offer.population.tiers)
             message = f"this API key may not use that tier; it may use {names}."
             raise ApiError(403, message, code="tier_not_allowed", param=error.param) from None

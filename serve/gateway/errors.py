@@ -92,14 +92,27 @@ def unavailable(message: str, *, retry_after_s: int) -> ApiError:
 
 
 def engine_error(status: int, body: bytes) -> ApiError:
-    """The engine's own refusal, its message and parameter kept, in the gateway's shape."""
+    """An engine's answer other than 200, in the gateway's shape.
+
+    A refusal keeps its message and parameter. Of a failure only the log has the engine's words, which may tell of its insides.
+    """
+    if not 400 <= status < 500:
+        logger.warning("an engine answered %d: %r", status, body[:500])
+        if status == 503:
+            return unavailable("the engine cannot take this request now; send it again.", retry_after_s=1)
+        return bad_gateway("the engine failed on this request.", status=500 if status == 500 else 502)
     try:
         error = json.loads(body)["error"]
-        message, param = str(error["message"]), error.get("param")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        message, param = body[:500].decode(errors="replace").strip() or _phrase(status), None
-    code = "engine_error" if status >= 500 else "rejected_by_engine"
-    return ApiError(status, message, code=code, param=param.removeprefix("body.") if isinstance(param, str) else None)
+        message, param = _as_text(error["message"]), error.get("param")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        message, param = _phrase(status), None
+    param = _as_text(param).removeprefix("body.") if isinstance(param, str) else None
+    return ApiError(status, message, code="rejected_by_engine", param=param)
+
+
+def bad_gateway(message: str, *, status: int = 502) -> ApiError:
+    """A 502: the engine's answer is none that can be passed on. A 500 if the engine said that it failed."""
+    return ApiError(status, message, code="engine_error")
 
 
 def explain_length(error: ApiError, *, max_tokens: int | None, context_length: int) -> ApiError:
@@ -128,9 +141,14 @@ def error_status(body: bytes) -> int:
     """The HTTP status that an engine gave as `code` in an error's body; 500 if it gave none."""
     try:
         code = json.loads(body)["error"]["code"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return 500
     return code if isinstance(code, int) and 400 <= code < 600 else 500
+
+
+def _as_text(value: object) -> str:
+    """What an engine wrote, without the half characters that no answer can hold."""
+    return str(value).encode(errors="replace").decode()
 
 
 def add_handlers(app: FastAPI) -> None:

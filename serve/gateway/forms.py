@@ -8,14 +8,13 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from chorus.serve.gateway.assembly import Assembly, empty_answer, last_event, usage_event
 from chorus.serve.gateway.calls import Call, Kind
 from chorus.serve.gateway.errors import ApiError, anthropic_body, engine_error, error_status
-from chorus.serve.gateway.splice import ERROR, Additions, EventSplicer, Usage, read_usage
+from chorus.serve.gateway.splice import ERROR, Additions, EventSplicer, Usage, check_answer, read_usage
 
 AtEnd = Callable[[bytes], tuple[bytes, bytes]]
 """Given an event in which an answer ends, that event as it is to be, and the `population` object made anew for it."""
@@ -94,9 +93,9 @@ class _SplicedStream(EventSplicer):
         return events.count(b"\n\n")
 
     def refusal(self, events: bytes) -> ApiError | None:
-        if not events.startswith(ERROR):
+        if (start := events.find(ERROR)) < 0:
             return None
-        error = events.partition(b"\n\n")[0].removeprefix(b"data: ")
+        error = events[start:].partition(b"\n\n")[0].removeprefix(b"data: ")
         return engine_error(error_status(error), error)
 
     def answer(self) -> bytes:
@@ -122,6 +121,7 @@ class Spliced:
     """Completions and chats."""
 
     def read_usage(self, body: bytes) -> Usage | None:
+        check_answer(body)
         return read_usage(body)
 
     def whole(self, body: bytes, additions: Additions) -> bytes:
@@ -141,6 +141,11 @@ class _NamedStream:
     """Events before anything is generated. They are kept back until then: what fails so early is answered with its status."""
     last: frozenset[str]
 
+    @staticmethod
+    def error_event(error: ApiError) -> bytes:
+        """An error of ours, as this API writes it."""
+        raise NotImplementedError
+
     def __init__(self, call: Call, additions: Additions, *, name: str, at_end: AtEnd | None) -> None:
         self._additions = additions
         self._name = name
@@ -152,16 +157,15 @@ class _NamedStream:
         self.is_opening = True
 
     def feed(self, data: bytes) -> bytes:
-        with _as_garbled():
-            return self._feed(data)
-
-    def _feed(self, data: bytes) -> bytes:
         *events, self._rest = (self._rest + data).split(b"\n\n")
         out = b""
         for event in events:
             name, fields = _parse(event)
             if name in self.last or name == "error":
                 self.done = True
+            if not self.is_opening and (error := self.refusal(event)) is not None:
+                out += self.error_event(error)  # without the engine's words, if it failed
+                continue
             if fields is None:
                 out += b"" if self.is_opening else event + b"\n\n"
                 continue
@@ -186,7 +190,8 @@ class _NamedStream:
         if name != "error" or fields is None:
             return None
         error = fields if "error" in fields else {"error": fields}
-        return engine_error(500, json.dumps(error).encode())
+        body = json.dumps(error).encode()
+        return engine_error(error_status(body), body)
 
     def _population(self, *, at_end: bool = False) -> Any:
         made = self._at_end(b"")[1] if at_end and self._at_end is not None else self._additions.population
@@ -204,6 +209,10 @@ class _ResponseStream(_NamedStream):
 
     opening = frozenset({"response.created", "response.in_progress"})
     last = frozenset({"response.completed", "response.incomplete", "response.failed"})
+
+    @staticmethod
+    def error_event(error: ApiError) -> bytes:
+        return _response_error(error)
 
     def __init__(self, call: Call, additions: Additions, *, name: str, at_end: AtEnd | None) -> None:
         super().__init__(call, additions, name=name, at_end=at_end)
@@ -289,6 +298,10 @@ class _MessageStream(_NamedStream):
 
     opening = frozenset({"message_start", "ping"})
     last = frozenset({"message_stop"})
+
+    @staticmethod
+    def error_event(error: ApiError) -> bytes:
+        return _message_error(error)
 
     def __init__(self, call: Call, additions: Additions, *, name: str, at_end: AtEnd | None) -> None:
         super().__init__(call, additions, name=name, at_end=at_end)
@@ -379,51 +392,44 @@ class _MessageStream(_NamedStream):
 class _Parsed:
     """What both have in common."""
 
+    key: str
+    """Of the list that an answer holds."""
+
     def read_usage(self, body: bytes) -> Usage | None:
-        with _as_garbled():
-            return _usage_of(json.loads(body).get("usage"))
+        check_answer(body, self.key)
+        return _usage_of(json.loads(body).get("usage"))
 
     def whole(self, body: bytes, additions: Additions) -> bytes:
-        with _as_garbled():
-            fields = json.loads(body)
-            _add_to(fields, additions.model, json.loads(additions.population))
-            return _dumps(fields)
+        fields = json.loads(body)
+        _add_to(fields, additions.model, json.loads(additions.population))
+        return _dumps(fields)
 
 
 class Responses(_Parsed):
     """OpenAI's Responses."""
 
+    key = "output"
+
     def stream(self, call: Call, additions: Additions, *, name: str, at_end: AtEnd | None) -> Stream:
         return _ResponseStream(call, additions, name=name, at_end=at_end)
 
     def error_event(self, error: ApiError) -> bytes:
-        fields = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
-        return _event({**fields, "sequence_number": 0}, "error")
+        return _response_error(error)
 
 
 class Messages(_Parsed):
     """Anthropic's Messages."""
 
+    key = "content"
+
     def stream(self, call: Call, additions: Additions, *, name: str, at_end: AtEnd | None) -> Stream:
         return _MessageStream(call, additions, name=name, at_end=at_end)
 
     def error_event(self, error: ApiError) -> bytes:
-        return _event(anthropic_body(error), "error")
+        return _message_error(error)
 
 
 FORMS: dict[Kind, Form] = {"completion": Spliced(), "chat": Spliced(), "responses": Responses(), "messages": Messages()}
-
-
-class GarbledError(ConnectionError):
-    """What came from the engine is no answer of this API: as good as lost."""
-
-
-@contextmanager
-def _as_garbled() -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise GarbledError(f"{type(error).__name__}: {error}") from None
 
 
 def _parse(event: bytes) -> tuple[str, dict[str, Any] | None]:
@@ -444,6 +450,15 @@ def _parse(event: bytes) -> tuple[str, dict[str, Any] | None]:
 
 def _event(fields: dict[str, Any], name: str) -> bytes:
     return b"event: " + name.encode() + b"\ndata: " + _dumps(fields) + b"\n\n"
+
+
+def _response_error(error: ApiError) -> bytes:
+    fields = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
+    return _event({**fields, "sequence_number": 0}, "error")
+
+
+def _message_error(error: ApiError) -> bytes:
+    return _event(anthropic_body(error), "error")
 
 
 def _add_to(answer: dict[str, Any], model: str | None, population: Any) -> None:

@@ -34,6 +34,7 @@ class Key(_Record):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     tiers: tuple[Name, ...] | None = Field(None, min_length=1)
     floor: Name | None = None
+    structured_outputs: bool = True
     requests_per_s: float | None = Field(None, ge=1e-5, le=1e6)
     tokens_per_min: float | None = Field(None, ge=1, le=1e12)
     share: float = Field(1.0, ge=1e-3, le=1e3)
@@ -44,6 +45,7 @@ class Key(_Record):
             name=self.name,
             tiers=None if self.tiers is None else frozenset(self.tiers),
             floor=self.floor,
+            structured_outputs=self.structured_outputs,
             requests_per_s=self.requests_per_s,
             tokens_per_min=self.tokens_per_min,
             share=self.share,

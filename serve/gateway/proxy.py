@@ -1,10 +1,10 @@
 """Passing a call to an engine and its answer to the client, as it comes, with our additions."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import aiohttp
 from starlette.responses import Response
@@ -16,19 +16,30 @@ from chorus.serve.gateway.admission import Admission, Grant, deadline_exceeded
 from chorus.serve.gateway.calls import Call, Kind
 from chorus.serve.gateway.echoes import Echo, Echoes
 from chorus.serve.gateway.engines import Engine
-from chorus.serve.gateway.errors import ApiError, engine_error, explain_length, respond, unavailable
+from chorus.serve.gateway.errors import (
+    ApiError,
+    bad_gateway,
+    bad_request,
+    engine_error,
+    explain_length,
+    respond,
+    unavailable,
+)
 from chorus.serve.gateway.exchange import Exchange, Stop, StoppedError
 from chorus.serve.gateway.forms import FORMS, Stream
 from chorus.serve.gateway.offer import Offer
 from chorus.serve.gateway.offsets import Offsets
 from chorus.serve.gateway.pace import tokens_per_event
 from chorus.serve.gateway.pool import Pool
+from chorus.serve.gateway.presence import cancel, disconnected
 from chorus.serve.gateway.quotas import NOTHING
 from chorus.serve.gateway.records import Record
 from chorus.serve.gateway.report import Report, new_mark
 from chorus.serve.gateway.splice import FINISHED, Additions, Usage
 from chorus.serve.gateway.store import Store
 from chorus.serve.gateway.tenants import Tenant
+
+logger = logging.getLogger(__name__)
 
 TIER_HEADER = b"x-chorus-tier"
 _EVENT_STREAM = "text/event-stream"
@@ -162,6 +173,13 @@ class Relay(Response):
             await self._stop(attempt, stopped.why, send)
         except upstream.BROKEN:
             await self._lose(attempt, Stop.LOST, send)
+        except upstream.GarbledError as error:
+            logger.warning("engine %s: %s", grant.engine.url, error)
+            grant.engine.breaker.note_failure()
+            if not self._has_begun:
+                raise bad_gateway(upstream.NO_ANSWER) from None
+            self._record.is_broken = True
+            await self._end(send, self._form.error_event(bad_gateway(upstream.NO_ANSWER)))
 
     def _attempt(self, grant: Grant) -> _Attempt:
         call, record = self._call, self._record
@@ -224,24 +242,41 @@ class Relay(Response):
 
     async def _refusal(self, attempt: _Attempt, answer: aiohttp.ClientResponse) -> Exception:
         body = await answer.read()
-        if answer.status >= 500:
-            attempt.engine.breaker.note_failure()
+        if not 400 <= answer.status < 500:
+            if not self._call.is_constrained:
+                attempt.engine.breaker.note_failure()
             if not await attempt.engine.check():
                 return upstream.lost(attempt.engine)
         return self._explained(engine_error(answer.status, body))
 
+    def _check(self, attempt: _Attempt, events: bytes) -> None:
+        if refusal := attempt.splicer.refusal(events):
+            attempt.used = NOTHING
+            raise self._explained(refusal)
+
+    def _fault(self, error: ApiError) -> ApiError:
+        """The engine's error. Where it is well and fails on a grammar, that is the client's to change."""
+        if error.status != 500 or not self._call.is_constrained:
+            return error
+        return bad_request(
+            "the engine could not follow the structured output that this request asks for; make it simpler, and less ambiguous.",
+            code="structured_output_failed",
+        )
+
     async def _whole(self, attempt: _Attempt, body: bytes, send: Send) -> None:
-        attempt.used = self._used = self._form.read_usage(body)
-        body = attempt.report.take_drops(body)
-        if self._call.has_offsets:
-            body = await asyncio.to_thread(attempt.offsets.mend, body)
+        with upstream.making_sense():
+            attempt.used = self._used = self._form.read_usage(body)
+            body = attempt.report.take_drops(body)
+            if self._call.has_offsets:
+                body = await asyncio.to_thread(attempt.offsets.mend, body)
         self._finish(attempt, streamed=False)
         await self._send_whole(attempt, body, send)
 
     async def _stream(self, attempt: _Attempt, answer: aiohttp.ClientResponse, send: Send) -> None:
         splicer = attempt.splicer
         async for data in answer.content.iter_any():
-            events = splicer.feed(data)
+            with upstream.making_sense():
+                events = splicer.feed(data)
             attempt.has_answered = not splicer.is_opening
             if not events:
                 continue
@@ -266,8 +301,7 @@ class Relay(Response):
 
     async def _pass_on(self, attempt: _Attempt, events: bytes, send: Send) -> None:
         if attempt.joins:
-            if refusal := attempt.splicer.refusal(events):
-                raise self._refused(attempt, refusal)
+            self._check(attempt, events)
             return
         with attempt.exchange.sending():
             if not self._has_begun:
@@ -279,8 +313,7 @@ class Relay(Response):
 
         vLLM finds some faults of a request (a token that is not in the vocabulary) after it has begun to stream.
         """
-        if refusal := attempt.splicer.refusal(events):
-            raise self._refused(attempt, refusal)
+        self._check(attempt, events)
         self._record.first_token_s = self._record.elapsed_s()
         await self._start(attempt, send, f"{_EVENT_STREAM}; charset=utf-8")
 
@@ -396,14 +429,10 @@ class Relay(Response):
     def _mended(self, attempt: _Attempt, body: bytes) -> bytes:
         return attempt.offsets.mend(body) if self._call.has_offsets else body
 
-    def _refused(self, attempt: _Attempt, refusal: ApiError) -> ApiError:
-        attempt.used = NOTHING
-        return self._explained(refusal)
-
     def _explained(self, error: ApiError) -> ApiError:
         context_length = self._passage.offer.population.context_length
         asked = None if self._call.size.max_tokens >= context_length else self._call.size.max_tokens
-        return explain_length(error, max_tokens=asked, context_length=context_length)
+        return explain_length(self._fault(error), max_tokens=asked, context_length=context_length)
 
     def _note_tier(self, attempt: _Attempt) -> None:
         self._record.tier_served = attempt.report.served.name
@@ -452,15 +481,3 @@ class Relay(Response):
     async def _end(self, send: Send, body: bytes = b"") -> None:
         self._is_complete = True
         await send({"type": "http.response.body", "body": body})
-
-
-async def cancel(task: asyncio.Task[Any]) -> None:
-    """End a task and wait until it has."""
-    task.cancel()
-    await asyncio.wait({task})
-
-
-async def disconnected(receive: Receive) -> None:
-    """Wait until the client leaves. Its body must have been read."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

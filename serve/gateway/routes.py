@@ -33,8 +33,8 @@ relays = APIRouter(route_class=_Direct)
 router = APIRouter()
 
 
-_ENGINE_ERRORS = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504)
-_TOKEN_ERRORS = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504)
+_ENGINE_ERRORS = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 502, 503, 504)
+_TOKEN_ERRORS = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 502, 503, 504)
 _COUNT = re.compile(rb'"count"\s*:\s*(\d{1,15})')
 """How many tokens an engine cut a text into."""
 
@@ -54,7 +54,9 @@ async def _forward(path: str, request: Request) -> Response:
         engine = passage.pool.candidates()[0]
         bill.used = None
         try:
-            body = await upstream.fetch(passage.session, engine, path, call.body(), passage.headers)
+            body = await upstream.fetch(
+                passage.session, engine, path, call.body(), passage.headers, limit_s=passage.stall_timeout_s
+            )
         except ApiError:
             bill.used = NOTHING
             raise

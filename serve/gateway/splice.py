@@ -10,20 +10,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from chorus.serve.gateway.errors import engine_error, error_status
+
 DONE = b"data: [DONE]"
 ERROR = b'data: {"error"'
 """How an engine begins the event that says it refused or failed."""
 _OBJECT = b"data: {"
+_COMMENT = b":"
+"""An event that keeps a connection alive."""
 _MODEL = re.compile(rb'"model"\s*:\s*"(?:[^"\\]|\\.)*"')
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
-_INDEX = re.compile(rb'"choices"\s*:\s*\[\s*\{\s*"index"\s*:\s*(\d+)')
+_INDEX = re.compile(rb'"choices"\s*:\s*\[\s*\{\s*"index"\s*:\s*(\d{1,15})')
 _USAGE_SO_FAR = re.compile(
     rb',\s*"usage"\s*:\s*\{\s*"prompt_tokens"\s*:\s*(\d{1,15}),\s*"total_tokens"\s*:\s*\d+,\s*"completion_tokens"\s*:\s*(\d{1,15})'
     rb"(?:[^{}]|\{[^{}]*\})*\}"
 )
-_PROMPT_TOKENS = re.compile(rb'"usage"\s*:\s*\{.*?"prompt_tokens"\s*:\s*(\d+)', re.DOTALL)
-_COMPLETION_TOKENS = re.compile(rb'"usage"\s*:\s*\{.*?"completion_tokens"\s*:\s*(\d+)', re.DOTALL)
+_PROMPT_TOKENS = re.compile(rb'"usage"\s*:\s*\{.*?"prompt_tokens"\s*:\s*(\d{1,15})(?!\d)', re.DOTALL)
+_COMPLETION_TOKENS = re.compile(rb'"usage"\s*:\s*\{.*?"completion_tokens"\s*:\s*(\d{1,15})(?!\d)', re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,16 @@ def read_usage(body: bytes) -> Usage | None:
     if not prompt:
         return None
     return Usage(prompt_tokens=int(prompt[1]), completion_tokens=int(completion[1]) if completion else 0)
+
+
+def check_answer(body: bytes, key: str = "choices") -> None:
+    """That it is an answer, or an event of one, with a list under its `key`.
+
+    Raises:
+        ValueError, KeyError, TypeError, RecursionError: it is something else.
+    """
+    if not isinstance(json.loads(body)[key], list):
+        raise TypeError(f"{key} that are no list")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +134,11 @@ class EventSplicer:
         return Usage(prompt_tokens=sum(prompts.values()), completion_tokens=completion_tokens)
 
     def feed(self, data: bytes) -> bytes:
-        """The events that `data` completes; often exactly one, sometimes none."""
+        """The events that `data` completes; often exactly one, sometimes none.
+
+        Raises:
+            ValueError, or what else reading JSON of another shape raises: this is no engine's stream.
+        """
         if self._rest:
             data = self._rest + data
         end = data.rfind(b"\n\n") + 2
@@ -132,14 +150,21 @@ class EventSplicer:
         if DONE in events:
             self.done = events.startswith(DONE) or b"\n" + DONE in events
         is_last = self._at_end is not None and FINISHED.search(events)
-        has_more = self._counts or is_last or _NO_CHOICES.search(events)
+        has_more = self._counts or is_last or ERROR in events or _NO_CHOICES.search(events)
         if self._saw_first and self._additions.model is None and not has_more:
             return events  # the common case: nothing to add, nothing to take out
         return b"".join([self._splice(event + b"\n\n") for event in events[:-2].split(b"\n\n")])
 
     def _splice(self, event: bytes) -> bytes:
-        if not event.startswith(_OBJECT) or event.startswith(ERROR):
-            return event  # [DONE], a comment that keeps the connection alive, or an error: all as they are
+        if event.startswith(_COMMENT) or (event.startswith(DONE) and self._saw_first):
+            return event
+        if event.startswith(ERROR):  # the first of all is for the caller to answer with its status
+            first, self._saw_first = not self._saw_first, True
+            return event if first else engine_error(error_status(event[6:]), event[6:]).event()
+        if not self._saw_first:
+            check_answer(event.removeprefix(b"data: "))
+        elif not event.startswith(_OBJECT):
+            raise ValueError(f"an event that begins with {event[:40]!r}")
         if _NO_CHOICES.search(event) and (usage := read_usage(event)):
             self.usage = usage
             if not self._keep_usage:

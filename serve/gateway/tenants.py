@@ -12,6 +12,8 @@ class Tenant:
     """Tiers that may be asked for; None for all."""
     floor: str | None = None
     """The tier below which a full house does not take its requests."""
+    structured_outputs: bool = True
+    """Whether answers may be made to follow a schema or a grammar, which costs an engine time to compile."""
     requests_per_s: float | None = None
     tokens_per_min: float | None = None
     share: float = 1.0

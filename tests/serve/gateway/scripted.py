@@ -50,6 +50,8 @@ class ScriptedEngine:
         """What it says of its models."""
         self.member_logprobs: dict[str, list[float]] = {}
         """What members say of every prompt but its first token, where they are asked alone."""
+        self.is_slow_for_members = False
+        """Whether members that are asked alone are answered for by `steps`."""
         self.echo = False
         """Whether it answers each request with its own prompt."""
         self.bodies: list[dict[str, Any]] = []
@@ -83,7 +85,8 @@ class ScriptedEngine:
         if self.echo:
             await self._echo(send, body)
             return
-        if (member := body.get("vllm_xargs", {}).get("chorus_member")) is not None:
+        member = body.get("vllm_xargs", {}).get("chorus_member")
+        if member is not None and not self.is_slow_for_members:
             logprobs = {"token_logprobs": [None, *self.member_logprobs[member]]}
             await _send_whole(send, 200, json.dumps({"choices": [{"logprobs": logprobs}]}).encode())
             return

@@ -315,20 +315,30 @@ def test_an_engines_error_before_the_first_token_is_answered_with_its_status(pai
         pair.engine.content_type = "application/json"
     answer = ask(pair, "messages", stream=stream)
     assert answer.status_code == (500 if stream else 400)
-    assert answer.json()["error"]["message"] == "oops"
+    assert answer.json()["error"]["message"] == ("the engine failed on this request." if stream else "oops")
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_an_engines_failure_in_a_stream_passes_without_its_words(pair: Pair, route: str) -> None:
+    error = {"type": "error", "error": {"type": "internal_error", "message": "/root/x.py"}}
+    pair.engine.steps = [*BEGIN[route], *PARTS[route], b"event: error\ndata: " + json.dumps(error).encode() + b"\n\n"]
+    answer = ask(pair, route, stream=True)
+    assert events(answer)[-1][0] == "error"
+    assert "the engine failed on this request." in answer.text
+    assert "/root/x.py" not in answer.text
 
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("garbage", [b"{", b"[]", b"7", b"<html>", b"\xff", b'{"usage": 3, "message": 4}'])
-def test_garbage_from_an_engine_is_a_lost_answer(pair: Pair, route: str, stream: bool, garbage: bytes) -> None:
+def test_garbage_from_an_engine_is_a_bad_gateway(pair: Pair, route: str, stream: bool, garbage: bytes) -> None:
     if stream:
         name = {"responses": b"response.output_text.delta", "messages": b"message_start"}[route]
         pair.engine.steps = [b"event: " + name + b"\ndata: " + garbage + b"\n\n"]
     else:
         pair.engine.steps, pair.engine.content_type = [garbage], "application/json"
     answer = ask(pair, route, stream=stream)
-    assert answer.status_code in (200, 503)
+    assert answer.status_code in ((200, 502, 503) if stream else (502,))
     if answer.status_code == 200:
         assert not stream or events(answer)[-1][0] == "error"
 

@@ -121,10 +121,14 @@ def test_an_error_that_the_engine_streams_first_is_answered_with_its_status(pair
     assert answer.json()["error"]["message"] == error["message"]
 
 
-def test_an_error_that_the_engine_streams_later_passes(pair: Pair) -> None:
-    error = b'data: {"error":{"message":"oops","type":"InternalServerError","param":null,"code":500}}\n\n'
-    pair.engine.steps = [event("a"), error, DONE]
-    assert complete(pair, stream=True).text.endswith(error.decode() + DONE.decode())
+def test_an_error_that_the_engine_streams_later_passes_without_its_words(pair: Pair) -> None:
+    error = b'data: {"error":{"message":"/root/x.py","type":"InternalServerError","param":null,"code":500}}\n\n'
+    for steps in ([event("a"), error, DONE], [event("a"), error + DONE]):
+        pair.engine.steps = steps
+        answer = complete(pair, stream=True)
+        assert answer.text.endswith(DONE.decode())
+        assert events(answer.text)[-1]["error"]["code"] == "engine_error"
+        assert "/root/x.py" not in answer.text
 
 
 def test_the_openai_client_raises_on_a_stream_that_broke(pair: Pair) -> None:
@@ -248,7 +252,7 @@ def test_an_answer_of_no_tokens_that_was_asked_for_is_the_clients_own(pair: Pair
 def test_a_failure_of_a_healthy_engine_is_its_own_and_of_a_sick_one_a_503(pair: Pair) -> None:
     pair.engine.steps, pair.engine.status, pair.engine.content_type = [b"oops"], 500, "text/plain"
     healthy = complete(pair)
-    assert (healthy.status_code, healthy.json()["error"]["message"]) == (500, "oops")
+    assert (healthy.status_code, healthy.json()["error"]["message"]) == (500, "the engine failed on this request.")
     pair.engine.is_healthy = False
     sick = complete(pair)
     assert sick.status_code == 503

@@ -1,0 +1,248 @@
+"""Structured output that cannot harm others: grammars are tried before they reach the engine, and cost little for each token.
+
+vLLM parses a request's grammar in its API server, on the event loop, and compiles it in the engine's core, in a thread that nothing
+can stop. A few hundred bytes can keep either busy for ever. Here both are done first in a process that is killed when it takes too
+long; what has passed is not parsed in the API server again, and its compilation in the core is known to end.
+"""
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+import textwrap
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from functools import partial
+from http import HTTPStatus
+from typing import Any, Self
+
+import numpy as np
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.logger import init_logger
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.structured_output.backend_guidance import GuidanceBackend
+from vllm.v1.structured_output.backend_lm_format_enforcer import LMFormatEnforcerBackend
+from vllm.v1.structured_output.backend_outlines import OutlinesBackend
+from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
+from vllm.v1.structured_output.request import get_structured_output_key
+
+from chorus.serve.engine.trials import NICENESS, BusyError, Trials
+
+logger = init_logger(__name__)
+
+TRIAL_CPU_S = 10.0
+"""Processor time for a grammar. On a slow core, a string of up to 10,000 characters takes 6 s with a vocabulary of 50,000."""
+_TRIAL_MEMORY = 2 << 30
+_PATIENCE_S = 25.0
+"""Longest wait for a trial. An engine whose requests make no progress for longer than 30 s may be taken for a frozen one."""
+_NUM_REMEMBERED = 1024
+_ALLOWANCE_S, _ALLOWANCE_PER_TOKEN_S = 1.0, 0.01
+"""Time that masks may take in the core, which all requests wait for. Real schemas take 0.1 to 3 ms a token."""
+_NUM_TRIAL_TOKENS = 64
+_FIELDS = (
+    *("json", "regex", "choice", "grammar", "json_object", "structural_tag"),
+    *("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern"),
+)
+_PLACE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")
+"""What xgrammar writes before its messages: the time, and a line of its source."""
+
+tried: ContextVar[StructuredOutputsParams | None] = ContextVar("tried", default=None)
+"""What has just passed its trial, and is not to be parsed again."""
+
+
+class GrammarTrials:
+    """Tries the grammars of requests, each once. Belongs to one event loop; to be made before there are threads."""
+
+    def __init__(self, vllm_config: Any, *, cpu_s: float = TRIAL_CPU_S) -> None:
+        self._cpu_s = cpu_s
+        self._trials = Trials(partial(_prepare, vllm_config), cpu_s=cpu_s, memory_bytes=_TRIAL_MEMORY)
+        self._known: OrderedDict[bytes, asyncio.Task[dict[str, Any] | None]] = OrderedDict()
+
+    def close(self) -> None:
+        """End the process that tries."""
+        self._trials.close()
+
+    async def check(self, params: Any) -> None:
+        """Try what a request asks for, and put into its place what the trial made of it.
+
+        Raises:
+            VLLMValidationError: the grammar is wrong, or takes too much.
+            GracefulHTTPError: too many others wait (503).
+        """
+        asked = getattr(params, "structured_outputs", None)
+        if asked is None or asked.all_constraints_none():
+            return
+        found = await self._result(json.dumps({name: getattr(asked, name) for name in _FIELDS}).encode())
+        if found is None:
+            raise VLLMValidationError(
+                f"the grammar of the structured output takes more than {self._cpu_s:g} s of processor time to compile; make it "
+                "simpler: fewer rules, properties, alternatives and repetitions",
+                parameter="structured_outputs",
+            )
+        if "error" in found:
+            message = textwrap.shorten(_PLACE.sub("", found["error"]), 500, placeholder="...")
+            raise VLLMValidationError(message, parameter="structured_outputs")
+        params.structured_outputs = StructuredOutputsParams(**found["constraint"])
+        params.structured_outputs._backend = found["backend"]
+        params.structured_outputs._backend_was_auto = found["was_auto"]
+        tried.set(params.structured_outputs)
+
+    async def _result(self, job: bytes) -> dict[str, Any] | None:
+        key = hashlib.sha256(job).digest()
+        if key not in self._known:
+            self._known[key] = asyncio.create_task(self._try(job))
+            if len(self._known) > _NUM_REMEMBERED:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                found = await asyncio.shield(self._known[key])
+        except TimeoutError:
+            raise _busy() from None
+        if found is not None and "is_busy" in found:
+            self._known.pop(key, None)
+            raise _busy()
+        return found
+
+    async def _try(self, job: bytes) -> dict[str, Any] | None:
+        try:
+            reply = await self._trials.run(job)
+        except BusyError as error:
+            logger.warning("a grammar could not be tried: %s", error.__cause__ or "too many wait")
+            return {"is_busy": True}
+        found: dict[str, Any] | None = None if reply is None else json.loads(reply)
+        return found
+
+
+def _busy() -> GracefulHTTPError:
+    return GracefulHTTPError(
+        "too many grammars of structured output wait to be tried; send the request again",
+        HTTPStatus.SERVICE_UNAVAILABLE,
+    )
+
+
+def _prepare(vllm_config: Any) -> Callable[[bytes], bytes]:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = cached_tokenizer_from_config(model_config=vllm_config.model_config)
+    settings = vllm_config.structured_outputs_config
+    make = partial(_make_backend, vllm_config=vllm_config, tokenizer=tokenizer)
+    names = ("xgrammar", "guidance") if settings.backend == "auto" else (settings.backend,)
+    backends = {name: make(name) for name in names}
+
+    def run(job: bytes) -> bytes:
+        params = SamplingParams(structured_outputs=StructuredOutputsParams(**json.loads(job)))
+        try:
+            params._validate_structured_outputs(vllm_config.model_config, settings, tokenizer)
+            found = params.structured_outputs
+            name = found._backend
+            _walk(backends.get(name) or make(name), found)
+        except Exception as error:  # noqa: BLE001 - whatever a parser raises is about the request
+            return json.dumps(
+                {"error": f"the structured output cannot be made: {error or type(error).__name__}"}
+            ).encode()
+        constraint = {field: getattr(found, field) for field in _FIELDS}
+        return json.dumps({"constraint": constraint, "backend": name, "was_auto": found._backend_was_auto}).encode()
+
+    return run
+
+
+def _walk(backend: Any, constraint: StructuredOutputsParams) -> None:
+    """Compile, and generate tokens at random as long as some go on."""
+    grammar = Metered(backend.compile_grammar(*get_structured_output_key(constraint)))
+    bitmask = backend.allocate_token_bitmask(1)
+    chance = np.random.default_rng(0)
+    for _ in range(_NUM_TRIAL_TOKENS):
+        grammar.fill_bitmask(bitmask, 0)
+        allowed = np.flatnonzero(np.unpackbits(bitmask[0].numpy().view(np.uint8), bitorder="little"))
+        if not len(allowed):
+            raise ValueError("no text fits it")
+        goes_on = allowed[allowed != backend.tokenizer.eos_token_id]
+        if not len(goes_on) or not grammar.accept_tokens("trial", [int(chance.choice(goes_on))]):
+            break
+    if grammar.is_spent:
+        raise ValueError("its grammar takes too long for each token; make it simpler, and less ambiguous")
+
+
+def _make_backend(name: str, *, vllm_config: Any, tokenizer: Any) -> Any:
+    kinds: dict[str, Callable[..., Any]] = {
+        "xgrammar": XgrammarBackend,
+        "guidance": GuidanceBackend,
+        "outlines": OutlinesBackend,
+        "lm-format-enforcer": LMFormatEnforcerBackend,
+    }
+    return kinds[name](vllm_config, tokenizer=tokenizer, vocab_size=vllm_config.model_config.get_vocab_size())
+
+
+class Metered:
+    """A grammar, as vLLM knows it, that rejects every token once it has taken more time than it may."""
+
+    def __init__(self, grammar: Any) -> None:
+        self._grammar = grammar
+        self._left_s = _ALLOWANCE_S
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether it has taken more than it may."""
+        return self._left_s < 0
+
+    def fill_bitmask(self, bitmask: Any, idx: int) -> None:
+        """Allow the tokens that may come next."""
+        began = time.thread_time()
+        self._grammar.fill_bitmask(bitmask, idx)
+        self._left_s -= time.thread_time() - began
+
+    def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
+        """Take in what was generated; False ends the request."""
+        began = time.thread_time()
+        is_accepted: bool = self._grammar.accept_tokens(request_id, tokens)
+        self._left_s -= time.thread_time() - began
+        if self.is_spent:
+            logger.warning("request %s is ended: its grammar takes too long for each token", request_id)
+            return False
+        self._left_s = min(_ALLOWANCE_S, self._left_s + len(tokens) * _ALLOWANCE_PER_TOKEN_S)
+        return is_accepted
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grammar, name)
+
+
+class GrammarManager(StructuredOutputManager):
+    """vLLM's manager, with each request's own backend: vLLM uses the first request's for all, and fails what only another can."""
+
+    @classmethod
+    def adopt(cls, manager: Any) -> Self:
+        """Give vLLM's manager our methods: it offers no hook to choose its class."""
+        manager.__class__ = cls
+        manager.backends = {}
+        if hasattr(manager, "executor"):  # threads that xgrammar starts inherit the niceness
+            manager.executor = ThreadPoolExecutor(manager.executor._max_workers, initializer=_give_way)
+        adopted: Self = manager
+        return adopted
+
+    def grammar_init(self, request: Any) -> None:
+        """Begin to compile."""
+        if request.structured_output_request is None:
+            return
+        name = request.sampling_params.structured_outputs._backend
+        if name not in self.backends:
+            self.backends[name] = _make_backend(name, vllm_config=self.vllm_config, tokenizer=self.tokenizer)
+        self.backend = self.backends[name]
+        super().grammar_init(request)
+
+    def _create_grammar(self, request: Any) -> Any:
+        params = request.sampling_params
+        kind, text = request.structured_output_request.structured_output_key
+        backend = self.backends[params.structured_outputs._backend]
+        return Metered(backend.compile_grammar(kind, text, stop_token_ids=params.all_stop_token_ids))
+
+
+def _give_way() -> None:
+    thread = threading.get_native_id()
+    os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)

@@ -1,0 +1,128 @@
+"""A function run in processes of their own: one that hangs, grows or crashes on its input harms nobody else.
+
+A process forked early, while this one is small and has no threads, prepares what the function needs and forks again for each job.
+So a job finds everything loaded, and may be killed.
+"""
+
+import asyncio
+import gc
+import os
+import resource
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+_PARALLEL = max(1, min(2, (os.cpu_count() or 1) // 4))
+_MOST_PENDING = 32
+NICENESS = 5
+"""Of what compiles grammars, over the engine's own: less, and a busy engine would leave it no time at all."""
+_WALL_FACTOR = 3
+"""Time that a job may take on a busy machine, over the processor time that it may take."""
+
+
+class BusyError(Exception):
+    """Too many jobs wait, or the process that runs them is gone."""
+
+
+class Trials:
+    """Runs `prepare()(job)` for one job after the other, each in a process of its own."""
+
+    def __init__(self, prepare: Callable[[], Callable[[bytes], bytes]], *, cpu_s: float, memory_bytes: int) -> None:
+        """Fork. A job may take `cpu_s` of processor time, and `memory_bytes` more than what was prepared."""
+        self._wall_s = _WALL_FACTOR * cpu_s
+        self._turns = asyncio.Semaphore(_PARALLEL)
+        self._num_pending = 0
+        self._control, theirs = socket.socketpair()
+        if os.fork() == 0:
+            _become_server(theirs, prepare, cpu_s, memory_bytes)
+        theirs.close()
+
+    def close(self) -> None:
+        """End the process that forks."""
+        self._control.close()
+
+    async def run(self, job: bytes) -> bytes | None:
+        """The job's result; None if it took too much, or crashed. To be shielded: a job that is not waited for runs on.
+
+        Raises:
+            BusyError: nothing was tried.
+        """
+        if self._num_pending >= _MOST_PENDING:
+            raise BusyError
+        self._num_pending += 1
+        try:
+            async with self._turns:
+                return await self._run(job)
+        except OSError as error:
+            raise BusyError from error
+        finally:
+            self._num_pending -= 1
+
+    async def _run(self, job: bytes) -> bytes | None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            socket.send_fds(self._control, [b"."], [theirs.fileno()])
+            reader, writer = await asyncio.open_unix_connection(sock=ours.dup())
+        try:
+            writer.write(job)
+            writer.write_eof()
+            return await reader.read() or None
+        finally:
+            writer.close()
+
+
+def _become_server(
+    control: socket.socket, prepare: Callable[[], Callable[[bytes], bytes]], cpu_s: float, memory_bytes: int
+) -> NoReturn:
+    """Never return into the code of the process that was forked."""
+    try:
+        _forget(control)
+        run = prepare()
+        gc.freeze()  # so that children leave the pages of what is there shared
+        while (message := socket.recv_fds(control, 1, 1))[0]:
+            with socket.socket(fileno=message[1][0]) as link:
+                if os.fork() == 0:
+                    _run_job(link, run, cpu_s, memory_bytes)
+    except BaseException:  # noqa: BLE001 - it has no caller to raise to
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _forget(control: socket.socket) -> None:
+    """Leave behind what belongs to the process before: its signals, its open files (listening sockets among them), its priority."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGALRM, signal.SIGPROF):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process before, whose end ends this one
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
+    os.closerange(3, control.fileno())
+    os.closerange(control.fileno() + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    os.nice(NICENESS)
+
+
+def _run_job(link: socket.socket, run: Callable[[bytes], bytes], cpu_s: float, memory_bytes: int) -> NoReturn:
+    try:
+        _limit(cpu_s, memory_bytes)
+        parts = []
+        while part := link.recv(1 << 16):
+            parts.append(part)
+        link.sendall(run(b"".join(parts)))
+    finally:
+        os._exit(0)
+
+
+def _limit(cpu_s: float, memory_bytes: int) -> None:
+    """Have the kernel kill this process when it takes too much: native code that never returns to Python heeds nothing else."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + memory_bytes, used + memory_bytes))
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    signal.setitimer(signal.ITIMER_REAL, _WALL_FACTOR * cpu_s)

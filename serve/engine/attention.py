@@ -1,8 +1,10 @@
 """A member's attention layers: their KV cache is the member's own, and they see only the rows that the member runs."""
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from torch import Tensor
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata, subclass_attention_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -19,6 +21,8 @@ class CurrentStep(SimpleNamespace):
     """
 
     step: Step | None = None
+    catch_up_inputs: Mapping[int, tuple[Tensor, Tensor]] = {}
+    """Token ids and positions (num_rows,) of each member that runs catch-up rows in this step."""
     takes_any_scale: bool = False
     """Whether logits may be given as they are: no request of the batch has penalties, which act on normalised log-probabilities."""
 
@@ -72,15 +76,21 @@ def _narrowing_builder(builder: type, member: int, current: CurrentStep) -> type
         ) -> Any:
             rows = None if current.step is None else current.step.rows[member]
             if rows is not None:
-                common_attn_metadata = narrow(common_attn_metadata, rows)
+                positions = common_attn_metadata.positions
+                if positions is not None:
+                    caught_up = current.catch_up_inputs.get(member)
+                    positions = positions[rows.tokens] if caught_up is None else caught_up[1]
+                common_attn_metadata = narrow(common_attn_metadata, rows, positions)
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
     Narrowed.__name__ = f"Member{member}{builder.__name__}"
     return Narrowed
 
 
-def narrow(metadata: CommonAttentionMetadata, rows: MemberRows) -> CommonAttentionMetadata:
-    """The metadata of a batch that holds only `rows`."""
+def narrow(
+    metadata: CommonAttentionMetadata, rows: MemberRows, positions: Tensor | None = None
+) -> CommonAttentionMetadata:
+    """The metadata of a batch that holds only `rows`; its slot mapping is that of these rows already."""
 
     def of_requests(values: Any) -> Any:
         return None if values is None else values[rows.requests.to(values.device)]
@@ -89,12 +99,11 @@ def narrow(metadata: CommonAttentionMetadata, rows: MemberRows) -> CommonAttenti
         query_start_loc=rows.query_start_loc,
         query_start_loc_cpu=rows.query_start_loc_cpu,
         num_reqs=rows.num_requests,
-        num_actual_tokens=rows.num_tokens,
+        num_actual_tokens=rows.num_rows,
         max_query_len=rows.max_query_len,
         seq_lens=metadata.seq_lens[rows.requests],
         block_table_tensor=metadata.block_table_tensor[rows.requests],
-        slot_mapping=metadata.slot_mapping[rows.tokens],
-        positions=None if metadata.positions is None else metadata.positions[rows.tokens],
+        positions=positions,
         is_prefilling=of_requests(metadata.is_prefilling),
         seq_lens_cpu_upper_bound=of_requests(metadata.seq_lens_cpu_upper_bound),
         _num_computed_tokens_cache=None,

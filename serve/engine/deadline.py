@@ -56,11 +56,14 @@ class StepTally:
         self._requests_of: Counter[int] = Counter()
         self._requests = self._rows = self._context = 0
 
-    def add(self, members: Sequence[int], *, rows: int, context: int) -> None:
-        """A request of these members computes so many token rows after a context of so many tokens."""
+    def add(self, members: Sequence[int], *, rows: int, context: int, caught_up: int = 0) -> None:
+        """A request of these members computes so many token rows after a context of so many tokens.
+
+        `caught_up`: rows that single members run beside them, for tokens of steps that left them out.
+        """
         self._requests += 1
         self._requests_of.update(members)
-        self._rows += rows * len(members)
+        self._rows += rows * len(members) + caught_up
         self._context += context * len(members)
 
     def drop(self, member: int, *, rows: int, context: int) -> None:

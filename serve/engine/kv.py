@@ -8,7 +8,7 @@ blocks, and caches and finds none. Which request has which members is noted by o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from vllm.utils.math_utils import cdiv
@@ -28,7 +28,7 @@ class MemberAttentionSpec(FullAttentionSpec):
     @classmethod
     def of(cls, spec: FullAttentionSpec, member: int) -> Self:
         """The same cache, belonging to `member`."""
-        return cls(**{field.name: getattr(spec, field.name) for field in fields(spec)}, member=member)
+        return cls(**{each.name: getattr(spec, each.name) for each in fields(spec)}, member=member)
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
@@ -71,7 +71,7 @@ def groups_by_member(kv_cache_config: Any, num_members: int) -> dict[int, tuple[
 
 
 def _plain(spec: MemberAttentionSpec) -> FullAttentionSpec:
-    return FullAttentionSpec(**{field.name: getattr(spec, field.name) for field in fields(FullAttentionSpec)})
+    return FullAttentionSpec(**{each.name: getattr(spec, each.name) for each in fields(FullAttentionSpec)})
 
 
 @dataclass(kw_only=True, slots=True)
@@ -83,7 +83,16 @@ class _Holding:
     slots: int = 0
     """Tokens for which all of them have blocks."""
     offered: int = 0
-    """Blocks that all of them were asked to cache."""
+    """Blocks that all of them were asked to cache; -1 where some were not."""
+    computed: dict[int, int] = field(default_factory=dict)
+    """Computed tokens by group, of members that were left out of some step; those of the others are the request's."""
+    left_out: frozenset[int] = frozenset()
+    """Groups that the request's step leaves out: the one that runs, or, once planned, the next."""
+
+    def reset(self) -> None:
+        """No member has any token or block: the request is over, or preempted and begins anew with all members."""
+        self.slots = self.offered = 0
+        self.computed, self.left_out = {}, frozenset()
 
 
 class MemberCoordinator(KVCacheCoordinator):
@@ -126,8 +135,29 @@ class MemberCoordinator(KVCacheCoordinator):
         """
         holding, leaving = self._held[request_id], self._managers([member])
         holding.managers = tuple(each for each in holding.managers if each not in leaving)
-        for _, manager in leaving:
+        for group, manager in leaving:
+            holding.computed.pop(group, None)
             manager.free(request_id)
+
+    def plan(self, request_id: str, members: Sequence[int], num_computed: int) -> dict[int, int]:
+        """In its next step only `members` run for the request, which has computed so many tokens.
+
+        Returns:
+            How many of those tokens each of `members` has to catch up with. To be followed by `advance` if the step is scheduled.
+        """
+        holding = self._held[request_id]
+        running = {group for group, _ in self._managers(members)}
+        holding.left_out = frozenset(group for group, _ in holding.managers if group not in running)
+        for group in holding.left_out:
+            holding.computed.setdefault(group, num_computed)
+        holding.offered = -1
+        behind = {member: holding.computed.get(self.groups_of[member][0], num_computed) for member in members}
+        return {member: num_computed - computed for member, computed in behind.items() if computed < num_computed}
+
+    def advance(self, request_id: str) -> None:
+        """The step that was planned runs: its members have computed all tokens of the request."""
+        holding = self._held[request_id]
+        holding.computed = {group: holding.computed[group] for group in holding.left_out}
 
     def forget(self, request_id: str) -> None:
         """The request is over, and its blocks are free."""
@@ -223,25 +253,27 @@ class MemberCoordinator(KVCacheCoordinator):
             request.num_prompt_tokens, self.scheduler_block_size, use_eagle=bool(self.eagle_group_ids)
         )
         for group, manager in holding.managers:
+            # What a member was left out of has never been written: nobody may find it.
+            computed = holding.computed[group] if group in holding.left_out else num_computed_tokens
             manager.cache_blocks(
                 request,
-                self.get_num_cacheable_tokens(num_computed_tokens, group),
+                self.get_num_cacheable_tokens(computed, group),
                 retention_interval=self.retention_interval,
                 replay_boundaries=boundaries,
             )
-        holding.offered = num_full
+        holding.offered = -1 if holding.computed else num_full
 
     def free(self, request_id: str) -> None:
         """Free the blocks of a request that is over or preempted."""
         holding = self._held[request_id]
-        holding.slots = holding.offered = 0
+        holding.reset()
         for _, manager in holding.managers:
             manager.free(request_id)
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
         """The same, but the caller frees them, when no step that runs can write to them any more."""
         holding = self._held[request_id]
-        holding.slots = holding.offered = 0
+        holding.reset()
         return [block for _, manager in holding.managers for block in manager.pop_blocks_for_free(request_id)]
 
     def remove_skipped_blocks(self, *args: Any, **kwargs: Any) -> None:

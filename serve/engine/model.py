@@ -21,6 +21,7 @@ from chorus.serve.engine.attention import CurrentStep, claim_layers
 from chorus.serve.engine.mixing import Exchange, header_width, mix, mix_alike, uniform_headers
 from chorus.serve.engine.mixture import Mixture
 from chorus.serve.engine.parallel import Ranks, SpreadRanks
+from chorus.serve.engine.rows import MemberRows
 from chorus.serve.engine.stopwatch import MIXING, Stopwatch
 
 
@@ -92,7 +93,7 @@ class PopulationForCausalLM(nn.Module):
         if step is not None and returned.common is not None:
             running = step.running
             returned.columns = self._lay_out(running, start=0)
-            hidden = [self._run(idx, input_ids, positions) for idx in running]
+            hidden = [self._run_part(idx, step.rows[idx], input_ids, positions) for idx in running]
             if (
                 not hidden
             ):  # all members of this mixture are on other ranks; vLLM wants a row for each token all the same
@@ -111,12 +112,17 @@ class PopulationForCausalLM(nn.Module):
         hidden_TH[len(header_TH) :, : self._header_columns] = 0
         for idx in running:
             rows = None if step is None else step.rows[idx]
-            if rows is None:
-                hidden_TH[:, columns[idx]] = self._run(idx, input_ids, positions)
-            else:
-                hidden_rH = self._run(idx, input_ids[rows.tokens], positions[..., rows.tokens])
-                hidden_TH[rows.tokens, columns[idx]] = hidden_rH
+            hidden_rH = self._run_part(idx, rows, input_ids, positions)
+            hidden_TH[slice(None) if rows is None else rows.tokens, columns[idx]] = hidden_rH
         return hidden_TH
+
+    def _run_part(self, idx: int, rows: MemberRows | None, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """The member's hidden states in its token rows; it runs its catch-up rows, too."""
+        if rows is None:
+            return self._run(idx, input_ids, positions)
+        if rows.catch_up is None:
+            return self._run(idx, input_ids[rows.tokens], positions[..., rows.tokens])
+        return self._run(idx, *self.current.catch_up_inputs[idx])[rows.catch_up.kept]
 
     def _run(self, idx: int, input_ids: Tensor, positions: Tensor) -> Tensor:
         start = self.stopwatch.mark()

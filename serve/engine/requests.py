@@ -12,22 +12,25 @@ from chorus.serve.engine.deadline import (
     MOST_ARGUMENT,
     REPORT_ARGUMENT,
 )
+from chorus.serve.engine.decoding import DECODING_ARGUMENT, DECODINGS, why_not_sampled
 from chorus.serve.engine.mixture import MEMBER_ARGUMENT, TIER_ARGUMENT, Prior
 
 _COUNTS = {MOST_ARGUMENT: "members", EXPECTED_ARGUMENT: "tokens"}
-_ARGUMENTS = (TIER_ARGUMENT, MEMBER_ARGUMENT, BUDGET_ARGUMENT, FLOOR_ARGUMENT, *_COUNTS, REPORT_ARGUMENT)
+_ARGUMENTS = (TIER_ARGUMENT, MEMBER_ARGUMENT, DECODING_ARGUMENT, BUDGET_ARGUMENT, FLOOR_ARGUMENT, *_COUNTS, REPORT_ARGUMENT)
 
 
-def check(arguments: dict[str, Any], prior: Prior) -> None:
-    """Check a request's `vllm_xargs`.
+def check(parameters: Any, prior: Prior) -> None:
+    """Check the `vllm_xargs` of a request with these `SamplingParams`.
 
     Raises:
-        ChorusError: a tier or member does not exist, a number is out of range, or a key that is ours is misspelt.
+        ChorusError: a tier or member does not exist, a number is out of range, a key that is ours is misspelt, or members are to be
+            sampled where that would not be exact.
     """
+    arguments: dict[str, Any] = getattr(parameters, "extra_args", None) or {}
     if unknown := sorted(key for key in arguments if key.startswith("chorus_") and key not in _ARGUMENTS):
         raise ChorusError(f"vllm_xargs: unknown {', '.join(unknown)}; there are {', '.join(_ARGUMENTS)}")
     try:
-        prior.asked_by(arguments)
+        mixture = prior.asked_by(arguments)
         if FLOOR_ARGUMENT in arguments:
             prior.mixture(arguments[FLOOR_ARGUMENT])
     except ChorusError as error:
@@ -40,6 +43,14 @@ def check(arguments: dict[str, Any], prior: Prior) -> None:
         count = arguments.get(key, 1)
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ChorusError(f"vllm_xargs.{key}: {count!r} is not a number of {what} from 1 on")
+    decoding = arguments.get(DECODING_ARGUMENT, DECODINGS[0])
+    if decoding not in DECODINGS:
+        raise ChorusError(f"vllm_xargs.{DECODING_ARGUMENT}: {decoding!r} is none of {', '.join(DECODINGS)}")
+    if decoding == "sampled" and (why := why_not_sampled(parameters, mixture)) is not None:
+        raise ChorusError(
+            f"vllm_xargs.{DECODING_ARGUMENT}: one sampled member per token would not be exact here, since {why}. Use 'auto', "
+            "which takes the fastest exact way."
+        )
     if not isinstance(mark := arguments.get(REPORT_ARGUMENT, ""), str):
         raise ChorusError(f"vllm_xargs.{REPORT_ARGUMENT}: {mark!r} is not a text with which the report is to begin")
 
@@ -55,7 +66,7 @@ def check_every_request(model: str) -> None:
     @wraps(plain)
     def validate(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            check(getattr(params, "extra_args", None) or {}, prior)
+            check(params, prior)
         except ChorusError as error:
             raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
         return plain(self, params, *args, **kwargs)

@@ -1,10 +1,12 @@
 """Which rows of a step each member runs: fifteen one-member requests and one of eight members cost 15 + 8 rows, not 128.
 
-A *request row* is a position in the batch of requests; a *token row* one in the batch of their scheduled tokens.
+A *request row* is a position in the batch of requests; a *token row* one in the batch of their scheduled tokens. A member that was
+left out of earlier steps of a request runs the tokens that it missed as well, before the scheduled ones: its *catch-up rows*, which
+have no token row.
 Pure index arithmetic, on NumPy arrays and torch tensors; `attention` and `worker` apply it to vLLM's structures.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,29 +23,44 @@ class MemberRows:
     """The part of a step's batch that one member runs. Tensors are on the engine's device unless their name says otherwise."""
 
     num_requests: int
-    num_tokens: int
+    num_rows: int
+    """Rows that it runs, catch-up rows included."""
     max_query_len: int
     requests: Tensor
     """(num_requests,) int64: request rows, ascending."""
     tokens: Tensor
-    """(num_tokens,) int64: token rows, ascending."""
+    """(num_tokens,) int64: token rows, ascending; catch-up rows are not among them."""
     query_start_loc: Tensor
-    """(num_requests + 1,) int32: where each request's tokens begin among the member's own."""
+    """(num_requests + 1,) int32: where each request's rows begin among the member's own."""
     query_start_loc_cpu: Tensor
+    catch_up: "CatchUp | None" = None
+    """None where the member runs scheduled tokens only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CatchUp:
+    """Where a member's rows come from when some have no token row. (num_rows,) each, in the order in which the member runs them."""
+
+    requests: NDArray[np.int64]
+    """Request row of each."""
+    offsets: NDArray[np.int64]
+    """Position in the request, from its first scheduled token on: below zero for catch-up rows."""
+    kept: Tensor
+    """(num_tokens,) int64: which of them are token rows, ascending."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step of the engine: who runs what, and the header of every token row."""
+    """One step of the engine: which member runs what, and the header of every token row."""
 
     rows: tuple[MemberRows | None, ...]
-    """For each member that runs any row its part of the batch; None where that is the whole batch."""
+    """For each member that runs any row its part of the batch; None where that is the whole batch, and nothing else."""
     header_TH: Tensor | None
     """(num_tokens, M + 2) float32, see `mixing.make_headers`; None where all requests have the same mixture."""
     running: tuple[int, ...]
     """Members here that run any row, ascending."""
     common: Mixture | None
-    """The mixture of all requests, if they have the same one; its members run the whole batch."""
+    """The mixture of all requests, if they have the same one; its members run the whole batch, and perhaps catch up."""
 
 
 def plan_step(
@@ -53,57 +70,76 @@ def plan_step(
     device: torch.device,
     *,
     here: Sequence[int] | None = None,
+    missed: Sequence[Mapping[int, int]] | None = None,
 ) -> Step:
     """Lay out a step for requests answered by `mixtures`, in batch order.
 
     Args:
         num_scheduled_tokens: (num_requests,) tokens that this step computes for each request.
         here: the members that this rank holds; None for all.
+        missed: for each request, how many tokens before the scheduled ones its members have not computed yet, by member. Those that
+            are left out have computed them all.
     """
-    if all(mixture == mixtures[0] for mixture in mixtures):
-        return Step(
-            rows=(None,) * num_members,
-            header_TH=None,
-            running=tuple(member for member in mixtures[0].members if here is None or member in here),
-            common=mixtures[0],
-        )
+    common = mixtures[0] if all(mixture == mixtures[0] for mixture in mixtures) else None
+    if common is not None and not (missed and any(missed)):
+        running = tuple(member for member in common.members if here is None or member in here)
+        return Step(rows=(None,) * num_members, header_TH=None, running=running, common=common)
     is_active_RM = np.zeros((len(mixtures), num_members), dtype=bool)
+    missed_RM = np.zeros((len(mixtures), num_members), dtype=np.int64)
     for row, mixture in enumerate(mixtures):
         is_active_RM[row, list(mixture.members)] = True
-    header_RH = make_headers(mixtures, num_members)
-    repeats = torch.from_numpy(num_scheduled_tokens.astype(np.int64))
-    header_TH = header_RH if len(header_RH) == repeats.sum() else torch.repeat_interleave(header_RH, repeats, dim=0)
+        for member, count in (missed[row] if missed else {}).items():
+            missed_RM[row, member] = count
+    header_TH = None
+    if common is None:
+        header_RH = make_headers(mixtures, num_members)
+        repeats = torch.from_numpy(num_scheduled_tokens.astype(np.int64))
+        header_TH = header_RH if len(header_RH) == repeats.sum() else torch.repeat_interleave(header_RH, repeats, dim=0)
+        header_TH = header_TH.to(device)
     planned: dict[bytes, MemberRows | None] = {}
     rows = []
     for member in range(num_members):
-        key = is_active_RM[:, member].tobytes()
+        key = is_active_RM[:, member].tobytes() + missed_RM[:, member].tobytes()
         if key not in planned:
-            planned[key] = _select(is_active_RM[:, member], num_scheduled_tokens, device)
+            planned[key] = _select(is_active_RM[:, member], missed_RM[:, member], num_scheduled_tokens, device)
         rows.append(planned[key])
     return Step(
         rows=tuple(rows),
-        header_TH=header_TH.to(device),
+        header_TH=header_TH,
         running=tuple(m for m in np.flatnonzero(is_active_RM.any(0)).tolist() if here is None or m in here),
-        common=None,
+        common=common,
     )
 
 
 def _select(
-    is_active_R: NDArray[np.bool_], num_scheduled_tokens: NDArray[np.int32], device: torch.device
+    is_active_R: NDArray[np.bool_],
+    missed_R: NDArray[np.int64],
+    num_scheduled_tokens: NDArray[np.int32],
+    device: torch.device,
 ) -> MemberRows | None:
-    if is_active_R.all():
-        return None
     requests = np.flatnonzero(is_active_R)
-    lengths = num_scheduled_tokens[requests]
-    query_start_loc_cpu = torch.zeros(len(requests) + 1, dtype=torch.int32)
-    query_start_loc_cpu[1:] = torch.from_numpy(np.cumsum(lengths, dtype=np.int32))
-    tokens = np.flatnonzero(np.repeat(is_active_R, num_scheduled_tokens))
+    missed = missed_R[requests]
+    catches_up = bool(missed.any())
+    if len(requests) == len(is_active_R) and not catches_up:
+        return None
+    lengths = num_scheduled_tokens[requests] + missed
+    starts = np.concatenate(([0], np.cumsum(lengths)))
+    query_start_loc_cpu = torch.from_numpy(starts.astype(np.int32))
+    catch_up = None
+    if catches_up:
+        offsets = np.arange(starts[-1]) - np.repeat(starts[:-1] + missed, lengths)
+        catch_up = CatchUp(
+            requests=np.repeat(requests, lengths),
+            offsets=offsets,
+            kept=torch.from_numpy(np.flatnonzero(offsets >= 0)).to(device),
+        )
     return MemberRows(
         num_requests=len(requests),
-        num_tokens=len(tokens),
+        num_rows=int(starts[-1]),
         max_query_len=int(lengths.max(initial=0)),
         requests=torch.from_numpy(requests).to(device),
-        tokens=torch.from_numpy(tokens).to(device),
+        tokens=torch.from_numpy(np.flatnonzero(np.repeat(is_active_R, num_scheduled_tokens))).to(device),
         query_start_loc=query_start_loc_cpu.to(device),
         query_start_loc_cpu=query_start_loc_cpu,
+        catch_up=catch_up,
     )

@@ -6,6 +6,7 @@ It resolves tiers when requests arrive, and at each token boundary drops members
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from chorus.serve.engine.deadline import (
     choose_drops,
     way_down,
 )
+from chorus.serve.engine.decoding import DECODING_ARGUMENT, MemberDraws, is_worth_sampling, why_not_sampled
 from chorus.serve.engine.grammars import GrammarManager
 from chorus.serve.engine.kv import MemberCoordinator, groups_by_member
 from chorus.serve.engine.metrics import DROP_REASONS, StepCounts, attach
@@ -41,6 +43,26 @@ logger = init_logger(__name__)
 # while no request has a time budget, but the first that has one finds a step cost that is learned.
 _OBSERVE_EVERY = 4
 _OBSERVE_IDLY_EVERY = 32
+
+
+@dataclass(kw_only=True, slots=True)
+class _Sampling:
+    """A request whose members may be sampled, one for each token."""
+
+    draws: MemberDraws
+    is_asked_for: bool
+    """Whether every token is to be sampled; else only where that is faster."""
+    sent: Mixture | None = None
+    """The mixture that the workers have for it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Planned:
+    """The next step of a request, if it is scheduled."""
+
+    mixture: Mixture
+    missed: dict[int, int]
+    """Tokens that its members have to catch up with, by member."""
 
 
 class PopulationScheduler(Scheduler):
@@ -55,6 +77,9 @@ class PopulationScheduler(Scheduler):
         self._mixtures: dict[str, Mixture] = {}
         self._deadlines: dict[str, Deadline] = {}
         self._changed: set[str] = set()
+        self._sampling: dict[str, _Sampling] = {}
+        self._planned: dict[str, _Planned] = {}
+        """What runs of the requests in `_sampling` in the current step. Of any other request, and of prompts, all members run."""
         GrammarManager.adopt(self.structured_output_manager)
         self._kv = MemberCoordinator.adopt(self.kv_cache_manager, groups_of)
         self._step_cost = StepCost()
@@ -72,6 +97,7 @@ class PopulationScheduler(Scheduler):
             if BUDGET_ARGUMENT in arguments:
                 mixture = self._begin_deadline(request, mixture, arguments)
             self._mixtures[request.request_id] = mixture
+            self._begin_sampling(request, mixture, arguments)
             self._kv.assign(request.request_id, mixture.members)
         super().add_request(request)
 
@@ -85,11 +111,69 @@ class PopulationScheduler(Scheduler):
         self._step_started = now
         if self._deadlines:
             self._keep_deadlines()
+        self._planned = self._plan_sampling() if self._sampling else {}
         output = super().schedule(*args, **kwargs)
         self._changed.update(request.req_id for request in output.scheduled_new_reqs)
         output.mixtures = {request_id: self._mixtures[request_id] for request_id in self._changed}
+        output.missed = {}
         self._changed.clear()
+        if self._sampling:
+            self._settle_sampling(output)
         return output
+
+    def _begin_sampling(self, request: Any, mixture: Mixture, arguments: Mapping[str, Any]) -> None:
+        """Note whether the request's members may be sampled: unasked only without a time budget, which counts on drops."""
+        decoding = arguments.get(DECODING_ARGUMENT, "auto")
+        if decoding == "plain" or (decoding == "auto" and BUDGET_ARGUMENT in arguments):
+            return
+        parameters = request.sampling_params
+        if parameters is None or len(mixture.members) == 1 or why_not_sampled(parameters, mixture) is not None:
+            return
+        # A seed stands for the same tokens whatever runs beside it: such a request samples always.
+        is_asked_for = decoding == "sampled" or parameters.seed is not None
+        self._sampling[request.request_id] = _Sampling(draws=MemberDraws(parameters.seed), is_asked_for=is_asked_for)
+
+    def _plan_sampling(self) -> dict[str, _Planned]:
+        """Choose the members that run in the next step, for each request that may sample them and is past its prompt."""
+        ready = [
+            (request, self._sampling[request.request_id])
+            for request in self.running
+            if request.request_id in self._sampling and request.num_tokens - request.num_computed_tokens == 1
+        ]
+        if not ready:
+            return {}
+        undecided = [self._mixtures[request.request_id] for request, own in ready if not own.is_asked_for]
+        others = (
+            self._mixtures[request.request_id].members
+            for request in self.running
+            if request.request_id not in self._sampling
+        )
+        is_worth_it = bool(undecided) and is_worth_sampling(undecided, others)
+        planned = {}
+        for request, own in ready:
+            mixture = self._mixtures[request.request_id]
+            if own.is_asked_for or is_worth_it:
+                mixture = own.draws.draw(mixture, request.num_output_tokens)
+            missed = self._kv.plan(request.request_id, mixture.members, request.num_computed_tokens)
+            planned[request.request_id] = _Planned(mixture=mixture, missed=missed)
+        return planned
+
+    def _settle_sampling(self, output: Any) -> None:
+        """Tell the workers what was planned, as far as it was scheduled."""
+        for request_id, own in self._sampling.items():
+            if request_id not in output.num_scheduled_tokens:
+                self._planned.pop(request_id, None)
+                continue
+            mixture = self._mixtures[request_id]
+            if (planned := self._planned.get(request_id)) is not None:
+                mixture = planned.mixture
+                self._kv.advance(request_id)
+                if planned.missed:
+                    output.missed[request_id] = planned.missed
+            if mixture is not own.sent:
+                output.mixtures[request_id] = own.sent = mixture
+            else:
+                output.mixtures.pop(request_id, None)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Note what the step did, then let vLLM take over its tokens."""
@@ -123,8 +207,12 @@ class PopulationScheduler(Scheduler):
     def _rows_by_set(self, num_scheduled_tokens: dict[str, int]) -> dict[tuple[int, ...], int]:
         rows: dict[tuple[int, ...], int] = {}
         for request_id, num_tokens in num_scheduled_tokens.items():
-            if (mixture := self._mixtures.get(request_id)) is not None:
+            if request_id in self._mixtures:
+                planned = self._planned.get(request_id)
+                mixture = self._mixtures[request_id] if planned is None else planned.mixture
                 rows[mixture.members] = rows.get(mixture.members, 0) + num_tokens
+                for member, missed in (planned.missed if planned else {}).items():
+                    rows[member,] = rows.get((member,), 0) + missed
         return rows
 
     def _begin_deadline(self, request: Any, mixture: Mixture, arguments: Mapping[str, Any]) -> Mixture:
@@ -151,8 +239,11 @@ class PopulationScheduler(Scheduler):
         requests, runners = list[Any](), list[Runner]()
         for request in chain(self.running, islice(self.waiting, max(0, self.max_num_running_reqs - len(self.running)))):
             members, context = self._mixtures[request.request_id].members, request.num_computed_tokens
+            if (planned := self._planned.get(request.request_id)) is not None:
+                members = planned.mixture.members  # those of the last step stand for those of the next
             tally.add(members, rows=1, context=context)
-            if (deadline := self._deadlines.get(request.request_id)) is not None:
+            is_sampling = request.request_id in self._sampling
+            if not is_sampling and (deadline := self._deadlines.get(request.request_id)) is not None:
                 requests.append(request)
                 runners.append(
                     Runner(
@@ -183,8 +274,12 @@ class PopulationScheduler(Scheduler):
         tally = StepTally()
         for request_id, num_tokens in num_scheduled_tokens.items():
             if request_id in self.requests:
-                members = self._mixtures[request_id].members
-                tally.add(members, rows=num_tokens, context=self.requests[request_id].num_computed_tokens)
+                planned, context = self._planned.get(request_id), self.requests[request_id].num_computed_tokens
+                if planned is None:
+                    tally.add(self._mixtures[request_id].members, rows=num_tokens, context=context)
+                else:
+                    caught_up = sum(planned.missed.values())
+                    tally.add(planned.mixture.members, rows=num_tokens, context=context, caught_up=caught_up)
         return tally.load()
 
     def _get_local_prefix_cache_hit(self, request: Any) -> Any:
@@ -207,6 +302,8 @@ class PopulationScheduler(Scheduler):
         del self._mixtures[request.request_id]
         self._kv.forget(request.request_id)
         self._deadlines.pop(request.request_id, None)
+        self._sampling.pop(request.request_id, None)
+        self._planned.pop(request.request_id, None)
         self._changed.discard(request.request_id)
 
     def _report(self, request: Any) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ out), `_get_slot_mappings` and the attention's metadata builders (narrowed to ea
 In between it sees the KV-cache groups of the members that run, and spends nothing on the others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from chorus.serve.engine.allocator import keep_freed_memory
 from chorus.serve.engine.kv import groups_by_member
 from chorus.serve.engine.mixture import Mixture
-from chorus.serve.engine.rows import Step, plan_step
+from chorus.serve.engine.rows import CatchUp, Step, plan_step
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
@@ -40,7 +40,7 @@ class PopulationWorker(_Worker):
         runner = self.model_runner
         runner.__class__ = type(f"Population{type(runner).__name__}", (PopulationRunner, type(runner)), {})
         runner.mixtures = {}
-        runner._planned_for = ([], b"")
+        runner._planned_for = ([], b"", [])
 
     def held_members(self) -> list[int]:
         """The members that this rank holds, by index: for `collective_rpc`."""
@@ -53,7 +53,7 @@ class PopulationRunner(GPUModelRunner):
     mixtures: dict[str, Mixture]
     """What answers each request that the workers know, by request id."""
     _step: Step
-    _planned_for: tuple[list[Mixture], bytes]
+    _planned_for: tuple[list[Mixture], bytes, list[Mapping[int, int]]]
     """The batch that `_step` was laid out for: while the same requests decode, every step is laid out the same."""
     _all_groups: "_Groups"
     _running_groups: "_Groups"
@@ -66,31 +66,60 @@ class PopulationRunner(GPUModelRunner):
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: NDArray[np.int32]) -> Any:
         mixtures = [self.mixtures[request_id] for request_id in self.input_batch.req_ids]
-        batch = (mixtures, num_scheduled_tokens.tobytes())
+        missed: list[Mapping[int, int]] = []
+        if scheduler_output.missed:
+            missed = [scheduler_output.missed.get(request_id, {}) for request_id in self.input_batch.req_ids]
+        batch = (mixtures, num_scheduled_tokens.tobytes(), missed)
         if batch != self._planned_for:
-            here = self.model.ranks.members
-            self._step = plan_step(mixtures, num_scheduled_tokens, self.model.num_members, self.device, here=here)
+            here, num_members = self.model.ranks.members, self.model.num_members
+            self._step = plan_step(
+                mixtures, num_scheduled_tokens, num_members, self.device, here=here, missed=missed or None
+            )
             self._planned_for = batch
             self._all_groups = _Groups.shown_by(self)
             # A rank that runs nothing in this step still prepares a batch: vLLM knows no step without a group.
             self._running_groups = self._all_groups.only(self._step.running or here[:1])
         self.model.current.step = self._step
+        self.model.current.catch_up_inputs = {
+            member: self._inputs(rows.catch_up)
+            for member in self._step.running
+            if (rows := self._step.rows[member]) is not None and rows.catch_up is not None
+        }
         self.model.current.takes_any_scale = self.input_batch.no_penalties
         self._running_groups.show(self)
         return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
 
+    def _positions(self, catch_up: CatchUp) -> NDArray[np.int64]:
+        positions: NDArray[np.int64] = (
+            self.input_batch.num_computed_tokens_cpu[catch_up.requests] + catch_up.offsets
+        ).astype(np.int64)
+        return positions
+
+    def _inputs(self, catch_up: CatchUp) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and positions of a member's rows. All tokens are on the CPU: asynchronous scheduling is off."""
+        positions = self._positions(catch_up)
+        token_ids = torch.from_numpy(self.input_batch.token_ids_cpu[catch_up.requests, positions])
+        return token_ids.to(self.device), torch.from_numpy(positions).to(self.device)
+
     def _get_slot_mappings(self, *args: Any, **kwargs: Any) -> Any:
         by_group, by_layer = super()._get_slot_mappings(*args, **kwargs)
         step = self.model.current.step
-        if step is not None:
-            for member in step.running:
-                if (rows := step.rows[member]) is not None:
-                    narrowed: dict[int, Any] = {}  # by whole mapping, which all layers of a group share
-                    for layer in self.model.layers_by_member[member]:
-                        whole = by_layer[layer]
-                        if id(whole) not in narrowed:
-                            narrowed[id(whole)] = whole[rows.tokens]
-                        by_layer[layer] = narrowed[id(whole)]
+        if step is None:
+            return by_group, by_layer
+        for idx, group in enumerate(self.kv_cache_config.kv_cache_groups):
+            rows = step.rows[group.kv_cache_spec.member]
+            if rows is None:
+                continue
+            if rows.catch_up is None:
+                by_group[idx] = by_group[idx][rows.tokens]
+            else:
+                table = self.input_batch.block_table[idx]
+                block, slot = np.divmod(self._positions(rows.catch_up), table.block_size)
+                slots = (
+                    table.get_numpy_array()[rows.catch_up.requests, block].astype(np.int64) * table.block_size + slot
+                )
+                by_group[idx] = torch.from_numpy(slots).to(self.device)
+            by_layer.update(dict.fromkeys(group.layer_names, by_group[idx]))
         return by_group, by_layer
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -46,6 +46,48 @@ def test_each_member_gets_exactly_the_rows_of_its_requests(batch: list[tuple[set
         assert rows.requests.tolist() == wanted
         assert rows.num_requests == len(wanted)
         assert rows.tokens.tolist() == [token for token, row in enumerate(owners) if row in wanted]
-        assert rows.num_tokens == len(rows.tokens)
+        assert rows.num_rows == len(rows.tokens)
+        assert rows.catch_up is None
         assert rows.query_start_loc.tolist() == np.cumsum([0, *lengths[wanted]]).tolist()
         assert rows.max_query_len == max(lengths[wanted], default=0)
+
+
+behind = st.lists(
+    st.tuples(st.dictionaries(st.integers(0, 3), st.integers(0, 5), min_size=1), st.integers(1, 4)),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(behind)
+@example([({1: 3}, 1)])
+def test_a_member_runs_what_it_missed_before_what_is_scheduled(batch: list[tuple[dict[int, int], int]]) -> None:
+    lengths = np.array([length for _, length in batch], dtype=np.int32)
+    mixtures = [mixture_of(set(members)) for members, _ in batch]
+    missed = [{m: count for m, count in members.items() if count} for members, _ in batch]
+    step = plan_step(mixtures, lengths, 4, torch.device("cpu"), missed=missed)
+    for member in step.running:
+        wanted, starts, kept, tokens, token = list[tuple[int, int]](), [0], list[int](), list[int](), 0
+        for row, (members, length) in enumerate(batch):
+            if member in members:
+                kept += range(len(wanted) + members[member], len(wanted) + members[member] + length)
+                tokens += range(token, token + length)
+                wanted += [(row, offset) for offset in range(-members[member], length)]
+                starts.append(len(wanted))
+            token += length
+        rows = step.rows[member]
+        if all(members.get(member) == 0 for members, _ in batch):
+            assert rows is None
+            continue
+        assert rows is not None
+        assert rows.num_rows == len(wanted)
+        assert rows.query_start_loc.tolist() == starts
+        assert rows.max_query_len == max(np.diff(starts))
+        assert rows.tokens.tolist() == tokens
+        if rows.catch_up is None:
+            assert kept == list(range(len(wanted)))
+        else:
+            ran = zip(rows.catch_up.requests.tolist(), rows.catch_up.offsets.tolist(), strict=True)
+            assert list(ran) == wanted
+            assert rows.catch_up.kept.tolist() == kept

@@ -1,0 +1,239 @@
+"""Sampled members: the law of the mixture, and what a member that was left out computes when it is drawn again."""
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch import Tensor
+from vllm import SamplingParams
+
+from chorus.serve.engine.decoding import MemberDraws, is_worth_sampling, why_not_sampled
+from chorus.serve.engine.mixture import Mixture
+from tests.reference import member_log_probs, mixture_log_probs
+from tests.serve.engine.asking import TOLERANCE, check_against_reference, greedy
+
+# vLLM and the libraries under it warn about themselves while they start; that is theirs to mend.
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+def mixture(*weights: float, **more: Any) -> Mixture:
+    fields: dict[str, Any] = {"tier": "t", "members": tuple(range(len(weights))), "pool": "linear", "temperature": 1.0}
+    return Mixture(**(fields | {"weights": weights} | more))
+
+
+def parameters(**more: Any) -> SamplingParams:
+    return SamplingParams(**({"temperature": 1, "max_tokens": 8, "ignore_eos": True} | more))
+
+
+def sampled(**more: Any) -> SamplingParams:
+    return parameters(extra_args={"chorus_tier": "max", "chorus_decoding": "sampled"}, **more)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"temperature": 0}, {"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"presence_penalty": 1},
+        {"frequency_penalty": 1}, {"repetition_penalty": 1.1}, {"logprobs": 0}, {"logit_bias": {5: 1.0}},
+        {"min_tokens": 2}, {"allowed_token_ids": [5]},
+    ],
+)  # fmt: skip
+def test_what_reshapes_or_reports_the_mixture_needs_all_members(more: dict[str, Any]) -> None:
+    assert why_not_sampled(parameters(**more), mixture(0.5, 0.5)) is not None
+
+
+def test_log_pools_and_temperatures_of_tiers_need_all_members() -> None:
+    assert why_not_sampled(parameters(), mixture(0.5, 0.5)) is None
+    assert why_not_sampled(parameters(), mixture(0.5, 0.5, pool="log")) is not None
+    assert why_not_sampled(parameters(), mixture(1.0, pool="log")) is None
+    assert why_not_sampled(parameters(), mixture(0.5, 0.5, temperature=1.2)) is not None
+
+
+def test_members_are_drawn_by_their_weights() -> None:
+    weights, draws = (0.5, 0.3, 0.15, 0.05), MemberDraws(None)
+    counts = Counter(draws.draw(mixture(*weights), idx).members[0] for idx in range(20_000))
+    assert stats.chisquare([counts[m] for m in range(4)], [20_000 * w for w in weights]).pvalue > 1e-6
+
+
+def test_a_seed_and_a_position_settle_the_member() -> None:
+    whole = mixture(0.25, 0.25, 0.25, 0.25)
+    first, second = MemberDraws(7), MemberDraws(7)
+    forwards = [first.draw(whole, idx) for idx in range(40)]
+    assert [second.draw(whole, idx) for idx in reversed(range(40))] == forwards[::-1]
+    assert [MemberDraws(8).draw(whole, idx) for idx in range(40)] != forwards
+    assert len({each.members for each in forwards}) == 4
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 2), max_size=3), st.integers(1, 6))
+def test_sampling_pays_where_few_members_are_expected_to_run(others: list[int], num_sampled: int) -> None:
+    whole = mixture(0.4, 0.3, 0.2, 0.1)
+    chances = [1.0 if m in others else 1 - (1 - w) ** num_sampled for m, w in enumerate(whole.weights)]
+    pays = is_worth_sampling([whole] * num_sampled, [(m,) for m in others])
+    assert pays == (sum(chances) <= 0.75 * 4 + 1e-12) or sum(chances) == pytest.approx(3)
+
+
+def core_of(engine: Any) -> Any:
+    return engine.llm_engine.engine_core.engine_core
+
+
+@dataclass(frozen=True)
+class Row:
+    """Logits with which a token was drawn."""
+
+    request_id: str
+    token_ids: list[int]
+    members: tuple[int, ...]
+    log_p_V: Tensor
+
+
+@contextmanager
+def recorded(engine: Any) -> Iterator[list[Row]]:
+    """The rows of every step in which each request has one, as the sampler sees them."""
+    runner = core_of(engine).model_executor.driver_worker.worker.model_runner
+    rows: list[Row] = []
+    plain = type(runner.model).compute_logits
+
+    def compute_logits(hidden_states: Tensor) -> Tensor:
+        logits_RV: Tensor = plain(runner.model, hidden_states)
+        batch, lengths = runner.input_batch, runner.optimistic_seq_lens_cpu
+        if len(logits_RV) == len(batch.req_ids):
+            for row, request_id in enumerate(batch.req_ids):
+                token_ids = batch.token_ids_cpu[row, : int(lengths[row])].tolist()
+                members = runner.mixtures[request_id].members
+                rows.append(Row(request_id, token_ids, members, torch.log_softmax(logits_RV[row].double(), -1)))
+        return logits_RV
+
+    runner.model.compute_logits = compute_logits
+    try:
+        yield rows
+    finally:
+        del runner.model.compute_logits
+
+
+def assert_exact(rows: list[Row], directory: Path) -> None:
+    assert rows
+    for row in rows:
+        if len(row.members) == 1:
+            expected_V = member_log_probs(directory, f"t0-c{row.members[0]:02}", row.token_ids)[-1]
+        else:
+            expected_V = mixture_log_probs(directory, "max", row.token_ids)[-1]
+        torch.testing.assert_close(row.log_p_V, expected_V, atol=TOLERANCE, rtol=0)
+
+
+def finish(engine: Any) -> list[Any]:
+    outputs = []
+    while engine.llm_engine.has_unfinished_requests():
+        outputs += [each for each in engine.llm_engine.step() if each.finished]
+    return outputs
+
+
+def test_one_member_runs_at_each_token_and_catches_up_exactly(engine: Any, tiny_population: Path) -> None:
+    scheduler = core_of(engine).scheduler
+    with recorded(engine) as rows:
+        engine.generate({"prompt_token_ids": list(range(2, 42))}, sampled(max_tokens=60), use_tqdm=False)
+    assert [len(row.members) for row in rows] == [4] + [1] * 59
+    assert len({row.members for row in rows}) == 5
+    assert_exact(rows, tiny_population)
+    assert scheduler._sampling == {}
+    assert scheduler._kv._held == {}
+
+
+def test_a_prefix_that_only_some_members_computed_is_not_found(engine: Any, tiny_population: Path) -> None:
+    """The trap: a block is full of tokens, but not of every member's keys and values."""
+    engine.reset_prefix_cache()
+    prompt = list(range(2, 42))
+    (output,) = engine.generate({"prompt_token_ids": prompt}, sampled(max_tokens=150), use_tqdm=False)
+    again = prompt + list(output.outputs[0].token_ids)
+    for tier in ("max", "standard", "economy"):
+        (output,) = engine.generate({"prompt_token_ids": again}, greedy(tier), use_tqdm=False)
+        check_against_reference(tiny_population, tier, output)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_schedule_of_catching_up_is_exact(engine: Any, tiny_population: Path, seed: int) -> None:
+    """Sampled, automatic and greedy requests arrive, are preempted and aborted at random; some share prefixes."""
+    draw, core, scheduler = random.Random(seed), engine.llm_engine, core_of(engine).scheduler
+    engine.reset_prefix_cache()
+    free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    shared = [draw.randrange(2, 512) for _ in range(96)]
+    num_added, outputs = 0, []
+    with recorded(engine) as rows:
+        while num_added < 16 or core.has_unfinished_requests():
+            for _ in range(min(draw.randint(0, 2), 16 - num_added)):
+                prompt = shared[: draw.choice([0, 40, 96])] + [
+                    draw.randrange(2, 512) for _ in range(draw.randint(1, 9))
+                ]
+                kind = draw.choice(["sampled", "auto", "greedy"])
+                asked = greedy("max", max_tokens=draw.randint(1, 40))
+                if kind != "greedy":
+                    arguments = {"chorus_tier": "max", "chorus_decoding": kind}
+                    asked = parameters(max_tokens=draw.randint(1, 40), extra_args=arguments)
+                core.add_request(f"{seed}-{num_added}", {"prompt_token_ids": prompt}, asked)
+                num_added += 1
+            if draw.random() < 0.04:
+                scheduler.reset_prefix_cache(reset_running_requests=True)
+            if draw.random() < 0.04:
+                core.abort_request([f"{seed}-{draw.randrange(num_added)}"])
+            outputs += [each for each in core.step() if each.finished]
+    assert {len(row.members) for row in rows} == {1, 4}
+    assert_exact(rows, tiny_population)
+    for output in outputs:
+        if output.outputs[0].logprobs:
+            check_against_reference(tiny_population, "max", output)
+    assert scheduler._sampling == {}
+    assert scheduler._planned == {}
+    assert scheduler._kv._held == {}
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free
+
+
+def test_tokens_follow_the_law_of_the_mixture(engine: Any, tiny_population: Path) -> None:
+    """The second token of 20,000 answers, against the sum over all first ones, by Hugging Face."""
+    prompt = [5, 9]
+    first_V = mixture_log_probs(tiny_population, "max", prompt)[-1].exp()
+    second_VV = torch.stack(
+        [mixture_log_probs(tiny_population, "max", [*prompt, token])[-1].exp() for token in range(len(first_V))]
+    )
+    expected_V = 20_000 * first_V @ second_VV
+    counts_V = torch.zeros(len(first_V))
+    for _ in range(40):
+        (output,) = engine.generate({"prompt_token_ids": prompt}, sampled(max_tokens=2, n=500), use_tqdm=False)
+        for completion in output.outputs:
+            counts_V[completion.token_ids[1]] += 1
+    often = expected_V >= 5
+    observed = [*counts_V[often].tolist(), float(counts_V[~often].sum())]
+    expected = [*expected_V[often].tolist(), float(expected_V[~often].sum())]
+    if expected[-1] == 0:
+        observed, expected = observed[:-1], expected[:-1]
+    assert stats.chisquare(observed, expected).pvalue > 1e-4
+
+
+def test_a_seed_gives_the_same_tokens_whatever_runs_beside_it(engine: Any) -> None:
+    prompt = {"prompt_token_ids": list(range(2, 30))}
+    seeded = parameters(seed=11, max_tokens=24, extra_args={"chorus_tier": "max"})
+    (alone,) = engine.generate(prompt, seeded, use_tqdm=False)
+    among = engine.generate([prompt] * 5, [seeded, *[greedy("max", max_tokens=24)] * 4], use_tqdm=False)
+    assert alone.outputs[0].token_ids == among[0].outputs[0].token_ids
+
+
+@pytest.mark.parametrize("more", [{"top_p": 0.5}, {"temperature": 0}, {"logprobs": 1}])
+def test_sampled_is_refused_where_it_would_not_be_exact(engine: Any, more: dict[str, Any]) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match="would not be exact"):
+        engine.generate({"prompt_token_ids": [5]}, sampled(**more), use_tqdm=False)
+
+
+def test_plain_runs_all_members_at_every_token(engine: Any) -> None:
+    with recorded(engine) as rows:
+        arguments = {"chorus_tier": "max", "chorus_decoding": "plain"}
+        engine.generate({"prompt_token_ids": [5]}, parameters(extra_args=arguments), use_tqdm=False)
+    assert {len(row.members) for row in rows} == {4}

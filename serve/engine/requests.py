@@ -16,7 +16,15 @@ from chorus.serve.engine.decoding import DECODING_ARGUMENT, DECODINGS, why_not_s
 from chorus.serve.engine.mixture import MEMBER_ARGUMENT, TIER_ARGUMENT, Prior
 
 _COUNTS = {MOST_ARGUMENT: "members", EXPECTED_ARGUMENT: "tokens"}
-_ARGUMENTS = (TIER_ARGUMENT, MEMBER_ARGUMENT, DECODING_ARGUMENT, BUDGET_ARGUMENT, FLOOR_ARGUMENT, *_COUNTS, REPORT_ARGUMENT)
+_ARGUMENTS = (
+    TIER_ARGUMENT,
+    MEMBER_ARGUMENT,
+    DECODING_ARGUMENT,
+    BUDGET_ARGUMENT,
+    FLOOR_ARGUMENT,
+    *_COUNTS,
+    REPORT_ARGUMENT,
+)
 
 
 def check(parameters: Any, prior: Prior) -> None:

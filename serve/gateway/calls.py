@@ -37,13 +37,14 @@ FLOOR_ARGUMENT = "chorus_floor"
 MOST_ARGUMENT = "chorus_most_members"
 EXPECTED_ARGUMENT = "chorus_expected_tokens"
 REPORT_ARGUMENT = "chorus_report_in_stop_reason"
+DECODING_ARGUMENT = "chorus_decoding"
 MOST_TOKENS_PER_EVENT = 64
 """A stream that says nothing for much longer than that looks like one of an engine that hangs."""
 MOST_NESTED = 100
 """Objects and lists in one another: a body is walked by many functions that call themselves, here and in the engine."""
 MIN_BUDGET_MS, MAX_BUDGET_MS = 1, 24 * 3600 * 1000
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_OURS = ("budget", "latency_budget_ms", "on_deadline", "min_budget")
+_OURS = ("budget", "latency_budget_ms", "on_deadline", "min_budget", "decoding")
 _MOST = 2**31 - 1
 """Largest count that a request may give."""
 _LARGE = re.compile(rb"[0-9]{19}")
@@ -89,6 +90,11 @@ class CallFields(BaseModel):
     min_budget: StrictStr | StrictInt | None = Field(
         None,
         description="The tier (or number of members) below which neither a deadline nor a full house takes this request.",
+    )
+    decoding: Literal["auto", "plain", "sampled"] | None = Field(
+        None,
+        description="Which members run at each token: `plain` all of the tier's, `sampled` one, drawn by its weight, which has the "
+        "same law at temperature 1 and is refused where it would not be exact; `auto` (the default) the fastest exact way.",
     )
     stream: StrictBool | None = None
     stream_options: dict[str, JsonValue] | None = None
@@ -271,7 +277,7 @@ def read_call(
         terms=terms,
         size=read_size(fields, kind, population.context_length),
         fields=_to_json(fields),
-        extra=ours.vllm_xargs or {},
+        extra={**(ours.vllm_xargs or {}), **({DECODING_ARGUMENT: ours.decoding} if ours.decoding else {})},
         is_constrained=is_constrained,
         streams=streams,
         streams_from_engine=streams_from_engine,

@@ -36,6 +36,14 @@ def test_other_extra_arguments_pass(tiny: Population) -> None:
     assert forwarded["vllm_xargs"] == {"session_id": "s", "k": [1, 2.5], "chorus_tier": "max"}
 
 
+def test_decoding_goes_to_the_engine_as_an_extra_argument(tiny: Population) -> None:
+    forwarded = read(tiny, {"prompt": "a", "decoding": "sampled", "vllm_xargs": {"k": 1}})
+    assert forwarded["vllm_xargs"] == {"k": 1, "chorus_decoding": "sampled", "chorus_tier": "max"}
+    assert "decoding" not in forwarded
+    with pytest.raises(ApiError, match="decoding"):
+        read(tiny, {"prompt": "a", "decoding": "lazy"})
+
+
 @pytest.mark.parametrize("content", ["hi", [{"type": "text", "text": "hi"}, {"type": "text", "text": "é"}]])
 def test_content_of_messages_passes_unchanged(tiny: Population, content: Any) -> None:
     messages = [{"role": "user", "content": content, "name": "x"}]

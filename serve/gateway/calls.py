@@ -334,6 +334,7 @@ def _validate(fields: dict[str, Any]) -> CallFields:
             "latency_budget_ms": f"a number of milliseconds from {MIN_BUDGET_MS} to {MAX_BUDGET_MS}",
             "on_deadline": "degrade, truncate or fail",
             "min_budget": "a tier's name or a whole number of members, at least 1",
+            "decoding": "auto, plain or sampled",
             "stream": "true or false",
             "stream_options": "an object",
             "stream_interval": "a whole number of tokens, at least 1",
@@ -342,6 +343,7 @@ def _validate(fields: dict[str, Any]) -> CallFields:
             "best_of": f"a whole number of sequences, from 1 to {_MOST}",
             "max_tokens": f"a whole number of tokens, from 0 to {_MOST}",
             "max_completion_tokens": f"a whole number of tokens, from 0 to {_MOST}",
+            "max_output_tokens": f"a whole number of tokens, from 0 to {_MOST}",
         }[param]
         raise bad_request(
             f"{param} is {_shorten(fields[param])}; {expected} is expected.", code="invalid_value", param=param

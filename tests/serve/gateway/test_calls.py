@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chorus.population.manifest import Population
-from chorus.serve.gateway.calls import Kind, read_call
+from chorus.serve.gateway.calls import CallFields, Kind, read_call
 from chorus.serve.gateway.errors import ApiError
 from chorus.serve.gateway.tiers import default_tier
 
@@ -42,6 +42,13 @@ def test_decoding_goes_to_the_engine_as_an_extra_argument(tiny: Population) -> N
     assert "decoding" not in forwarded
     with pytest.raises(ApiError, match="decoding"):
         read(tiny, {"prompt": "a", "decoding": "lazy"})
+
+
+@pytest.mark.parametrize("name", CallFields.model_fields)
+def test_every_field_of_the_wrong_type_is_refused_by_name(tiny: Population, name: str) -> None:
+    with pytest.raises(ApiError) as refused:
+        read(tiny, {"prompt": "a", name: [["no"]]})
+    assert (refused.value.status, refused.value.param) == (400, name)
 
 
 @pytest.mark.parametrize("content", ["hi", [{"type": "text", "text": "hi"}, {"type": "text", "text": "é"}]])

@@ -4,6 +4,7 @@ Completions and chats pass spliced (`splice`). The events of Responses and Messa
 stream begins and ends; there each event is parsed.
 """
 
+import copy
 import json
 import re
 import time
@@ -229,7 +230,7 @@ class _ResponseStream(_NamedStream):
         if (idx := fields.get("output_index")) is None:
             return
         if isinstance(fields.get("item"), dict):
-            self._items[idx] = json.loads(json.dumps(fields["item"]))
+            self._items[idx] = copy.deepcopy(fields["item"])
             (self._open.discard if name.endswith(".done") else self._open.add)(idx)
         elif name.endswith(".delta") and idx in self._items and isinstance(fields.get("delta"), str):
             item = self._items[idx]
@@ -314,10 +315,10 @@ class _MessageStream(_NamedStream):
     def _take(self, name: str, fields: dict[str, Any]) -> None:
         match name:
             case "message_start":
-                self._message = json.loads(json.dumps(fields["message"]))
+                self._message = dict(copy.deepcopy(fields["message"]))
             case "content_block_start":
                 self._open = fields["index"]
-                self._blocks[self._open] = json.loads(json.dumps(fields["content_block"]))
+                self._blocks[self._open] = dict(copy.deepcopy(fields["content_block"]))
             case "content_block_delta":
                 self._grow(fields["index"], fields["delta"])
             case "content_block_stop":

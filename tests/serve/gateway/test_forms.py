@@ -521,15 +521,15 @@ def test_a_real_engine_answers_responses_by_the_members_asked_for(gateway_url: s
 def test_a_real_engine_answers_messages_by_the_members_asked_for(gateway_url: str, terms: dict[str, Any]) -> None:
     client = anthropic.Anthropic(base_url=gateway_url, api_key="none", max_retries=0)
     messages: Any = [{"role": "user", "content": "def main("}]
-    ask: dict[str, Any] = {"model": "tiny:standard", "max_tokens": 8, "messages": messages, "temperature": 0}
-    found = client.messages.create(**ask, extra_body=terms)
+    ask: dict[str, Any] = {"model": "tiny:standard", "max_tokens": 8, "messages": messages}
+    found = client.messages.create(**ask, extra_body={"temperature": 0, **terms})
     assert found.population["members"] == ["t0-c00", "t0-c01"]  # type: ignore[attr-defined]
     assert (found.usage.output_tokens, found.stop_reason) == (8, "max_tokens")
-    with client.messages.stream(**ask, extra_body=terms) as stream:
+    with client.messages.stream(**ask, extra_body={"temperature": 0, **terms}) as stream:
         assert stream.get_final_message().content == found.content
     counted = client.messages.count_tokens(model="tiny", messages=messages)
     assert counted.input_tokens == found.usage.input_tokens
-    others = client.messages.create(**{**ask, "model": "tiny:max"})
+    others = client.messages.create(**{**ask, "model": "tiny:max"}, extra_body={"temperature": 0})
     assert others.content != found.content
 
 
@@ -545,3 +545,10 @@ def test_a_real_stream_that_is_cut_has_counted_its_tokens(gateway_url: str) -> N
     assert answer["population"]["truncated"] is True
     seen = sum(len((choice["logprobs"] or {"tokens": []})["tokens"]) for choice in answer["choices"])
     assert answer["usage"]["completion_tokens"] == seen
+
+
+def test_a_real_engine_takes_a_chat_of_no_given_length_with_a_time_budget(gateway_url: str) -> None:
+    body = {"messages": [{"role": "user", "content": "def main("}], "latency_budget_ms": 60_000}
+    answer = httpx.post(f"{gateway_url}/v1/chat/completions", json=body, timeout=120)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["population"]["deadline"] == "met"

@@ -12,7 +12,7 @@ from chorus.train.loss import next_token_loss
 from chorus.train.model import Llama
 from chorus.train.run import Prepared, Run
 from chorus.train.settings import Settings
-from chorus.train.snapshot import load_member, save_member
+from chorus.train.snapshot import load_saved, save_member
 
 SETTINGS = Settings(corpus="stdlib", layers=2, width=64, heads=2, context_length=48)
 
@@ -40,7 +40,7 @@ def saved(tmp_path: Path) -> tuple[Run, LlamaForCausalLM]:
 
 def test_forward_and_gradients_equal_hugging_face(saved: tuple[Run, LlamaForCausalLM]) -> None:
     run, original = saved
-    ours = load_member(run, "t0-c00", torch.device("cpu")).requires_grad_(True)
+    ours = load_saved(run, "t0-c00", torch.device("cpu")).requires_grad_(True)
     tokens = torch.randint(300, (3, 49), generator=torch.Generator().manual_seed(7))
     logits = ours(tokens[:, :-1]) @ ours.lm_head.weight.T
     theirs = original(tokens[:, :-1]).logits
@@ -66,7 +66,7 @@ def test_likelihoods_of_windows_equal_hugging_face_document_by_document(saved: t
     run, original = saved
     generator = np.random.default_rng(8)
     split = TokenSplit.from_documents([generator.integers(300, size=size).tolist() for size in (30, 1, 130, 48, 49)])
-    found = likelihoods(load_member(run, "t0-c00", torch.device("cpu")), split, torch.device("cpu"))
+    found = likelihoods(load_saved(run, "t0-c00", torch.device("cpu")), split, torch.device("cpu"))
 
     expected = []
     for _, start, stop in split.windows(48):
@@ -92,6 +92,6 @@ def test_a_member_left_by_a_kill_is_replaced_whole(tmp_path: Path) -> None:
     (path.with_name(".t0-c00.saving")).mkdir()
     model.initialise(torch.Generator().manual_seed(2))
     assert save_member(model, run, "t0-c00") == path
-    again = load_member(run, "t0-c00", torch.device("cpu"))
+    again = load_saved(run, "t0-c00", torch.device("cpu"))
     assert torch.equal(again.lm_head.weight, model.lm_head.weight.bfloat16().float())
     assert [entry.name for entry in path.parent.iterdir()] == ["t0-c00"]

@@ -526,7 +526,8 @@ def test_a_real_engine_answers_messages_by_the_members_asked_for(gateway_url: st
     assert found.population["members"] == ["t0-c00", "t0-c01"]  # type: ignore[attr-defined]
     assert (found.usage.output_tokens, found.stop_reason) == (8, "max_tokens")
     with client.messages.stream(**ask, extra_body={"temperature": 0, **terms}) as stream:
-        assert stream.get_final_message().content == found.content
+        streamed = [part.text for part in stream.get_final_message().content]
+    assert streamed == [part.text for part in found.content]
     counted = client.messages.count_tokens(model="tiny", messages=messages)
     assert counted.input_tokens == found.usage.input_tokens
     others = client.messages.create(**{**ask, "model": "tiny:max"}, extra_body={"temperature": 0})

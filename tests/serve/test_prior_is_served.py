@@ -103,7 +103,8 @@ def test_a_prior_that_is_not_the_served_one_is_found_out(
     other = Path(shutil.copytree(refitted, tmp_path / "other"))
     population = manifest.load(other)
     tier = population.tier("three")
-    changed = tier.model_copy(update={"weights": (0.05, 0.05, 0.9), "pool": "linear", "temperature": 1.0})
+    light = [0.05] * (len(tier.members) - 1)  # members of weight zero have left it
+    changed = tier.model_copy(update={"weights": (*light, 1 - sum(light)), "pool": "linear", "temperature": 1.0})
     manifest.save(population.model_copy(update={"tiers": (population.tiers[0], changed)}), other)
 
     served = check_engine(other, chorus_server.url, corpus=None, max_bytes=1, split_on=None)[2]

@@ -126,8 +126,9 @@ def test_an_error_that_the_engine_streams_later_passes_without_its_words(pair: P
     for steps in ([event("a"), error, DONE], [event("a"), error + DONE]):
         pair.engine.steps = steps
         answer = complete(pair, stream=True)
-        assert answer.text.endswith(DONE.decode())
-        assert events(answer.text)[-1]["error"]["code"] == "engine_error"
+        # What comes together with the first event is still answered with its status.
+        assert answer.text.endswith(DONE.decode()) or answer.status_code == 500
+        assert '"code":"engine_error"' in answer.text
         assert "/root/x.py" not in answer.text
 
 

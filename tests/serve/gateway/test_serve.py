@@ -202,7 +202,7 @@ def test_an_engine_that_is_killed_is_answered_for_and_comes_back(
     processes = psutil.Process(chorus_server.process.pid).children(recursive=True)
     core = next(process for process in processes if "EngineCore" in " ".join([process.name(), *process.cmdline()]))
     stream = client.completions.create(
-        model="tiny", prompt=PROMPT, stream=True, max_tokens=200, n=256, extra_body={"ignore_eos": True}
+        model="tiny", prompt=PROMPT, stream=True, max_tokens=200, n=16, extra_body={"ignore_eos": True}
     )
     next(stream)
     core.kill()

@@ -247,17 +247,18 @@ class Relay(Response):
                 attempt.engine.breaker.note_failure()
             if not await attempt.engine.check():
                 return upstream.lost(attempt.engine)
-        return self._explained(engine_error(answer.status, body))
+        return self._explained(attempt, engine_error(answer.status, body))
 
     def _check(self, attempt: _Attempt, events: bytes) -> None:
         if refusal := attempt.splicer.refusal(events):
             attempt.used = NOTHING
-            raise self._explained(refusal)
+            raise self._explained(attempt, refusal)
 
-    def _fault(self, error: ApiError) -> ApiError:
-        """The engine's error. Where it is well and fails on a grammar, that is the client's to change."""
+    def _fault(self, attempt: _Attempt, error: ApiError) -> ApiError:
+        """The engine's error. Where it is well and fails on a grammar, that is the client's to change, and to pay for."""
         if error.status != 500 or not self._call.is_constrained:
             return error
+        attempt.used = None
         return bad_request(
             "the engine could not follow the structured output that this request asks for; make it simpler, and less ambiguous.",
             code="structured_output_failed",
@@ -429,10 +430,10 @@ class Relay(Response):
     def _mended(self, attempt: _Attempt, body: bytes) -> bytes:
         return attempt.offsets.mend(body) if self._call.has_offsets else body
 
-    def _explained(self, error: ApiError) -> ApiError:
+    def _explained(self, attempt: _Attempt, error: ApiError) -> ApiError:
         context_length = self._passage.offer.population.context_length
         asked = None if self._call.size.max_tokens >= context_length else self._call.size.max_tokens
-        return explain_length(self._fault(error), max_tokens=asked, context_length=context_length)
+        return explain_length(self._fault(attempt, error), max_tokens=asked, context_length=context_length)
 
     def _note_tier(self, attempt: _Attempt) -> None:
         self._record.tier_served = attempt.report.served.name

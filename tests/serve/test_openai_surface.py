@@ -1,6 +1,7 @@
 """What the OpenAI API has beside plain text, asked of the mixture: structured output, tools, several answers."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,28 @@ def test_a_regular_expression_bounds_a_completion(client: openai.OpenAI) -> None
     extra = {"structured_outputs": {"regex": "(yes|no), [0-9]{2}"}}
     answer = client.completions.create(model="tiny:max", prompt="Is it?", max_tokens=20, extra_body=extra)
     assert answer.choices[0].text.split(", ")[0] in ("yes", "no")
+
+
+@pytest.mark.parametrize("regex", [r"\p{L}+", "[ab]+"])
+def test_each_regular_expression_is_followed_by_a_backend_that_can(client: openai.OpenAI, regex: str) -> None:
+    extra = {"structured_outputs": {"regex": regex}}
+    answer = client.completions.create(model="tiny:economy", prompt="a", max_tokens=4, extra_body=extra)
+    assert answer.choices[0].text.isalpha()
+
+
+def test_a_grammar_that_takes_too_much_is_refused_while_others_are_served(client: openai.OpenAI) -> None:
+    rules = (f"a{idx} ::= a{idx + 1} a{idx + 1} | a{idx + 1}" for idx in range(300))
+    extra = {"structured_outputs": {"grammar": "\n".join(["root ::= a0", *rules, 'a300 ::= "x"'])}}
+
+    def ask(**fields: Any) -> Any:
+        return client.completions.create(model="tiny:economy", prompt="a", max_tokens=4, timeout=60, **fields)
+
+    with ThreadPoolExecutor() as pool:
+        refused = pool.submit(ask, extra_body=extra)
+        for _ in range(3):
+            assert ask().choices
+        with pytest.raises(openai.BadRequestError, match="make it simpler"):
+            refused.result()
 
 
 def test_several_answers_to_several_prompts(client: openai.OpenAI) -> None:

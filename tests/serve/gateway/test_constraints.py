@@ -150,3 +150,11 @@ def test_an_engine_that_is_well_is_not_held_to_fail_on_grammars(tiny: Population
         for _ in range(3):
             assert ask(pair, None).status_code == 500
         assert not pair.gateway.pool.engines[0].breaker.is_closed
+
+
+def test_a_grammar_that_fails_on_the_way_costs_what_was_asked_for(tiny: Population) -> None:
+    with guarded(tiny, entry("alice", ALICE, tokens_per_min=100)) as pair:
+        pair.engine.steps, pair.engine.status = [b'{"error":{"message":"FSM","code":500}}'], 500
+        assert ask(pair, max_tokens=90).status_code == 500
+        assert ask(pair, max_tokens=90, **outputs(regex="a")).json()["error"]["code"] == "structured_output_failed"
+        assert ask(pair, max_tokens=90, **outputs(regex="a")).status_code == 429

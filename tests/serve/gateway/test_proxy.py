@@ -123,7 +123,7 @@ def test_an_error_that_the_engine_streams_first_is_answered_with_its_status(pair
 
 def test_an_error_that_the_engine_streams_later_passes_without_its_words(pair: Pair) -> None:
     error = b'data: {"error":{"message":"/root/x.py","type":"InternalServerError","param":null,"code":500}}\n\n'
-    for steps in ([event("a"), error, DONE], [event("a"), error + DONE]):
+    for steps in ([event("a"), 0.2, error, DONE], [event("a"), 0.2, error + DONE]):
         pair.engine.steps = steps
         answer = complete(pair, stream=True)
         # What comes together with the first event is still answered with its status.

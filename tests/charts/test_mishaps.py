@@ -59,7 +59,7 @@ class Traffic:
         """Go on for a while, in which something is answered."""
         before = self.outcomes[FINE]
         time.sleep(seconds)
-        assert self.outcomes[FINE] > before
+        wait_for("an answer", lambda: self.outcomes[FINE] > before, timeout_s=60)
 
     def _run(self, idx: int) -> None:
         while not self._ends.is_set():

@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from chorus.population import manifest
+
+# Transformers replaces `PreTrainedModel.tie_weights` while it loads; two threads at once leave it replaced for good.
+_loading = Lock()
 
 
 @cache
@@ -19,7 +23,8 @@ def _load_member(checkpoint: Path) -> Any:
 @torch.no_grad()
 def member_log_probs(directory: Path, name: str, token_ids: list[int] | list[list[int]]) -> Tensor:
     """Log-probabilities (T, V) of the token after each of `token_ids`, under one member; (B, T, V) for B lists of one length."""
-    model = _load_member(directory / manifest.load(directory).member(name).path)
+    with _loading:
+        model = _load_member(directory / manifest.load(directory).member(name).path)
     ids = torch.tensor(token_ids)
     logits = model(torch.atleast_2d(ids)).logits.double()
     return torch.log_softmax(logits if ids.dim() == 2 else logits[0], -1)

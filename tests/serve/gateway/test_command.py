@@ -38,7 +38,7 @@ def refusal(directory: Path, *arguments: str) -> str:
 
 def test_importing_the_gateway_loads_nothing_heavy() -> None:
     program = (
-        "import sys, serve.gateway.launch\n"
+        "import sys, chorus.serve.gateway.launch\n"
         "heavy = {'torch', 'transformers', 'vllm', 'matplotlib', 'datasets'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
@@ -46,9 +46,7 @@ def test_importing_the_gateway_loads_nothing_heavy() -> None:
 
 
 def test_importing_the_command_loads_not_even_the_server() -> None:
-    program = (
-        "import sys, serve.gateway.command\nassert not {'fastapi', 'uvicorn', 'aiohttp', 'rich'} & set(sys.modules)\n"
-    )
+    program = "import sys, chorus.serve.gateway.command\nassert not {'fastapi', 'uvicorn', 'aiohttp', 'rich'} & set(sys.modules)\n"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 

@@ -1,11 +1,11 @@
-"""What one sampled member per token saves: tokens/s of `plain`, `sampled` and `auto` decoding, in turn, in one engine.
+"""What decoding with fewer passes saves: tokens/s of each way to decode, in turn, in one engine, against the plain mixture.
 
-    python -m bench.random_population POPULATION
-    python -m bench.decoding POPULATION [--streams 1 4 16] [--repeats 5] [--tokens 128]
+    python -m bench.decoding POPULATION [--streams 1 4 16 64] [--repeats 5] [--tokens 128] [--tier NAME]
 
-Requests of the dearest tier at temperature 1. Medians of the repeats; the first is a warm-up. The last column is the limit by the
-step costs that the engine learned in the same run: a sampled step runs one pass for each member that is drawn, and in the long run
-the same rows as a plain one.
+Requests of the dearest tier, at temperature 1 and greedy, each on an excerpt of the standard library's source. Medians of the
+repeats; the first is a warm-up. `accepted` is the part of the drafts that were accepted. The last column is the limit of `sampled`
+by the step costs that the engine learned in the same run: a sampled step runs one pass for each member that is drawn, and in the
+long run the same rows as a plain one.
 """
 
 import argparse
@@ -13,22 +13,27 @@ import os
 import random
 import statistics
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from chorus.population import manifest
+from chorus.population.corpus import read_documents
+from chorus.population.tokens import TextTokenizer
 
-WAYS = ("plain", "sampled", "auto")
+WAYS = {1.0: ("plain", "sampled", "speculative", "auto"), 0.0: ("plain", "speculative", "auto")}
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("population", type=Path)
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--tier", help="the dearest by default")
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.0], choices=list(WAYS))
     arguments = parser.parse_args()
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     from vllm import LLM
@@ -37,33 +42,44 @@ def main() -> None:
         str(arguments.population), dtype=arguments.dtype, block_size=32, kv_cache_memory_bytes=1 << 30,
         distributed_executor_backend="uni", max_num_seqs=max(64, *arguments.streams),
     )  # fmt: skip
-    tier = manifest.load(arguments.population).tiers[-1]
+    population = manifest.load(arguments.population)
+    tier = population.tier(arguments.tier) if arguments.tier else population.tiers[-1]
+    tokenizer = TextTokenizer.load(arguments.population)
+    texts = [tokenizer.encode_document(each.text)[:32] for each in islice(read_documents("stdlib"), 256)]
     scheduler = engine.llm_engine.engine_core.engine_core.scheduler
-    print(f"{tier.name}: {tier.budget} members; tokens/s, medians of {arguments.repeats}")
-    print("| requests | plain | sampled | auto | sampled / plain | auto / plain | limit by step costs |")
-    print("|--:|--:|--:|--:|--:|--:|--:|")
-    for streams in arguments.streams:
-        speeds: dict[str, list[float]] = {way: [] for way in WAYS}
-        for repeat in range(arguments.repeats + 1):
-            for way in WAYS:
-                speed = run(engine, way, streams, arguments.tokens)
-                if repeat:
-                    speeds[way].append(speed)
-        plain, sampled, auto = (statistics.median(speeds[way]) for way in WAYS)
-        bound = limit(scheduler._step_cost.parts(), tier.weights, streams)
-        ratios = f"**{sampled / plain:.2f}** | {auto / plain:.2f} | {bound:.2f}"
-        print(f"| {streams} | {plain:.1f} | {sampled:.1f} | {auto:.1f} | {ratios} |", flush=True)
+    print(f"{tier.name}: {tier.budget} members; tokens/s, medians of {arguments.repeats}; in brackets times plain")
+    print("| temperature | requests | plain | sampled | speculative | accepted | auto | limit of sampled |")
+    print("|--:|--:|--:|--:|--:|--:|--:|--:|")
+    for temperature in arguments.temperatures:
+        for streams in arguments.streams:
+            speeds: dict[str, list[float]] = {way: [] for way in WAYS[temperature]}
+            for repeat in range(arguments.repeats + 1):
+                prompts = random.sample(texts, streams)
+                for way in WAYS[temperature]:
+                    speed = run(engine, way, tier.name, temperature, prompts, arguments.tokens)
+                    if repeat:
+                        speeds[way].append(speed)
+            medians = {way: statistics.median(values) for way, values in speeds.items()}
+            cells = {way: f"{value:.1f} ({value / medians['plain']:.2f})" for way, value in medians.items()}
+            bound = limit(scheduler._step_cost.parts(), tier.weights, streams) if "sampled" in medians else None
+            print(
+                f"| {temperature:g} | {streams} | {medians['plain']:.1f} | {cells.get('sampled', '')} | {cells['speculative']} "
+                f"| {scheduler._acceptance.rate(0):.2f} | {cells['auto']} | {f'{bound:.2f}' if bound else ''} |",
+                flush=True,
+            )
 
 
-def run(engine: Any, way: str, streams: int, tokens: int) -> float:
-    """Tokens per second of that many requests at once."""
+def run(engine: Any, way: str, tier: str, temperature: float, prompts: list[list[int]], tokens: int) -> float:
+    """Tokens per second of these requests at once."""
     from vllm import SamplingParams
 
-    parameters = SamplingParams(temperature=1, max_tokens=tokens, ignore_eos=True, extra_args={"chorus_decoding": way})
-    prompts = [{"prompt_token_ids": [random.randrange(2, 300) for _ in range(16)]} for _ in range(streams)]
+    parameters = SamplingParams(
+        temperature=temperature, max_tokens=tokens, ignore_eos=True,
+        extra_args={"chorus_tier": tier, "chorus_decoding": way},
+    )  # fmt: skip
     began = time.perf_counter()
-    engine.generate(prompts, parameters, use_tqdm=False)
-    return streams * tokens / (time.perf_counter() - began)
+    engine.generate([{"prompt_token_ids": each} for each in prompts], parameters, use_tqdm=False)
+    return len(prompts) * tokens / (time.perf_counter() - began)
 
 
 def limit(parts: dict[str, float], weights: tuple[float, ...], streams: int) -> float:

@@ -1,8 +1,10 @@
 """A population of random members, made in a minute: for measurements in which it matters how large members are, not what they say.
 
-    python -m bench.random_population OUT [--members 8] [--layers 4] [--width 256] [--vocab-size 32000]
+    python -m bench.random_population OUT [--members 8] [--layers 4] [--width 256] [--vocab-size 32000] [--spread 1.0]
 
-Tiers of 1, 2, 4 ... members, nested, with equal weights. Nothing that it says means anything.
+With a spread below 1, members are nearer to each other: 0 makes them copies of the first. So the drafts of one are accepted by the
+others as often as in a trained population. Tiers of 1, 2, 4 ... members, nested, with equal weights. Nothing that it says means
+anything.
 """
 
 import argparse
@@ -19,7 +21,13 @@ from chorus.population.manifest import Population, Provenance, Tier
 
 
 def make(
-    directory: Path, *, num_members: int = 8, layers: int = 4, width: int = 256, vocab_size: int = 32_000
+    directory: Path,
+    *,
+    num_members: int = 8,
+    layers: int = 4,
+    width: int = 256,
+    vocab_size: int = 32_000,
+    spread: float = 1.0,
 ) -> Population:
     """Write it to `directory`; see above."""
     tokenizer = Tokenizer(models.BPE())
@@ -40,7 +48,11 @@ def make(
             initializer_range=0.1, tie_word_embeddings=False, bos_token_id=0, eos_token_id=1, dtype="float32",
         )  # fmt: skip
         path = f"members/m{idx}"
-        LlamaForCausalLM(config).save_pretrained(directory / path)
+        model = LlamaForCausalLM(config)
+        if idx == 0:
+            first = {name: value.clone() for name, value in model.state_dict().items()}
+        model.load_state_dict({name: torch.lerp(first[name], own, spread) for name, own in model.state_dict().items()})
+        model.save_pretrained(directory / path)
         members.append(assemble.describe_member(directory, path, f"m{idx}"))
     shared.save_pretrained(directory)
     assemble.write_shared_files(directory, directory / members[0].path, directory)
@@ -71,6 +83,7 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     for name, default in {"--members": 8, "--layers": 4, "--width": 256, "--vocab-size": 32_000}.items():
         parser.add_argument(name, type=int, default=default)
+    parser.add_argument("--spread", type=float, default=1.0)
     arguments = parser.parse_args()
     made = make(
         arguments.out,
@@ -78,5 +91,6 @@ if __name__ == "__main__":
         layers=arguments.layers,
         width=arguments.width,
         vocab_size=arguments.vocab_size,
+        spread=arguments.spread,
     )
     print(f"{arguments.out}: {len(made.members)} members of {made.members[0].num_parameters:,} parameters")

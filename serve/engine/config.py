@@ -9,6 +9,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from chorus.population import manifest
 from chorus.population.checkpoint import check_mixable
 from chorus.population.errors import ChorusError
+from chorus.serve.engine.drafts import drafts_itself, speculative_config
 from chorus.serve.engine.loader import LOAD_FORMAT
 from chorus.serve.engine.parallel import settle
 from chorus.serve.engine.requests import check_every_request, try_every_grammar
@@ -34,6 +35,8 @@ class PopulationConfig(VerifyAndUpdateConfig):
         if load.load_format in ("auto", "hf", "safetensors"):
             load.load_format = LOAD_FORMAT
         settle(vllm_config)
+        if parallel.tensor_parallel_size == 1 and not vllm_config.model_config.logits_processors:
+            vllm_config.speculative_config = speculative_config(vllm_config)
         check_every_request(vllm_config.model_config.model)
         try_every_grammar()
 
@@ -48,7 +51,8 @@ def _refuse(vllm_config: Any) -> None:
         "dual-batch overlap (--enable-dbo) is not supported: members split the batch already": parallel.enable_dbo,
         "KV transfer (--kv-transfer-config) is not supported: connectors do not know that requests hold some members' KV only":
             vllm_config.kv_transfer_config is not None,
-        "speculative decoding (--speculative-config) is not supported yet": vllm_config.speculative_config is not None,
+        "speculative decoding (--speculative-config) is built in: members draft":
+            vllm_config.speculative_config is not None and not drafts_itself(vllm_config.speculative_config),
     }  # fmt: skip
     for why, applies in refusals.items():
         if applies:

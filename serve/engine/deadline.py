@@ -41,8 +41,8 @@ class StepLoad:
     """What makes a step long."""
 
     requests: int = 0
-    active_members: int = 0
-    """Members that run at all: each costs a forward's fixed overhead."""
+    active_members: float = 0
+    """Forwards of members, one for each that runs at all and one for each token that it drafts: each has a fixed overhead."""
     member_rows: int = 0
     """Token rows, counted once for each member that runs them."""
     member_context: int = 0
@@ -54,7 +54,7 @@ class StepTally:
 
     def __init__(self) -> None:
         self._requests_of: Counter[int] = Counter()
-        self._requests = self._rows = self._context = 0
+        self._requests = self._rows = self._context = self._passes = 0
 
     def add(self, members: Sequence[int], *, rows: int, context: int, caught_up: int = 0) -> None:
         """A request of these members computes so many token rows after a context of so many tokens.
@@ -65,6 +65,11 @@ class StepTally:
         self._requests_of.update(members)
         self._rows += rows * len(members) + caught_up
         self._context += context * len(members)
+
+    def draft(self, passes: int, *, rows: int) -> None:
+        """Beside the step, drafting members run so many forwards with so many rows in all."""
+        self._passes += passes
+        self._rows += rows
 
     def drop(self, member: int, *, rows: int, context: int) -> None:
         """The member leaves a request that was added with these rows and this context."""
@@ -84,7 +89,7 @@ class StepTally:
         """The load as it is now."""
         return StepLoad(
             requests=self._requests,
-            active_members=len(self._requests_of),
+            active_members=len(self._requests_of) + self._passes,
             member_rows=self._rows,
             member_context=self._context,
         )
@@ -122,15 +127,20 @@ class StepCost:
         self._members.observe(_of_members(load), members_s)
         self._rest.observe(_of_the_rest(load), seconds - members_s)
 
+    @property
+    def is_known(self) -> bool:
+        """Whether enough steps were seen."""
+        return self._members.count >= self._min_steps
+
     def predict(self, load: StepLoad) -> float | None:
         """Seconds that a step of that load takes, never below zero; None while too few steps were seen."""
-        if self._members.count < self._min_steps:
+        if not self.is_known:
             return None
         return self._pace * self._expect(load)
 
     def parts(self) -> dict[str, float]:
         """Seconds by what they are for, once enough steps were seen: a step at all, and each thing that its load counts."""
-        if self._members.count < self._min_steps:
+        if not self.is_known:
             return {}
         names = ("member", "row", "context", "step", "request")
         seconds = self._members.coefficients() + self._rest.coefficients()

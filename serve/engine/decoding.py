@@ -1,12 +1,17 @@
-"""How a request's tokens are drawn from its mixture: with all members at every token, or with one member, drawn by its weight.
+"""How a request's tokens are drawn from its mixture: with all members at every token, with one member, drawn by its weight, or
+with drafts of its heaviest member, which all members verify together.
 
 A linear mixture at temperature 1 is sampled by drawing member m with probability w_m, then a token from p_m: the token's law is
 sum_m w_m p_m, the mixture's own. So one member runs at each token, and the others catch up when they are drawn. Mixture-model-like
 Ensemble (arXiv 2605.00419) describes the idea.
+
+Speculation works for any mixture and any way to sample from it (Leviathan et al., arXiv 2211.17192). Where drafts are accepted with
+probability a each, k drafts give (1 - a^(k+1)) / (1 - a) tokens for each step that verifies them.
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -14,11 +19,14 @@ from chorus.serve.engine.mixture import Mixture
 
 DECODING_ARGUMENT = "chorus_decoding"
 """Key of a request's `vllm_xargs`: one of `DECODINGS`, the first by default."""
-Decoding = Literal["auto", "plain", "sampled"]
-DECODINGS: tuple[Decoding, ...] = ("auto", "plain", "sampled")
+Decoding = Literal["auto", "plain", "sampled", "speculative"]
+DECODINGS: tuple[Decoding, ...] = ("auto", "plain", "sampled", "speculative")
+MOST_DRAFTS = 6
+"""Tokens that are drafted for one step at most."""
 
-_WORTH_IT = 0.75
-"""`auto` samples members where a step is expected to run at most this part of those that a plain step would run."""
+_GREEDY = 1e-5
+"""vLLM decodes greedily below this temperature."""
+_REMEMBERED, _PRIOR_DRAFTS = 0.98, 4.0
 
 
 def why_not_sampled(parameters: Any, mixture: Mixture) -> str | None:
@@ -47,6 +55,22 @@ def why_not_sampled(parameters: Any, mixture: Mixture) -> str | None:
     return next((reason for reason, applies in reasons.items() if applies), None)
 
 
+def why_not_speculative(parameters: Any) -> str | None:
+    """Why a request with these `SamplingParams` cannot be answered with drafts exactly; None if it can."""
+    is_greedy = parameters.temperature < _GREEDY
+    reasons = {
+        f"min_p is {parameters.min_p:g}, and vLLM does not apply it to drafts": parameters.min_p != 0,
+        "vLLM does not apply logit_bias to drafts": bool(parameters.logit_bias),
+        "drafts that a grammar cuts off are no longer drawn from a known distribution": parameters.structured_outputs
+        is not None
+        and not is_greedy,
+        "a seed stands for the same tokens whatever runs beside them, and the number of drafts does not": parameters.seed
+        is not None
+        and not is_greedy,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
 class MemberDraws:
     """Draws the member that answers each token of one request."""
 
@@ -68,10 +92,10 @@ def _alone(mixture: Mixture, member: int) -> Mixture:
     return Mixture(tier=mixture.tier, members=(member,), weights=(1.0,), pool="linear", temperature=1.0)
 
 
-def is_worth_sampling(sampled: Sequence[Mixture], others: Iterable[Sequence[int]]) -> bool:
-    """Whether a step runs enough fewer members if these requests draw one each, beside `others`, which run all of their members.
+def members_that_run(sampled: Sequence[Mixture], others: Iterable[Sequence[int]]) -> tuple[float, int]:
+    """How many members a step is expected to run if these requests draw one each, and how many if they run all of theirs.
 
-    Decided before anything is drawn: a decision that looked at the draws would change their law.
+    `others`: the members of the requests beside them, which all run. Looking at the draws first would change their law.
     """
     certain = {member for members in others for member in members}
     plain = certain.union(*(mixture.members for mixture in sampled))
@@ -80,4 +104,59 @@ def is_worth_sampling(sampled: Sequence[Mixture], others: Iterable[Sequence[int]
         for member, weight in zip(mixture.members, mixture.weights, strict=True):
             if member in left_out:
                 left_out[member] *= 1 - weight
-    return len(plain) - sum(left_out.values()) <= _WORTH_IT * len(plain)
+    return len(plain) - sum(left_out.values()), len(plain)
+
+
+@lru_cache(maxsize=1024)
+def heaviest(mixture: Mixture) -> Mixture:
+    """The member of `mixture` that drafts for it, alone."""
+    member = max(zip(mixture.weights, mixture.members, strict=True))[1]
+    return replace(mixture, members=(member,), weights=(1.0,), pool="linear")
+
+
+@dataclass(slots=True)
+class Acceptance:
+    """How often a draft is accepted, as far as it was seen: the first rejection of a step hides what would follow."""
+
+    accepted: float = 0.0
+    rejected: float = 0.0
+
+    def observe(self, drafted: int, accepted: int) -> None:
+        """A step verified that many drafts and accepted the first of them."""
+        self.accepted = self.accepted * _REMEMBERED + accepted
+        self.rejected = self.rejected * _REMEMBERED + (accepted < drafted)
+
+    def rate(self, prior: float) -> float:
+        """The probability that the next draft is accepted; `prior` counts as much as a few that were seen."""
+        return (self.accepted + _PRIOR_DRAFTS * prior) / (self.accepted + self.rejected + _PRIOR_DRAFTS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Way:
+    """How the requests that leave it open are decoded now."""
+
+    samples: bool = False
+    """Whether those that can be sampled draw one member for each token."""
+    drafts: int = 0
+    """Tokens that are drafted for each step of the others."""
+
+
+def tokens_per_step(rate: float, drafts: int) -> float:
+    """Expected tokens of a step that verifies so many drafts: sum of rate^j for j from 0 to `drafts`."""
+    return sum(rate**j for j in range(drafts + 1))
+
+
+def best_length(rates: Sequence[float], others: int, step_s: Callable[[int], float]) -> tuple[int, float]:
+    """The number of drafts per request with which steps yield most tokens per second, and how many: (0, ...) where none pay.
+
+    Args:
+        rates: of the requests that may draft, how often their drafts are accepted.
+        others: requests that run beside them and get one token each.
+        step_s: seconds of a step with so many drafts, drafting included.
+    """
+
+    def speed(drafts: int) -> float:
+        return (others + sum(tokens_per_step(rate, drafts) for rate in rates)) / step_s(drafts)
+
+    best = max(range(MOST_DRAFTS + 1), key=speed)
+    return best, speed(best)

@@ -116,6 +116,17 @@ class PopulationForCausalLM(nn.Module):
             hidden_TH[slice(None) if rows is None else rows.tokens, columns[idx]] = hidden_rH
         return hidden_TH
 
+    def draft(self, mixture: Mixture, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits (R, V) of the mixture of a few members for one token of each request; they need not be normalised."""
+        hidden = {idx: self._run(idx, input_ids, positions) for idx in mixture.members}
+        if self._is_member_alone(mixture):
+            return self._logits_of(mixture.members[0], hidden[mixture.members[0]])
+
+        def logits_of(idx: int, rows: Tensor | None) -> Tensor:
+            return self._logits_of(idx, hidden[idx] if rows is None else hidden[idx][rows])
+
+        return mix_alike(mixture, len(input_ids), logits_of, **self._pooling)
+
     def _run_part(self, idx: int, rows: MemberRows | None, input_ids: Tensor, positions: Tensor) -> Tensor:
         """The member's hidden states in its token rows; it runs its catch-up rows, too."""
         if rows is None:

@@ -12,7 +12,7 @@ from chorus.serve.engine.deadline import (
     MOST_ARGUMENT,
     REPORT_ARGUMENT,
 )
-from chorus.serve.engine.decoding import DECODING_ARGUMENT, DECODINGS, why_not_sampled
+from chorus.serve.engine.decoding import DECODING_ARGUMENT, DECODINGS, why_not_sampled, why_not_speculative
 from chorus.serve.engine.mixture import MEMBER_ARGUMENT, TIER_ARGUMENT, Prior
 
 _COUNTS = {MOST_ARGUMENT: "members", EXPECTED_ARGUMENT: "tokens"}
@@ -59,6 +59,11 @@ def check(parameters: Any, prior: Prior) -> None:
             f"vllm_xargs.{DECODING_ARGUMENT}: one sampled member per token would not be exact here, since {why}. Use 'auto', "
             "which takes the fastest exact way."
         )
+    if decoding == "speculative" and (why := why_not_speculative(parameters)) is not None:
+        raise ChorusError(
+            f"vllm_xargs.{DECODING_ARGUMENT}: speculation would not be exact here, since {why}. Use 'auto', which takes the "
+            "fastest exact way."
+        )
     if not isinstance(mark := arguments.get(REPORT_ARGUMENT, ""), str):
         raise ChorusError(f"vllm_xargs.{REPORT_ARGUMENT}: {mark!r} is not a text with which the report is to begin")
 
@@ -77,6 +82,7 @@ def check_every_request(model: str) -> None:
             check(params, prior)
         except ChorusError as error:
             raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+        self.speculative_config = None  # vLLM would refuse what its drafts cannot do; such requests get no drafts
         return plain(self, params, *args, **kwargs)
 
     validate.plain = plain  # type: ignore[attr-defined]

@@ -5,8 +5,9 @@ It resolves tiers when requests arrive, and at each token boundary drops members
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,18 @@ from chorus.serve.engine.deadline import (
     choose_drops,
     way_down,
 )
-from chorus.serve.engine.decoding import DECODING_ARGUMENT, MemberDraws, is_worth_sampling, why_not_sampled
+from chorus.serve.engine.decoding import (
+    DECODING_ARGUMENT,
+    MOST_DRAFTS,
+    Acceptance,
+    MemberDraws,
+    Way,
+    best_length,
+    heaviest,
+    members_that_run,
+    why_not_sampled,
+    why_not_speculative,
+)
 from chorus.serve.engine.grammars import GrammarManager
 from chorus.serve.engine.kv import MemberCoordinator, groups_by_member
 from chorus.serve.engine.metrics import DROP_REASONS, StepCounts, attach
@@ -43,6 +55,11 @@ logger = init_logger(__name__)
 # while no request has a time budget, but the first that has one finds a step cost that is learned.
 _OBSERVE_EVERY = 4
 _OBSERVE_IDLY_EVERY = 32
+_FIRST_ACCEPTANCE = 0.7
+"""What is expected of drafts before any was verified."""
+_DRAFTS_UNMEASURED, _FEW_ENOUGH = 3, 0.75
+"""Before the cost of steps is known: drafts of requests that insist on them, and the part of the members below which they are
+sampled."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,6 +71,15 @@ class _Sampling:
     """Whether every token is to be sampled; else only where that is faster."""
     sent: Mixture | None = None
     """The mixture that the workers have for it."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Speculation:
+    """A request whose heaviest member may draft."""
+
+    is_asked_for: bool
+    """Whether it drafts even where that is slower."""
+    acceptance: Acceptance = field(default_factory=Acceptance)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +106,16 @@ class PopulationScheduler(Scheduler):
         self._sampling: dict[str, _Sampling] = {}
         self._planned: dict[str, _Planned] = {}
         """What runs of the requests in `_sampling` in the current step. Of any other request, and of prompts, all members run."""
+        self._speculating: dict[str, _Speculation] = {}
+        self._drafts: dict[str, int] = {}
+        """How many tokens each request drafts at the end of the current step."""
+        self._way = Way()
+        self._acceptance = Acceptance()
+        """Of all requests: what is expected of the next one."""
+        if self.num_spec_tokens:
+            self.num_lookahead_tokens = MOST_DRAFTS  # a drafter writes KV before the step that verifies what it drafted
+            # The number of drafts varies, so vLLM must not make steps alike by adding empty ones.
+            self.dynamic_sd_lookup: Any = defaultdict(lambda: MOST_DRAFTS)
         GrammarManager.adopt(self.structured_output_manager)
         self._kv = MemberCoordinator.adopt(self.kv_cache_manager, groups_of)
         self._step_cost = StepCost()
@@ -98,6 +134,7 @@ class PopulationScheduler(Scheduler):
                 mixture = self._begin_deadline(request, mixture, arguments)
             self._mixtures[request.request_id] = mixture
             self._begin_sampling(request, mixture, arguments)
+            self._begin_speculation(request, mixture, arguments)
             self._kv.assign(request.request_id, mixture.members)
         super().add_request(request)
 
@@ -111,6 +148,8 @@ class PopulationScheduler(Scheduler):
         self._step_started = now
         if self._deadlines:
             self._keep_deadlines()
+        if self._sampling or self._speculating:
+            self._way = self._choose_way()
         self._planned = self._plan_sampling() if self._sampling else {}
         output = super().schedule(*args, **kwargs)
         self._changed.update(request.req_id for request in output.scheduled_new_reqs)
@@ -119,6 +158,7 @@ class PopulationScheduler(Scheduler):
         self._changed.clear()
         if self._sampling:
             self._settle_sampling(output)
+        self._drafts = output.drafts = self._plan_drafts(output) if self._speculating else {}
         return output
 
     def _begin_sampling(self, request: Any, mixture: Mixture, arguments: Mapping[str, Any]) -> None:
@@ -133,26 +173,87 @@ class PopulationScheduler(Scheduler):
         is_asked_for = decoding == "sampled" or parameters.seed is not None
         self._sampling[request.request_id] = _Sampling(draws=MemberDraws(parameters.seed), is_asked_for=is_asked_for)
 
+    def _begin_speculation(self, request: Any, mixture: Mixture, arguments: Mapping[str, Any]) -> None:
+        """Note whether members may draft for the request: unasked only without a time budget, which counts on its members."""
+        decoding = arguments.get(DECODING_ARGUMENT, "auto")
+        if not self.num_spec_tokens or decoding not in ("auto", "speculative") or len(mixture.members) == 1:
+            return
+        if decoding == "auto" and BUDGET_ARGUMENT in arguments:
+            return
+        if request.sampling_params is None or why_not_speculative(request.sampling_params) is not None:
+            return
+        self._speculating[request.request_id] = _Speculation(is_asked_for=decoding == "speculative")
+
+    def _plan_drafts(self, output: Any) -> dict[str, int]:
+        """How many tokens are drafted at the end of this step, for each request that may draft and whose members all run in it."""
+        drafts = {}
+        for request_id in output.num_scheduled_tokens:
+            own, planned = self._speculating.get(request_id), self._planned.get(request_id)
+            if own is None or (planned is not None and planned.mixture is not self._mixtures[request_id]):
+                continue
+            if own.is_asked_for or not (self._way.samples and request_id in self._sampling):
+                drafts[request_id] = self._way.drafts or (_DRAFTS_UNMEASURED if own.is_asked_for else 0)
+        return {request_id: count for request_id, count in drafts.items() if count}
+
+    def _choose_way(self) -> Way:
+        """The way to decode that yields most tokens per second, by what steps cost and how often drafts are accepted."""
+        tally = StepTally()
+        undecided, certain = list[Mixture](), list[tuple[int, ...]]()
+        able, rest = list[tuple[Acceptance, Mixture]](), list[tuple[Acceptance, Mixture]]()
+        for request in self.running:
+            mixture, sampling = self._mixtures[request.request_id], self._sampling.get(request.request_id)
+            tally.add(mixture.members, rows=1, context=request.num_computed_tokens)
+            if sampling is None:
+                certain.append(mixture.members)
+            elif not sampling.is_asked_for:
+                undecided.append(mixture)
+            if (own := self._speculating.get(request.request_id)) is not None:
+                able.append((own.acceptance, mixture))
+                if sampling is None:
+                    rest.append(able[-1])
+        load = tally.load()
+        expected, plain = members_that_run(undecided, certain)
+        if not self._step_cost.is_known:
+            return Way(samples=bool(undecided) and expected <= _FEW_ENOUGH * plain)
+        drafts, tokens_per_s = self._best_length(load, able)
+        if undecided:
+            sampled_s = self._step_cost.predict(replace(load, active_members=expected)) or 0.0
+            if tokens_per_s * sampled_s < len(self.running):
+                return Way(samples=True, drafts=self._best_length(load, rest)[0])
+        return Way(drafts=drafts)
+
+    def _best_length(self, load: StepLoad, able: list[tuple[Acceptance, Mixture]]) -> tuple[int, float]:
+        """See `best_length`; `load` is that of a step without drafts."""
+        drafters = len({heaviest(mixture) for _, mixture in able})
+        rows = sum(len(mixture.members) + 1 for _, mixture in able)
+
+        def step_s(drafts: int) -> float:
+            with_drafts = replace(
+                load,
+                active_members=load.active_members + drafts * drafters,
+                member_rows=load.member_rows + drafts * rows,
+            )
+            return self._step_cost.predict(with_drafts) or 1.0
+
+        expected = self._acceptance.rate(_FIRST_ACCEPTANCE)
+        rates = [acceptance.rate(expected) for acceptance, _ in able]
+        return best_length(rates, len(self.running) - len(able), step_s)
+
     def _plan_sampling(self) -> dict[str, _Planned]:
         """Choose the members that run in the next step, for each request that may sample them and is past its prompt."""
         ready = [
             (request, self._sampling[request.request_id])
             for request in self.running
-            if request.request_id in self._sampling and request.num_tokens - request.num_computed_tokens == 1
+            if request.request_id in self._sampling
+            and request.num_tokens - request.num_computed_tokens == 1
+            and not request.spec_token_ids
         ]
         if not ready:
             return {}
-        undecided = [self._mixtures[request.request_id] for request, own in ready if not own.is_asked_for]
-        others = (
-            self._mixtures[request.request_id].members
-            for request in self.running
-            if request.request_id not in self._sampling
-        )
-        is_worth_it = bool(undecided) and is_worth_sampling(undecided, others)
         planned = {}
         for request, own in ready:
             mixture = self._mixtures[request.request_id]
-            if own.is_asked_for or is_worth_it:
+            if own.is_asked_for or self._way.samples:
                 mixture = own.draws.draw(mixture, request.num_output_tokens)
             missed = self._kv.plan(request.request_id, mixture.members, request.num_computed_tokens)
             planned[request.request_id] = _Planned(mixture=mixture, missed=missed)
@@ -178,7 +279,8 @@ class PopulationScheduler(Scheduler):
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Note what the step did, then let vLLM take over its tokens."""
         self._num_steps += 1
-        every = _OBSERVE_EVERY if self._deadlines else _OBSERVE_IDLY_EVERY
+        is_learning = bool(self._deadlines) or not self._step_cost.is_known
+        every = _OBSERVE_EVERY if is_learning else _OBSERVE_IDLY_EVERY
         load = None
         if scheduler_output.num_scheduled_tokens and self._num_steps % every == 0:
             load = self._load(scheduler_output.num_scheduled_tokens)
@@ -186,6 +288,11 @@ class PopulationScheduler(Scheduler):
             self.counts.count_step(
                 self._rows_by_set(scheduler_output.num_scheduled_tokens), model_runner_output.seconds
             )
+        for request_id, drafts in scheduler_output.scheduled_spec_decode_tokens.items():
+            if (own := self._speculating.get(request_id)) is not None:
+                sampled = model_runner_output.sampled_token_ids[model_runner_output.req_id_to_index[request_id]]
+                own.acceptance.observe(len(drafts), max(0, len(sampled) - 1))
+                self._acceptance.observe(len(drafts), max(0, len(sampled) - 1))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if load is not None and self.running:  # else nobody waits for the next step, and it says nothing of this one
             self._observed = load, sum(model_runner_output.seconds)
@@ -280,6 +387,12 @@ class PopulationScheduler(Scheduler):
                 else:
                     caught_up = sum(planned.missed.values())
                     tally.add(planned.mixture.members, rows=num_tokens, context=context, caught_up=caught_up)
+        passes: dict[Mixture, int] = {}
+        for request_id, drafts in self._drafts.items():
+            if request_id in self._mixtures:
+                drafter = heaviest(self._mixtures[request_id])
+                passes[drafter] = max(passes.get(drafter, 0), drafts)
+        tally.draft(sum(passes.values()), rows=sum(self._drafts.values()))
         return tally.load()
 
     def _get_local_prefix_cache_hit(self, request: Any) -> Any:
@@ -303,6 +416,7 @@ class PopulationScheduler(Scheduler):
         self._kv.forget(request.request_id)
         self._deadlines.pop(request.request_id, None)
         self._sampling.pop(request.request_id, None)
+        self._speculating.pop(request.request_id, None)
         self._planned.pop(request.request_id, None)
         self._changed.discard(request.request_id)
 

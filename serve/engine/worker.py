@@ -5,7 +5,8 @@ out), `_get_slot_mappings` and the attention's metadata builders (narrowed to ea
 In between it sees the KV-cache groups of the members that run, and spends nothing on the others.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -13,9 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import PIN_MEMORY
+from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from chorus.serve.engine.allocator import keep_freed_memory
+from chorus.serve.engine.drafts import Drafter
 from chorus.serve.engine.kv import groups_by_member
 from chorus.serve.engine.mixture import Mixture
 from chorus.serve.engine.rows import CatchUp, Step, plan_step
@@ -41,6 +45,12 @@ class PopulationWorker(_Worker):
         runner.__class__ = type(f"Population{type(runner).__name__}", (PopulationRunner, type(runner)), {})
         runner.mixtures = {}
         runner._planned_for = ([], b"", [])
+        runner.groups_of = {}
+        if runner.speculative_config is not None:
+            # vLLM leaves out the logits processors that its drafts cannot do. Requests that want them get no drafts.
+            with runner.without_speculation():
+                processors = build_logitsprocs(runner.vllm_config, runner.device, PIN_MEMORY, is_pooling_model=False)
+            runner.input_batch.logitsprocs = processors
 
     def held_members(self) -> list[int]:
         """The members that this rank holds, by index: for `collective_rpc`."""
@@ -50,8 +60,12 @@ class PopulationWorker(_Worker):
 class PopulationRunner(GPUModelRunner):
     """Goes before the platform's own runner, which derives from the same class."""
 
+    speculative_config: Any
+    drafter: Drafter
     mixtures: dict[str, Mixture]
     """What answers each request that the workers know, by request id."""
+    groups_of: dict[int, tuple[int, ...]]
+    """The KV-cache groups of each member."""
     _step: Step
     _planned_for: tuple[list[Mixture], bytes, list[Mapping[int, int]]]
     """The batch that `_step` was laid out for: while the same requests decode, every step is laid out the same."""
@@ -77,6 +91,7 @@ class PopulationRunner(GPUModelRunner):
             )
             self._planned_for = batch
             self._all_groups = _Groups.shown_by(self)
+            self.groups_of = self._all_groups.groups_of
             # A rank that runs nothing in this step still prepares a batch: vLLM knows no step without a group.
             self._running_groups = self._all_groups.only(self._step.running or here[:1])
         self.model.current.step = self._step
@@ -87,7 +102,19 @@ class PopulationRunner(GPUModelRunner):
         }
         self.model.current.takes_any_scale = self.input_batch.no_penalties
         self._running_groups.show(self)
-        return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        # vLLM would sample through its rejection sampler whether or not there are drafts.
+        with nullcontext() if scheduler_output.scheduled_spec_decode_tokens else self.without_speculation():
+            return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+
+    @contextmanager
+    def without_speculation(self) -> Iterator[None]:
+        """As if the engine could not speculate."""
+        speculative = self.speculative_config
+        self.speculative_config = self.vllm_config.speculative_config = None
+        try:
+            yield
+        finally:
+            self.speculative_config = self.vllm_config.speculative_config = speculative
 
     def _positions(self, catch_up: CatchUp) -> NDArray[np.int64]:
         positions: NDArray[np.int64] = (
@@ -129,6 +156,18 @@ class PopulationRunner(GPUModelRunner):
             return super()._model_forward(*args, **kwargs)
         finally:
             self.model.current.step = None
+
+    def _input_fits_in_drafter(self, *args: Any) -> bool:
+        """Yes: the drafter looks at each request."""
+        return True
+
+    def propose_draft_token_ids(self, scheduler_output: Any, sampled_token_ids: Any, *args: Any) -> list[list[int]]:
+        """What the scheduler wants drafted, by the members that this step has just run."""
+        drafts: list[list[int]] = self.drafter.propose(self, scheduler_output.drafts, sampled_token_ids)
+        return drafts
+
+    def _get_spec_decode_draft_probs(self, spec_decode_metadata: Any) -> torch.Tensor | None:
+        return self.drafter.probabilities(self.input_batch.req_ids, spec_decode_metadata.num_draft_tokens)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)

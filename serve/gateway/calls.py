@@ -91,10 +91,11 @@ class CallFields(BaseModel):
         None,
         description="The tier (or number of members) below which neither a deadline nor a full house takes this request.",
     )
-    decoding: Literal["auto", "plain", "sampled"] | None = Field(
+    decoding: Literal["auto", "plain", "sampled", "speculative"] | None = Field(
         None,
-        description="Which members run at each token: `plain` all of the tier's, `sampled` one, drawn by its weight, which has the "
-        "same law at temperature 1 and is refused where it would not be exact; `auto` (the default) the fastest exact way.",
+        description="How tokens are computed, always by the same law: `plain` by all of the tier's members at each token, "
+        "`sampled` by one, drawn by its weight, at temperature 1, `speculative` by drafts of one that all verify; `auto` (the "
+        "default) in the fastest of these ways. One that would not be exact is refused.",
     )
     stream: StrictBool | None = None
     stream_options: dict[str, JsonValue] | None = None
@@ -111,6 +112,9 @@ class CallFields(BaseModel):
         None, ge=0, le=_MOST, description="As `max_tokens`, and goes before it."
     )
     max_output_tokens: Count | None = Field(None, ge=0, le=_MOST, description="As `max_tokens`, of Responses.")
+    messages: list[Any] | None = None
+    tools: list[Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
     vllm_xargs: dict[str, JsonValue] | None = Field(
         None, description=f"Extra arguments for the engine. Keys that begin with `{RESERVED_PREFIX}` are refused."
     )
@@ -334,11 +338,14 @@ def _validate(fields: dict[str, Any]) -> CallFields:
             "latency_budget_ms": f"a number of milliseconds from {MIN_BUDGET_MS} to {MAX_BUDGET_MS}",
             "on_deadline": "degrade, truncate or fail",
             "min_budget": "a tier's name or a whole number of members, at least 1",
-            "decoding": "auto, plain or sampled",
+            "decoding": "auto, plain, sampled or speculative",
             "stream": "true or false",
             "stream_options": "an object",
             "stream_interval": "a whole number of tokens, at least 1",
             "vllm_xargs": "an object",
+            "messages": "a list",
+            "tools": "a list",
+            "structured_outputs": "an object",
             "n": f"a whole number of choices, from 1 to {_MOST}",
             "best_of": f"a whole number of sequences, from 1 to {_MOST}",
             "max_tokens": f"a whole number of tokens, from 0 to {_MOST}",

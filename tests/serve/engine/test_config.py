@@ -26,7 +26,7 @@ def configuration(**changes: Any) -> Any:
     [
         ({"lora_config": object()}, "LoRA adapters"),
         ({"kv_transfer_config": object()}, "KV transfer"),
-        ({"speculative_config": object()}, "speculative decoding"),
+        ({"speculative_config": SimpleNamespace(model="ngram")}, "speculative decoding"),
         ({"parallel": {"pipeline_parallel_size": 2}}, "pipeline parallelism"),
         ({"parallel": {"decode_context_parallel_size": 2}}, "context parallelism"),
         ({"parallel": {"enable_dbo": True}}, "dual-batch overlap"),

@@ -1,0 +1,210 @@
+"""Speculation inside the population: a request's heaviest members draft tokens, and all of its members verify them in one step.
+
+vLLM's own machinery schedules the drafts and accepts or rejects them (Leviathan et al., arXiv 2211.17192), so the mixture's law is
+kept. Only the drafter is ours: it needs no model and no KV cache of its own, since a request has both already.
+
+R requests that draft together, V vocabulary
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.forward_context import set_forward_context
+from vllm.platforms import current_platform
+from vllm.triton_utils.dispatcher import register_kernels
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p, random_sample
+
+from chorus.serve.engine.decoding import MOST_DRAFTS, heaviest
+from chorus.serve.engine.mixture import Mixture
+
+
+def speculative_config(vllm_config: Any) -> Any:
+    """The configuration with which vLLM takes drafts from `Drafter`."""
+    from vllm.config import SpeculativeConfig
+
+    return SpeculativeConfig(
+        method="custom_class",
+        model=f"{Drafter.__module__}.{Drafter.__qualname__}",
+        num_speculative_tokens=MOST_DRAFTS,
+        draft_sample_method="probabilistic",
+        target_model_config=vllm_config.model_config,
+        target_parallel_config=vllm_config.parallel_config,
+    )
+
+
+def drafts_itself(speculative: Any) -> bool:
+    """Whether that configuration is ours."""
+    return bool(speculative.model == f"{Drafter.__module__}.{Drafter.__qualname__}")
+
+
+class Drafter:
+    """Drafts the tokens that the next step verifies. One for each runner."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        """As vLLM makes it."""
+        if current_platform.is_cpu():
+            register_kernels({"vllm.v1.sample.rejection_sampler.expand_kernel": _expand})
+        self._vllm_config = vllm_config
+        self._probabilities: dict[str, Tensor] = {}
+        """From what the drafts of each request were drawn, (k, V)."""
+
+    def load_model(self, model: Any) -> None:
+        """Nothing: the members that draft are those of `model`."""
+
+    def propose(self, runner: Any, wanted: Mapping[str, int], sampled: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Up to `wanted` tokens for each request of the batch, in its order.
+
+        Args:
+            runner: the model runner, right after it noted the tokens that the step sampled.
+            wanted: drafts by request id; none for those that are missing.
+            sampled: the tokens that the step sampled; none where a prompt goes on.
+        """
+        drafts: list[list[int]] = [[] for _ in sampled]
+        self._probabilities.clear()
+        together: dict[Mixture, list[tuple[int, int]]] = {}
+        for row, request_id in enumerate(runner.input_batch.req_ids):
+            count = min(wanted.get(request_id, 0), _room(runner, row, request_id)) if sampled[row] else 0
+            if count > 0:
+                together.setdefault(heaviest(runner.mixtures[request_id]), []).append((row, count))
+        for mixture, counts in together.items():
+            rows, most = [row for row, _ in counts], max(count for _, count in counts)
+            tokens_Rk, probabilities = self._draft(runner, mixture, rows, most)
+            for idx, (row, count) in enumerate(counts):
+                drafts[row] = tokens_Rk[idx][:count]
+                self._probabilities[runner.input_batch.req_ids[row]] = probabilities[idx]
+        return drafts
+
+    def probabilities(self, request_ids: Sequence[str], num_drafts: Sequence[int]) -> Tensor | None:
+        """From what the drafts that a step verifies were drawn, (their sum, V), in batch order; None if there are none."""
+        parts = [
+            self._probabilities[request_id][:count]
+            for request_id, count in zip(request_ids, num_drafts, strict=True)
+            if count
+        ]
+        return torch.cat(parts) if parts else None
+
+    def _draft(self, runner: Any, mixture: Mixture, rows: list[int], count: int) -> tuple[list[list[int]], Tensor]:
+        """`count` tokens for each of the requests in `rows`, and the probabilities (R, count, V) from which they were drawn."""
+        batch = runner.input_batch
+        chosen = np.array(rows)
+        positions = batch.num_tokens_no_spec[chosen].astype(np.int64) - 1
+        token_ids = torch.from_numpy(batch.token_ids_cpu[chosen, positions]).to(runner.device)
+        draw = _Draw(batch.sampling_metadata, chosen, runner.device)
+        tables = _Tables(runner, mixture.members, chosen)
+        tokens, probabilities = [], []
+        for step in range(count):
+            context = tables.context(positions + step)
+            with set_forward_context(
+                context.attention, self._vllm_config, num_tokens=len(rows), slot_mapping=context.slots
+            ):
+                log_p_RV = runner.model.draft(mixture, token_ids, torch.from_numpy(positions + step).to(runner.device))
+            token_ids, p_RV = draw(log_p_RV)
+            tokens.append(token_ids)
+            probabilities.append(p_RV)
+        return torch.stack(tokens, dim=1).tolist(), torch.stack(probabilities, dim=1)
+
+
+def _expand(
+    output_N: Tensor, values_R: Tensor, num_tokens_before: Tensor, old: float, new: float, most: int | None = None
+) -> None:
+    """Each request's value for each of its drafts, with `new` in place of `old`.
+
+    In place of vLLM's kernel for CPUs (0.32), which writes to a copy of what is not int64: the temperatures and top-p of drafts
+    were whatever the memory held.
+    """
+    counts_R = torch.diff(num_tokens_before, prepend=num_tokens_before.new_zeros(1))
+    output_N.copy_(torch.repeat_interleave(torch.where(values_R == old, new, values_R), counts_R))
+
+
+def _room(runner: Any, row: int, request_id: str) -> int:
+    """Drafts that could still become tokens: the step that verifies them adds one more."""
+    request = runner.requests[request_id]
+    left: int = runner.max_model_len - int(runner.input_batch.num_tokens_no_spec[row])
+    if request.sampling_params is not None and request.sampling_params.max_tokens is not None:
+        left = min(left, request.sampling_params.max_tokens - len(request.output_token_ids))
+    return left - 1
+
+
+class _Draw:
+    """Draws a token for each of some rows of the batch, by its own temperature, top-k, top-p and allowed tokens."""
+
+    def __init__(self, metadata: Any, rows: np.ndarray, device: torch.device) -> None:
+        chosen = torch.from_numpy(rows).to(device)
+
+        def of(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[chosen]
+
+        self._forbidden_RV = of(metadata.allowed_token_ids_mask)
+        temperature_R = of(metadata.temperature)
+        self._is_greedy = metadata.all_greedy or temperature_R is None
+        if not self._is_greedy:
+            assert temperature_R is not None
+            self._is_greedy_R = temperature_R < 1e-5
+            self._is_greedy = bool(self._is_greedy_R.all())
+            self._temperature_R1 = torch.where(self._is_greedy_R, 1.0, temperature_R).unsqueeze(1)
+            self._top_k_R, self._top_p_R = of(metadata.top_k), of(metadata.top_p)
+
+    def __call__(self, log_p_RV: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens (R,), and the probabilities (R, V) from which they were drawn. Of greedy rows nobody reads them."""
+        if self._forbidden_RV is not None:
+            log_p_RV = log_p_RV.masked_fill(self._forbidden_RV, -torch.inf)
+        best_R = log_p_RV.argmax(-1)
+        if self._is_greedy:
+            return best_R, log_p_RV
+        scaled_RV = apply_top_k_top_p(log_p_RV / self._temperature_R1, self._top_k_R, self._top_p_R)
+        p_RV = torch.softmax(scaled_RV, dim=-1, dtype=torch.float32)
+        drawn_R = random_sample(p_RV.clone(), {})
+        return torch.where(self._is_greedy_R, best_R, drawn_R), p_RV
+
+
+class _Context:
+    """What a forward of some members needs beside its inputs: metadata and slots by layer."""
+
+    def __init__(self) -> None:
+        self.attention: dict[str, Any] = {}
+        self.slots: dict[str, Tensor] = {}
+
+
+class _Tables:
+    """Where some members' KV of some requests is."""
+
+    def __init__(self, runner: Any, members: Sequence[int], rows: np.ndarray) -> None:
+        self._device = runner.device
+        self._query_start_loc = torch.arange(len(rows) + 1, dtype=torch.int32)
+        self._groups = []
+        for member in members:
+            for idx in runner.groups_of[member]:
+                table = runner.input_batch.block_table[idx]
+                blocks = table.get_numpy_array()[rows]
+                self._groups.append((table.block_size, blocks, torch.from_numpy(blocks), runner.attn_groups[idx]))
+
+    def context(self, positions: np.ndarray) -> _Context:
+        """For one token of each request, at these positions (R,)."""
+        context = _Context()
+        seq_lens = torch.from_numpy((positions + 1).astype(np.int32))
+        rows = np.arange(len(positions))
+        for block_size, blocks, block_table, attention_groups in self._groups:
+            slots = blocks[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
+            slot_mapping = torch.from_numpy(slots).to(self._device)
+            common = CommonAttentionMetadata(
+                query_start_loc=self._query_start_loc.to(self._device),
+                query_start_loc_cpu=self._query_start_loc,
+                seq_lens=seq_lens.to(self._device),
+                seq_lens_cpu_upper_bound=seq_lens,
+                num_reqs=len(positions),
+                num_actual_tokens=len(positions),
+                max_query_len=1,
+                max_seq_len=int(positions.max()) + 1,
+                block_table_tensor=block_table.to(self._device),
+                slot_mapping=slot_mapping,
+                causal=True,
+            )
+            for group in attention_groups:
+                metadata = group.get_metadata_builder().build(common_prefix_len=0, common_attn_metadata=common)
+                context.attention.update(dict.fromkeys(group.layer_names, metadata))
+                context.slots.update(dict.fromkeys(group.layer_names, slot_mapping))
+        return context

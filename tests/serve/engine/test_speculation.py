@@ -1,0 +1,207 @@
+"""Drafts of a request's heaviest member: the mixture's law and its log-probabilities, whatever else runs."""
+
+import random
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from vllm import SamplingParams
+
+from chorus.serve.engine.decoding import MOST_DRAFTS, Acceptance, best_length, tokens_per_step, why_not_speculative
+from tests.reference import mixture_log_probs
+from tests.serve.engine.asking import TIERS, check_against_reference
+from tests.serve.engine.test_decoding import core_of, parameters
+
+# vLLM and the libraries under it warn about themselves while they start; that is theirs to mend.
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+def speculative(tier: str = "max", **more: Any) -> SamplingParams:
+    return parameters(extra_args={"chorus_tier": tier, "chorus_decoding": "speculative"}, **more)
+
+
+class Counted:
+    """Drafts that steps verified, and those that they accepted."""
+
+    def __init__(self, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.drafted = self.accepted = 0
+        observe = Acceptance.observe
+
+        def counted(acceptance: Acceptance, drafted: int, accepted: int) -> None:
+            if acceptance is core_of(engine).scheduler._acceptance:
+                self.drafted, self.accepted = self.drafted + drafted, self.accepted + accepted
+            observe(acceptance, drafted, accepted)
+
+        monkeypatch.setattr(Acceptance, "observe", counted)
+
+
+@pytest.fixture
+def counted(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Counted:
+    return Counted(engine, monkeypatch)
+
+
+def test_greedy_tokens_are_the_mixtures(engine: Any, tiny_population: Path, counted: Counted) -> None:
+    prompts = [{"prompt_token_ids": list(range(2 + idx, 30 + 3 * idx))} for idx in range(9)]
+    asked = [speculative(TIERS[idx % 3], temperature=0, max_tokens=40, logprobs=2) for idx in range(9)]
+    outputs = engine.generate(prompts, asked, use_tqdm=False)
+    for idx, output in enumerate(outputs):
+        assert len(output.outputs[0].token_ids) == 40
+        check_against_reference(tiny_population, TIERS[idx % 3], output)
+    assert 0 < counted.accepted < counted.drafted
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_schedule_of_drafts_is_exact(engine: Any, tiny_population: Path, seed: int, counted: Counted) -> None:
+    """Requests of all ways arrive, are preempted and aborted at random; some share prefixes, some end at a stop token."""
+    draw, core, scheduler = random.Random(seed), engine.llm_engine, core_of(engine).scheduler
+    engine.reset_prefix_cache()
+    free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    shared = [draw.randrange(2, 512) for _ in range(96)]
+    num_added, outputs, tiers = 0, [], {}
+    while num_added < 20 or core.has_unfinished_requests():
+        for _ in range(min(draw.randint(0, 2), 20 - num_added)):
+            prompt = shared[: draw.choice([0, 40, 96])] + [draw.randrange(2, 512) for _ in range(draw.randint(1, 9))]
+            way = draw.choice(["speculative", "speculative", "auto", "plain", "sampled"])
+            more = {} if way == "sampled" else {"temperature": 0, "logprobs": 1}
+            tier = "max" if way == "sampled" else draw.choice(TIERS)
+            name = f"{seed}-{num_added}"
+            if way != "sampled":
+                tiers[name] = tier
+            asked = parameters(
+                max_tokens=draw.randint(1, 140),
+                stop_token_ids=[draw.randrange(512) for _ in range(draw.choice([0, 60]))],
+                extra_args={"chorus_tier": tier, "chorus_decoding": way},
+                **more,
+            )
+            core.add_request(name, {"prompt_token_ids": prompt}, asked)
+            num_added += 1
+        if draw.random() < 0.04:
+            scheduler.reset_prefix_cache(reset_running_requests=True)
+        if draw.random() < 0.04:
+            core.abort_request([f"{seed}-{draw.randrange(num_added)}"])
+        outputs += [each for each in core.step() if each.finished]
+    assert counted.accepted > 0
+    for output in outputs:
+        if output.request_id in tiers:
+            check_against_reference(tiny_population, tiers[output.request_id], output)
+    assert scheduler._speculating == {}
+    assert scheduler._kv._held == {}
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"temperature": 0.7, "top_p": 0.8}, {"temperature": 1.3, "top_k": 3}, {"presence_penalty": 1.5}]
+)
+def test_answers_follow_the_law_of_the_mixture(
+    engine: Any, tiny_population: Path, counted: Counted, more: dict[str, Any]
+) -> None:
+    """All 125 answers of three tokens out of five, 10,000 times, against Hugging Face."""
+    prompt, allowed = [5, 9], [17, 80, 200, 333, 480]
+    law = {tokens: law_of(tiny_population, prompt, tokens, allowed, **more) for tokens in product(allowed, repeat=3)}
+    assert sum(law.values()) == pytest.approx(1, abs=1e-5)
+    seen = dict.fromkeys(law, 0)
+    for _ in range(20):
+        asked = speculative(max_tokens=3, n=500, allowed_token_ids=allowed, **more)
+        (output,) = engine.generate({"prompt_token_ids": prompt}, asked, use_tqdm=False)
+        for completion in output.outputs:
+            seen[tuple(completion.token_ids)] += 1
+    assert counted.accepted > 1000
+    often = [tokens for tokens, p in law.items() if p * 10_000 >= 5]
+    observed, expected = [seen[tokens] for tokens in often], [law[tokens] * 10_000 for tokens in often]
+    rest = 10_000 - sum(expected)
+    if rest > 1:
+        observed, expected = [*observed, 10_000 - sum(observed)], [*expected, rest]
+    assert stats.chisquare(observed, [value * sum(observed) / sum(expected) for value in expected]).pvalue > 1e-4
+
+
+def law_of(
+    directory: Path, prompt: list[int], tokens: tuple[int, ...], allowed: list[int], *, temperature: float = 1.0,
+    top_p: float = 1.0, top_k: int = 0, presence_penalty: float = 0.0,
+) -> float:  # fmt: skip
+    """The probability of an answer: the mixture's log-probabilities, reshaped one after the other as vLLM does."""
+    log_p_TV = mixture_log_probs(directory, "max", [*prompt, *tokens[:-1]])[len(prompt) - 1 :]
+    probability = 1.0
+    for idx, token in enumerate(tokens):
+        logits = {each: float(log_p_TV[idx, each]) - presence_penalty * (each in tokens[:idx]) for each in allowed}
+        order = sorted(allowed, key=lambda each: -logits[each])[: top_k or None]
+        p = torch.softmax(torch.tensor([logits[each] / temperature for each in order], dtype=torch.float64), -1)
+        kept = [each for each, before in zip(order, (p.cumsum(0) - p).tolist(), strict=True) if before < top_p]
+        if token not in kept:
+            return 0.0
+        probability *= float(p[order.index(token)] / p[: len(kept)].sum())
+    return probability
+
+
+def test_the_second_token_follows_the_law_over_the_whole_vocabulary(engine: Any, tiny_population: Path) -> None:
+    prompt = [5, 9]
+    first_V = mixture_log_probs(tiny_population, "max", prompt)[-1].exp()
+    continued = [[*prompt, token] for token in range(len(first_V))]
+    expected_V = 20_000 * first_V @ mixture_log_probs(tiny_population, "max", continued)[:, -1].exp()
+    counts_V = torch.zeros(len(first_V))
+    for _ in range(40):
+        (output,) = engine.generate({"prompt_token_ids": prompt}, speculative(max_tokens=3, n=500), use_tqdm=False)
+        for completion in output.outputs:
+            counts_V[completion.token_ids[1]] += 1
+    often = expected_V >= 5
+    observed = [*counts_V[often].tolist(), float(counts_V[~often].sum())]
+    expected = [*expected_V[often].tolist(), float(expected_V[~often].sum())]
+    assert expected[-1] > 5 or bool(often.all())
+    keep = slice(None) if expected[-1] > 5 else slice(-1)
+    assert stats.chisquare(observed[keep], expected[keep]).pvalue > 1e-4
+
+
+def test_what_drafts_cannot_do_gets_none(engine: Any, counted: Counted) -> None:
+    prompt = {"prompt_token_ids": list(range(2, 30))}
+    for more in ({"min_p": 0.1}, {"logit_bias": {7: 100.0}}, {"seed": 3}):
+        asked = parameters(max_tokens=12, extra_args={"chorus_tier": "max"}, **more)
+        (output,) = engine.generate(prompt, asked, use_tqdm=False)
+        if "logit_bias" in more:
+            assert set(output.outputs[0].token_ids) == {7}
+    assert counted.drafted == 0
+
+
+@pytest.mark.parametrize("more", [{"min_p": 0.1}, {"logit_bias": {5: 1.0}}, {"seed": 3}])
+def test_speculation_is_refused_where_it_would_not_be_exact(engine: Any, more: dict[str, Any]) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    assert why_not_speculative(parameters(**more)) is not None
+    with pytest.raises(VLLMValidationError, match="would not be exact"):
+        engine.generate({"prompt_token_ids": [5]}, speculative(**more), use_tqdm=False)
+
+
+def test_an_answer_fills_its_context_to_the_last_token(engine: Any, tiny_population: Path) -> None:
+    prompt = {"prompt_token_ids": [2 + idx % 500 for idx in range(240)]}
+    asked = speculative(temperature=0, max_tokens=100, logprobs=1)
+    (output,) = engine.generate(prompt, asked, use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 16
+    check_against_reference(tiny_population, "max", output)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.floats(0, 0.99), min_size=1, max_size=5),
+    st.integers(0, 5),
+    st.floats(0.1, 10),
+    st.floats(0, 10),
+)
+def test_the_best_length_is_the_fastest(rates: list[float], others: int, fixed: float, per_draft: float) -> None:
+    best, speed = best_length(rates, others, lambda drafts: fixed + per_draft * drafts)
+    for drafts in range(MOST_DRAFTS + 1):
+        tokens = others + sum(sum(rate**j for j in range(drafts + 1)) for rate in rates)
+        assert tokens / (fixed + per_draft * drafts) <= speed * (1 + 1e-9)
+    assert 0 <= best <= MOST_DRAFTS
+
+
+def test_acceptance_is_learned_from_accepted_and_first_rejected_drafts() -> None:
+    draw, acceptance = random.Random(0), Acceptance()
+    assert acceptance.rate(0.7) == 0.7
+    for _ in range(400):
+        accepted = next((idx for idx in range(4) if draw.random() > 0.8), 4)
+        acceptance.observe(4, accepted)
+    assert acceptance.rate(0.1) == pytest.approx(0.8, abs=0.08)
+    assert tokens_per_step(0.5, 2) == 1.75

@@ -139,11 +139,13 @@ class Way:
     """Whether those that can be sampled draw one member for each token."""
     drafts: int = 0
     """Tokens that are drafted for each step of the others."""
+    gain: float = 1.0
+    """Expected tokens per second, as a multiple of those of plain steps."""
 
 
 def tokens_per_step(rate: float, drafts: int) -> float:
-    """Expected tokens of a step that verifies so many drafts: sum of rate^j for j from 0 to `drafts`."""
-    return sum(rate**j for j in range(drafts + 1))
+    """Expected tokens of a step that verifies so many drafts: sum of rate^j for j from 0 to `drafts`. The rate is below 1."""
+    return (1 - rate ** (drafts + 1)) / (1 - rate)
 
 
 def best_length(rates: Sequence[float], others: int, step_s: Callable[[int], float]) -> tuple[int, float]:

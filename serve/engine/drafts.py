@@ -79,13 +79,13 @@ class Drafter:
         return drafts
 
     def probabilities(self, request_ids: Sequence[str], num_drafts: Sequence[int]) -> Tensor | None:
-        """From what the drafts that a step verifies were drawn, (their sum, V), in batch order; None if there are none."""
+        """From what the drafts of a step were drawn, (their sum, V) in float32, in batch order; None if there are none."""
         parts = [
             self._probabilities[request_id][:count]
             for request_id, count in zip(request_ids, num_drafts, strict=True)
             if count
         ]
-        return torch.cat(parts) if parts else None
+        return torch.cat(parts).float() if parts else None
 
     def _draft(self, runner: Any, mixture: Mixture, rows: list[int], count: int) -> tuple[list[list[int]], Tensor]:
         """`count` tokens for each of the requests in `rows`, and the probabilities (R, count, V) from which they were drawn."""

@@ -138,6 +138,7 @@ class MemberCoordinator(KVCacheCoordinator):
         for group, manager in leaving:
             holding.computed.pop(group, None)
             manager.free(request_id)
+        holding.left_out -= {group for group, _ in leaving}
 
     def plan(self, request_id: str, members: Sequence[int], num_computed: int) -> dict[int, int]:
         """In its next step only `members` run for the request, which has computed so many tokens.

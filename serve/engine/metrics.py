@@ -34,15 +34,33 @@ class StepCounts:
     def __init__(self, num_members: int) -> None:
         self._num_members = num_members
         self._rows_by_set: Counter[tuple[int, ...]] = Counter()
+        self._passes: Counter[int] = Counter()
         self._seconds = [0.0] * (num_members + 1)
+        self._caught_up = 0
         self._drops: Counter[str] = Counter()
         self._num_steps = 0
         self._sent_at = 0.0
 
-    def count_step(self, rows_by_set: Mapping[tuple[int, ...], int], seconds: Sequence[float]) -> None:
-        """Add a step: token rows by the set of members that ran them, and seconds of each member and of mixing."""
+    def count_step(
+        self,
+        rows_by_set: Mapping[tuple[int, ...], int],
+        seconds: Sequence[float],
+        *,
+        passes: Mapping[int, int],
+        caught_up: int,
+    ) -> None:
+        """Add a step.
+
+        Args:
+            rows_by_set: token rows by the set of members that ran them.
+            seconds: of each member, and of mixing.
+            passes: forwards of each member.
+            caught_up: rows for tokens of steps that had left their member out.
+        """
         self._num_steps += 1
         self._rows_by_set.update(rows_by_set)
+        self._passes.update(passes)
+        self._caught_up += caught_up
         self._seconds = [total + more for total, more in zip(self._seconds, seconds, strict=True)]
 
     def count_drop(self, reason: str) -> None:
@@ -70,6 +88,8 @@ class StepCounts:
                 rows[member] += count
         totals = {"steps": self._num_steps, "active_sets": active_sets, "prior_version": prior_version}
         totals |= {f"member_rows/{member}": count for member, count in enumerate(rows)}
+        totals |= {f"member_passes/{member}": self._passes[member] for member in range(self._num_members)}
+        totals["caught_up_rows"] = self._caught_up
         totals |= {f"member_us/{member}": round(self._seconds[member] * 1e6) for member in range(self._num_members)}
         totals["mixing_us"] = round(self.mixing_s * 1e6)
         totals |= {f"step_cost_ps/{part}": round(seconds * 1e12) for part, seconds in step_cost.items()}
@@ -135,7 +155,11 @@ class PopulationCollector(Collector):
         seconds = CounterMetricFamily(
             "chorus_engine_member_seconds", "Seconds spent in a member's layers and head.", labels=["engine", "member"]
         )
+        passes = CounterMetricFamily(
+            "chorus_engine_member_passes", "Forwards of a member, drafts included.", labels=["engine", "member"]
+        )
         for idx, name in enumerate(self._member_names):
+            passes.add_metric([self._engine, name], self.totals[f"member_passes/{idx}"])
             rows.add_metric([self._engine, name], self.totals[f"member_rows/{idx}"])
             seconds.add_metric([self._engine, name], self.totals[f"member_us/{idx}"] / 1e6)
         drops = CounterMetricFamily(
@@ -153,10 +177,15 @@ class PopulationCollector(Collector):
         for key, picoseconds in self.totals.items():
             if key.startswith("step_cost_ps/"):
                 costs.add_metric([self._engine, key.partition("/")[2]], picoseconds / 1e12)
-        yield from (rows, seconds, drops, costs)
+        yield from (rows, passes, seconds, drops, costs)
         for name, text, value in (
             ("chorus_engine_mixing_seconds", "Seconds spent mixing distributions.", self.totals["mixing_us"] / 1e6),
             ("chorus_engine_steps", "Steps that the engine has run.", self.totals["steps"]),
+            (
+                "chorus_engine_caught_up_rows",
+                "Token rows that members computed late, after steps that had left them out.",
+                self.totals["caught_up_rows"],
+            ),
         ):
             counter = CounterMetricFamily(name, text, labels=["engine"])
             counter.add_metric([self._engine], value)

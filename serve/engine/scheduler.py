@@ -5,7 +5,7 @@ It resolves tiers when requests arrive, and at each token boundary drops members
 
 import json
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice, pairwise
@@ -55,6 +55,7 @@ logger = init_logger(__name__)
 # while no request has a time budget, but the first that has one finds a step cost that is learned.
 _OBSERVE_EVERY = 4
 _OBSERVE_IDLY_EVERY = 32
+_CHOOSE_EVERY = 4
 _FIRST_ACCEPTANCE = 0.7
 """What is expected of drafts before any was verified."""
 _DRAFTS_UNMEASURED, _FEW_ENOUGH = 3, 0.75
@@ -110,6 +111,8 @@ class PopulationScheduler(Scheduler):
         self._drafts: dict[str, int] = {}
         """How many tokens each request drafts at the end of the current step."""
         self._way = Way()
+        self._num_chosen_for = 0
+        """Requests that ran when it was chosen."""
         self._acceptance = Acceptance()
         """Of all requests: what is expected of the next one."""
         if self.num_spec_tokens:
@@ -146,10 +149,11 @@ class PopulationScheduler(Scheduler):
             self._step_cost.observe(load, now - self._step_started, members_s=members_s)
             self._observed = None
         self._step_started = now
+        is_choice_due = self._num_steps % _CHOOSE_EVERY == 0 or len(self.running) != self._num_chosen_for
+        if is_choice_due and self.running and (self._sampling or self._speculating):
+            self._way, self._num_chosen_for = self._choose_way(), len(self.running)
         if self._deadlines:
             self._keep_deadlines()
-        if self._sampling or self._speculating:
-            self._way = self._choose_way()
         self._planned = self._plan_sampling() if self._sampling else {}
         output = super().schedule(*args, **kwargs)
         self._changed.update(request.req_id for request in output.scheduled_new_reqs)
@@ -162,23 +166,20 @@ class PopulationScheduler(Scheduler):
         return output
 
     def _begin_sampling(self, request: Any, mixture: Mixture, arguments: Mapping[str, Any]) -> None:
-        """Note whether the request's members may be sampled: unasked only without a time budget, which counts on drops."""
-        decoding = arguments.get(DECODING_ARGUMENT, "auto")
-        if decoding == "plain" or (decoding == "auto" and BUDGET_ARGUMENT in arguments):
+        """Note whether the request's members may be sampled."""
+        if arguments.get(DECODING_ARGUMENT, "auto") not in ("auto", "sampled"):
             return
         parameters = request.sampling_params
         if parameters is None or len(mixture.members) == 1 or why_not_sampled(parameters, mixture) is not None:
             return
         # A seed stands for the same tokens whatever runs beside it: such a request samples always.
-        is_asked_for = decoding == "sampled" or parameters.seed is not None
+        is_asked_for = arguments.get(DECODING_ARGUMENT) == "sampled" or parameters.seed is not None
         self._sampling[request.request_id] = _Sampling(draws=MemberDraws(parameters.seed), is_asked_for=is_asked_for)
 
     def _begin_speculation(self, request: Any, mixture: Mixture, arguments: Mapping[str, Any]) -> None:
-        """Note whether members may draft for the request: unasked only without a time budget, which counts on its members."""
+        """Note whether members may draft for the request."""
         decoding = arguments.get(DECODING_ARGUMENT, "auto")
         if not self.num_spec_tokens or decoding not in ("auto", "speculative") or len(mixture.members) == 1:
-            return
-        if decoding == "auto" and BUDGET_ARGUMENT in arguments:
             return
         if request.sampling_params is None or why_not_speculative(request.sampling_params) is not None:
             return
@@ -216,11 +217,13 @@ class PopulationScheduler(Scheduler):
         if not self._step_cost.is_known:
             return Way(samples=bool(undecided) and expected <= _FEW_ENOUGH * plain)
         drafts, tokens_per_s = self._best_length(load, able)
+        plain_s = self._step_cost.predict(load) or 0.0
         if undecided:
             sampled_s = self._step_cost.predict(replace(load, active_members=expected)) or 0.0
             if tokens_per_s * sampled_s < len(self.running):
-                return Way(samples=True, drafts=self._best_length(load, rest)[0])
-        return Way(drafts=drafts)
+                drafts, tokens_per_s = self._best_length(load, rest)
+                return Way(samples=True, drafts=drafts, gain=tokens_per_s * plain_s / len(self.running))
+        return Way(drafts=drafts, gain=tokens_per_s * plain_s / len(self.running))
 
     def _best_length(self, load: StepLoad, able: list[tuple[Acceptance, Mixture]]) -> tuple[int, float]:
         """See `best_length`; `load` is that of a step without drafts."""
@@ -285,8 +288,12 @@ class PopulationScheduler(Scheduler):
         if scheduler_output.num_scheduled_tokens and self._num_steps % every == 0:
             load = self._load(scheduler_output.num_scheduled_tokens)
         if self.log_stats and scheduler_output.num_scheduled_tokens:
+            rows_by_set = self._rows_by_set(scheduler_output.num_scheduled_tokens)
             self.counts.count_step(
-                self._rows_by_set(scheduler_output.num_scheduled_tokens), model_runner_output.seconds
+                rows_by_set,
+                model_runner_output.seconds,
+                passes=Counter({member for members in rows_by_set for member in members}) + self._draft_passes(),
+                caught_up=sum(sum(planned.missed.values()) for planned in self._planned.values()),
             )
         for request_id, drafts in scheduler_output.scheduled_spec_decode_tokens.items():
             if (own := self._speculating.get(request_id)) is not None:
@@ -346,11 +353,12 @@ class PopulationScheduler(Scheduler):
         requests, runners = list[Any](), list[Runner]()
         for request in chain(self.running, islice(self.waiting, max(0, self.max_num_running_reqs - len(self.running)))):
             members, context = self._mixtures[request.request_id].members, request.num_computed_tokens
-            if (planned := self._planned.get(request.request_id)) is not None:
+            sampling = self._sampling.get(request.request_id)
+            is_sampled = sampling is not None and (sampling.is_asked_for or self._way.samples)
+            if is_sampled and (planned := self._planned.get(request.request_id)) is not None:
                 members = planned.mixture.members  # those of the last step stand for those of the next
             tally.add(members, rows=1, context=context)
-            is_sampling = request.request_id in self._sampling
-            if not is_sampling and (deadline := self._deadlines.get(request.request_id)) is not None:
+            if not is_sampled and (deadline := self._deadlines.get(request.request_id)) is not None:
                 requests.append(request)
                 runners.append(
                     Runner(
@@ -361,7 +369,8 @@ class PopulationScheduler(Scheduler):
                         context=context,
                     )
                 )
-        drops = choose_drops(runners, tally, lambda load: self._step_cost.predict(load) or 0.0)
+        gain = self._way.gain if self._speculating and not self._way.samples else 1.0
+        drops = choose_drops(runners, tally, lambda load: (self._step_cost.predict(load) or 0.0) / gain)
         for request, runner, count in zip(requests, runners, drops, strict=True):
             for _ in range(count):
                 self._drop_one(request, "late" if runner.left_s < 0 else "forecast")
@@ -387,13 +396,17 @@ class PopulationScheduler(Scheduler):
                 else:
                     caught_up = sum(planned.missed.values())
                     tally.add(planned.mixture.members, rows=num_tokens, context=context, caught_up=caught_up)
-        passes: dict[Mixture, int] = {}
+        tally.draft(sum(self._draft_passes().values()), rows=sum(self._drafts.values()))
+        return tally.load()
+
+    def _draft_passes(self) -> Counter[int]:
+        """Forwards of each member for the drafts of the current step."""
+        passes: Counter[int] = Counter()
         for request_id, drafts in self._drafts.items():
             if request_id in self._mixtures:
-                drafter = heaviest(self._mixtures[request_id])
-                passes[drafter] = max(passes.get(drafter, 0), drafts)
-        tally.draft(sum(passes.values()), rows=sum(self._drafts.values()))
-        return tally.load()
+                (drafter,) = heaviest(self._mixtures[request_id]).members
+                passes[drafter] = max(passes[drafter], drafts)
+        return passes
 
     def _get_local_prefix_cache_hit(self, request: Any) -> Any:
         self._kv.searching = request.request_id

@@ -167,6 +167,8 @@ class PopulationRunner(GPUModelRunner):
         return drafts
 
     def _get_spec_decode_draft_probs(self, spec_decode_metadata: Any) -> torch.Tensor | None:
+        if self.input_batch.sampling_metadata.all_greedy:
+            return None  # nobody reads them
         return self.drafter.probabilities(self.input_batch.req_ids, spec_decode_metadata.num_draft_tokens)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:

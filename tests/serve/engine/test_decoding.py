@@ -174,6 +174,7 @@ def test_any_schedule_of_catching_up_is_exact(engine: Any, tiny_population: Path
                 ]
                 kind = draw.choice(["sampled", "auto", "greedy"])
                 asked = greedy("max", max_tokens=draw.randint(1, 40))
+                asked.extra_args["chorus_decoding"] = "plain"
                 if kind != "greedy":
                     arguments = {"chorus_tier": "max", "chorus_decoding": kind}
                     asked = parameters(max_tokens=draw.randint(1, 40), extra_args=arguments)

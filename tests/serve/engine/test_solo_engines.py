@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm import SamplingParams
 
 from chorus.population import assemble
 from tests.serve.engine.asking import TIERS, assert_isolated, check_against_reference, greedy, prompts
@@ -79,6 +80,19 @@ def test_members_of_different_depth_and_width_are_mixed_exactly(tmp_path: Path) 
         outputs = uneven.generate(prompts(4), [greedy(tier) for tier in tiers], use_tqdm=False)
         for tier, output in zip(tiers, outputs, strict=True):
             check_against_reference(directory, tier, output)
+
+
+def test_drafts_in_bfloat16_are_verified_beside_sampled_requests(tiny_population: Path) -> None:
+    with running_engine(tiny_population, dtype="bfloat16") as half:
+        ways = [{"temperature": 0, "logprobs": 1}, {"temperature": 1}, {"temperature": 0.8, "top_p": 0.9}] * 3
+        asked = [
+            SamplingParams(max_tokens=24, ignore_eos=True, extra_args={"chorus_decoding": decoding}, **way)
+            for decoding in ("speculative", "auto")
+            for way in ways
+        ]
+        for output in half.generate(prompts(len(asked)), asked, use_tqdm=False):
+            assert len(output.outputs[0].token_ids) == 24
+        assert half.llm_engine.engine_core.engine_core.scheduler._acceptance.accepted > 0
 
 
 @pytest.mark.parametrize("whole_members", [False, True], ids=["sharded", "whole members on each rank"])

@@ -41,12 +41,15 @@ class StepLoad:
     """What makes a step long."""
 
     requests: int = 0
+    """Rows that are sampled from: one for each request, and one for each draft that is verified."""
     active_members: float = 0
     """Forwards of members, one for each that runs at all and one for each token that it drafts: each has a fixed overhead."""
     member_rows: int = 0
     """Token rows, counted once for each member that runs them."""
     member_context: int = 0
     """Cached tokens that attention reads, counted once for each member."""
+    member_logits: int = 0
+    """Rows that are sampled from, counted once for each member: a head and a place in the mixture. Rows of prompts have neither."""
 
 
 class StepTally:
@@ -54,14 +57,17 @@ class StepTally:
 
     def __init__(self) -> None:
         self._requests_of: Counter[int] = Counter()
-        self._requests = self._rows = self._context = self._passes = 0
+        self._requests = self._rows = self._context = self._passes = self._logits = 0
 
-    def add(self, members: Sequence[int], *, rows: int, context: int, caught_up: int = 0) -> None:
+    def add(self, members: Sequence[int], *, rows: int, context: int, caught_up: int = 0, drafts: int = 0) -> None:
         """A request of these members computes so many token rows after a context of so many tokens.
 
-        `caught_up`: rows that single members run beside them, for tokens of steps that left them out.
+        Args:
+            caught_up: rows that single members run beside them, for tokens of steps that left them out.
+            drafts: rows among `rows` that verify drafts.
         """
-        self._requests += 1
+        self._requests += 1 + drafts
+        self._logits += (1 + drafts) * len(members)
         self._requests_of.update(members)
         self._rows += rows * len(members) + caught_up
         self._context += context * len(members)
@@ -70,9 +76,11 @@ class StepTally:
         """Beside the step, drafting members run so many forwards with so many rows in all."""
         self._passes += passes
         self._rows += rows
+        self._logits += rows
 
     def drop(self, member: int, *, rows: int, context: int) -> None:
-        """The member leaves a request that was added with these rows and this context."""
+        """The member leaves a request that was added with these rows, this context and no drafts."""
+        self._logits -= 1
         self._requests_of[member] -= 1
         if not self._requests_of[member]:
             del self._requests_of[member]
@@ -92,6 +100,7 @@ class StepTally:
             active_members=len(self._requests_of) + self._passes,
             member_rows=self._rows,
             member_context=self._context,
+            member_logits=self._logits,
         )
 
 
@@ -108,7 +117,7 @@ class StepCost:
     """
 
     def __init__(self, *, warm_up: int = 4, min_steps: int = 8) -> None:
-        self._members = LeastSquares((1.0, 16.0, 16_384.0), forgetting=_FORGETTING)
+        self._members = LeastSquares((1.0, 16.0, 16_384.0, 16.0), forgetting=_FORGETTING)
         self._rest = LeastSquares((1.0, 16.0), forgetting=_FORGETTING)
         self._pace = 1.0
         """How slow the last steps were, as a multiple of what is learned."""
@@ -139,11 +148,15 @@ class StepCost:
         return self._pace * self._expect(load)
 
     def parts(self) -> dict[str, float]:
-        """Seconds by what they are for, once enough steps were seen: a step at all, and each thing that its load counts."""
+        """Seconds by what they are for, once enough steps were seen: a step at all, and each thing that its load counts.
+
+        A row is one that is sampled from, as nearly all are.
+        """
         if not self.is_known:
             return {}
         names = ("member", "row", "context", "step", "request")
-        seconds = self._members.coefficients() + self._rest.coefficients()
+        member, row, context, logits = self._members.coefficients()
+        seconds = [member, row + logits, context, *self._rest.coefficients()]
         return {name: self._pace * value for name, value in zip(names, seconds, strict=True)}
 
     def _expect(self, load: StepLoad) -> float:
@@ -151,7 +164,7 @@ class StepCost:
 
 
 def _of_members(load: StepLoad) -> tuple[float, ...]:
-    return load.active_members, load.member_rows, load.member_context
+    return load.active_members, load.member_rows, load.member_context, load.member_logits
 
 
 def _of_the_rest(load: StepLoad) -> tuple[float, ...]:

@@ -27,6 +27,8 @@ MOST_DRAFTS = 6
 _GREEDY = 1e-5
 """vLLM decodes greedily below this temperature."""
 _REMEMBERED, _PRIOR_DRAFTS = 0.98, 4.0
+_CLEAR_GAIN = 1.25
+"""Gains that are expected below this were none in truth: a step's cost is linear only as an approximation (bench/LOG.md)."""
 
 
 def why_not_sampled(parameters: Any, mixture: Mixture) -> str | None:
@@ -149,7 +151,7 @@ def tokens_per_step(rate: float, drafts: int) -> float:
 
 
 def best_length(rates: Sequence[float], others: int, step_s: Callable[[int], float]) -> tuple[int, float]:
-    """The number of drafts per request with which steps yield most tokens per second, and how many: (0, ...) where none pay.
+    """The number of drafts per request with which steps yield most tokens per second, and how many; 0 where none clearly pay.
 
     Args:
         rates: of the requests that may draft, how often their drafts are accepted.
@@ -161,4 +163,4 @@ def best_length(rates: Sequence[float], others: int, step_s: Callable[[int], flo
         return (others + sum(tokens_per_step(rate, drafts) for rate in rates)) / step_s(drafts)
 
     best = max(range(MOST_DRAFTS + 1), key=speed)
-    return best, speed(best)
+    return (best, speed(best)) if speed(best) >= _CLEAR_GAIN * speed(0) else (0, speed(0))

@@ -233,8 +233,10 @@ class PopulationScheduler(Scheduler):
         def step_s(drafts: int) -> float:
             with_drafts = replace(
                 load,
+                requests=load.requests + drafts * len(able),
                 active_members=load.active_members + drafts * drafters,
                 member_rows=load.member_rows + drafts * rows,
+                member_logits=load.member_logits + drafts * rows,
             )
             return self._step_cost.predict(with_drafts) or 1.0
 
@@ -286,7 +288,7 @@ class PopulationScheduler(Scheduler):
         every = _OBSERVE_EVERY if is_learning else _OBSERVE_IDLY_EVERY
         load = None
         if scheduler_output.num_scheduled_tokens and self._num_steps % every == 0:
-            load = self._load(scheduler_output.num_scheduled_tokens)
+            load = self._load(scheduler_output)
         if self.log_stats and scheduler_output.num_scheduled_tokens:
             rows_by_set = self._rows_by_set(scheduler_output.num_scheduled_tokens)
             self.counts.count_step(
@@ -386,13 +388,14 @@ class PopulationScheduler(Scheduler):
         self.counts.count_drop(reason)
         deadline.drops.append(Drop(member=member, at_token=at_token, reason=DROP_REASONS[reason]))
 
-    def _load(self, num_scheduled_tokens: dict[str, int]) -> StepLoad:
+    def _load(self, output: Any) -> StepLoad:
         tally = StepTally()
-        for request_id, num_tokens in num_scheduled_tokens.items():
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            drafts = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
             if request_id in self.requests:
                 planned, context = self._planned.get(request_id), self.requests[request_id].num_computed_tokens
                 if planned is None:
-                    tally.add(self._mixtures[request_id].members, rows=num_tokens, context=context)
+                    tally.add(self._mixtures[request_id].members, rows=num_tokens, context=context, drafts=drafts)
                 else:
                     caught_up = sum(planned.missed.values())
                     tally.add(planned.mixture.members, rows=num_tokens, context=context, caught_up=caught_up)

@@ -63,6 +63,7 @@ def why_not_speculative(parameters: Any) -> str | None:
     reasons = {
         f"min_p is {parameters.min_p:g}, and vLLM does not apply it to drafts": parameters.min_p != 0,
         "vLLM does not apply logit_bias to drafts": bool(parameters.logit_bias),
+        "vLLM cannot report logprob_token_ids beside drafts": bool(getattr(parameters, "logprob_token_ids", None)),
         "drafts that a grammar cuts off are no longer drawn from a known distribution": parameters.structured_outputs
         is not None
         and not is_greedy,

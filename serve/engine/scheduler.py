@@ -108,6 +108,8 @@ class PopulationScheduler(Scheduler):
         self._planned: dict[str, _Planned] = {}
         """What runs of the requests in `_sampling` in the current step. Of any other request, and of prompts, all members run."""
         self._speculating: dict[str, _Speculation] = {}
+        self._barring: set[str] = set()
+        """Requests beside which nothing can be drafted: vLLM's rejection sampler fails on batches with `logprob_token_ids`."""
         self._drafts: dict[str, int] = {}
         """How many tokens each request drafts at the end of the current step."""
         self._way = Way()
@@ -154,6 +156,9 @@ class PopulationScheduler(Scheduler):
             self._way, self._num_chosen_for = self._choose_way(), len(self.running)
         if self._deadlines:
             self._keep_deadlines()
+        if self._barring:
+            for request in self.running:
+                request.spec_token_ids = []
         self._planned = self._plan_sampling() if self._sampling else {}
         output = super().schedule(*args, **kwargs)
         self._changed.update(request.req_id for request in output.scheduled_new_reqs)
@@ -162,7 +167,7 @@ class PopulationScheduler(Scheduler):
         self._changed.clear()
         if self._sampling:
             self._settle_sampling(output)
-        self._drafts = output.drafts = self._plan_drafts(output) if self._speculating else {}
+        self._drafts = output.drafts = self._plan_drafts(output) if self._speculating and not self._barring else {}
         return output
 
     def _begin_sampling(self, request: Any, mixture: Mixture, arguments: Mapping[str, Any]) -> None:
@@ -177,7 +182,10 @@ class PopulationScheduler(Scheduler):
         self._sampling[request.request_id] = _Sampling(draws=MemberDraws(parameters.seed), is_asked_for=is_asked_for)
 
     def _begin_speculation(self, request: Any, mixture: Mixture, arguments: Mapping[str, Any]) -> None:
-        """Note whether members may draft for the request."""
+        """Note whether members may draft for the request, and beside it."""
+        if getattr(request.sampling_params, "logprob_token_ids", None):
+            self._barring.add(request.request_id)
+            return
         decoding = arguments.get(DECODING_ARGUMENT, "auto")
         if not self.num_spec_tokens or decoding not in ("auto", "speculative") or len(mixture.members) == 1:
             return
@@ -433,6 +441,7 @@ class PopulationScheduler(Scheduler):
         self._deadlines.pop(request.request_id, None)
         self._sampling.pop(request.request_id, None)
         self._speculating.pop(request.request_id, None)
+        self._barring.discard(request.request_id)
         self._planned.pop(request.request_id, None)
         self._changed.discard(request.request_id)
 

@@ -165,6 +165,29 @@ def test_what_drafts_cannot_do_gets_none(engine: Any, counted: Counted) -> None:
     assert counted.drafted == 0
 
 
+def test_nothing_is_drafted_beside_requests_that_bar_it(engine: Any, tiny_population: Path, counted: Counted) -> None:
+    core = engine.llm_engine
+    plain = {"extra_args": {"chorus_decoding": "plain"}}
+    core.add_request("first", {"prompt_token_ids": [5, 6]}, speculative(temperature=0, max_tokens=40, logprobs=1))
+    for _ in range(6):
+        core.step()
+    before = counted.drafted
+    assert before > 0
+    barring = parameters(max_tokens=6, logprobs=2, logprob_token_ids=[7, 8], **plain)
+    core.add_request("second", {"prompt_token_ids": [5, 6, 7]}, barring)
+    finished: list[str] = []
+    while core.has_unfinished_requests():
+        for output in core.step():
+            finished += [output.request_id] if output.finished else []
+            if output.request_id == "first" and output.finished:
+                check_against_reference(tiny_population, "max", output)
+            if finished == [] or finished == ["first"]:
+                assert counted.drafted == before
+    assert sorted(finished) == ["first", "second"]
+    assert counted.drafted > before
+    assert core_of(engine).scheduler._barring == set()
+
+
 @pytest.mark.parametrize("more", [{"min_p": 0.1}, {"logit_bias": {5: 1.0}}, {"seed": 3}])
 def test_speculation_is_refused_where_it_would_not_be_exact(engine: Any, more: dict[str, Any]) -> None:
     from vllm.exceptions import VLLMValidationError

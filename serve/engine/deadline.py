@@ -44,11 +44,11 @@ class StepLoad:
     """Rows that are sampled from: one for each request, and one for each draft that is verified."""
     active_members: float = 0
     """Forwards of members, one for each that runs at all and one for each token that it drafts: each has a fixed overhead."""
-    member_rows: int = 0
+    member_rows: float = 0
     """Token rows, counted once for each member that runs them."""
     member_context: int = 0
     """Cached tokens that attention reads, counted once for each member."""
-    member_logits: int = 0
+    member_logits: float = 0
     """Rows that are sampled from, counted once for each member: a head and a place in the mixture. Rows of prompts have neither."""
 
 

@@ -3,14 +3,19 @@
 vLLM's own machinery schedules the drafts and accepts or rejects them (Leviathan et al., arXiv 2211.17192), so the mixture's law is
 kept. Only the drafter is ours: it needs no model and no KV cache of its own, since a request has both already.
 
+Where the end of a greedy answer stood in its text before, the draft is what followed there, and no member runs for it (prompt
+lookup decoding): code, quotations and answers that go round in circles.
+
 R requests that draft together, V vocabulary
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from vllm.forward_context import set_forward_context
 from vllm.platforms import current_platform
@@ -41,6 +46,10 @@ def drafts_itself(speculative: Any) -> bool:
     return bool(speculative.model == f"{Drafter.__module__}.{Drafter.__qualname__}")
 
 
+_MATCH = 4
+"""Tokens at the end of a text that must have stood in it before."""
+
+
 class Drafter:
     """Drafts the tokens that the next step verifies. One for each runner."""
 
@@ -50,7 +59,11 @@ class Drafter:
             register_kernels({"vllm.v1.sample.rejection_sampler.expand_kernel": _expand})
         self._vllm_config = vllm_config
         self._probabilities: dict[str, Tensor] = {}
-        """From what the drafts of each request were drawn, (k, V)."""
+        """From what the drafts of each request were drawn, (k, V); missing where they were looked up."""
+        self.passes: Counter[int] = Counter()
+        """Forwards of each member in the last call of `propose`."""
+        self.rows = 0
+        """Token rows of these."""
 
     def load_model(self, model: Any) -> None:
         """Nothing: the members that draft are those of `model`."""
@@ -65,10 +78,17 @@ class Drafter:
         """
         drafts: list[list[int]] = [[] for _ in sampled]
         self._probabilities.clear()
+        self.passes.clear()
+        self.rows = 0
         together: dict[Mixture, list[tuple[int, int]]] = {}
         for row, request_id in enumerate(runner.input_batch.req_ids):
             count = min(wanted.get(request_id, 0), _room(runner, row, request_id)) if sampled[row] else 0
-            if count > 0:
+            if count <= 0:
+                continue
+            if request_id in runner.input_batch.greedy_reqs:
+                length = int(runner.input_batch.num_tokens_no_spec[row])
+                drafts[row] = look_up(runner.input_batch.token_ids_cpu[row, :length], count)
+            if not drafts[row]:
                 together.setdefault(heaviest(runner.mixtures[request_id]), []).append((row, count))
         for mixture, counts in together.items():
             rows, most = [row for row, _ in counts], max(count for _, count in counts)
@@ -76,16 +96,25 @@ class Drafter:
             for idx, (row, count) in enumerate(counts):
                 drafts[row] = tokens_Rk[idx][:count]
                 self._probabilities[runner.input_batch.req_ids[row]] = probabilities[idx]
+            self.passes.update(dict.fromkeys(mixture.members, most))
+            self.rows += most * len(rows)
         return drafts
 
-    def probabilities(self, request_ids: Sequence[str], num_drafts: Sequence[int]) -> Tensor | None:
-        """From what the drafts of a step were drawn, (their sum, V) in float32, in batch order; None if there are none."""
+    def probabilities(
+        self, request_ids: Sequence[str], num_drafts: Sequence[int], vocab_size: int, device: torch.device
+    ) -> Tensor | None:
+        """From what the drafts of a step were drawn, (their sum, V) in float32, in batch order; None if there are none.
+
+        Zero where they were looked up: of greedy requests nobody reads it.
+        """
         parts = [
-            self._probabilities[request_id][:count]
+            self._probabilities[request_id][:count].float()
+            if request_id in self._probabilities
+            else torch.zeros(count, vocab_size, device=device)
             for request_id, count in zip(request_ids, num_drafts, strict=True)
             if count
         ]
-        return torch.cat(parts).float() if parts else None
+        return torch.cat(parts) if parts else None
 
     def _draft(self, runner: Any, mixture: Mixture, rows: list[int], count: int) -> tuple[list[list[int]], Tensor]:
         """`count` tokens for each of the requests in `rows`, and the probabilities (R, count, V) from which they were drawn."""
@@ -106,6 +135,21 @@ class Drafter:
             tokens.append(token_ids)
             probabilities.append(p_RV)
         return torch.stack(tokens, dim=1).tolist(), torch.stack(probabilities, dim=1)
+
+
+def look_up(tokens: NDArray[Any], count: int) -> list[int]:
+    """The `count` tokens that followed the last `_MATCH` of `tokens` where these stood before, the last time; none if nowhere.
+
+    Where the text ends before that many, it goes round in circles, and so does what follows.
+    """
+    if len(tokens) <= _MATCH:
+        return []
+    windows = np.lib.stride_tricks.sliding_window_view(tokens[:-1], _MATCH)
+    places = np.flatnonzero((windows == tokens[-_MATCH:]).all(axis=1))
+    if len(places) == 0:
+        return []
+    found: list[int] = tokens[int(places[-1]) + _MATCH :][:count].tolist()
+    return [found[idx % len(found)] for idx in range(count)]
 
 
 def _expand(

@@ -55,7 +55,7 @@ logger = init_logger(__name__)
 # while no request has a time budget, but the first that has one finds a step cost that is learned.
 _OBSERVE_EVERY = 4
 _OBSERVE_IDLY_EVERY = 32
-_CHOOSE_EVERY = 4
+_CHOOSE_EVERY, _FORGET_DRAFTS = 4, 0.05
 _FIRST_ACCEPTANCE = 0.7
 """What is expected of drafts before any was verified."""
 _DRAFTS_UNMEASURED, _FEW_ENOUGH = 3, 0.75
@@ -110,8 +110,8 @@ class PopulationScheduler(Scheduler):
         self._speculating: dict[str, _Speculation] = {}
         self._barring: set[str] = set()
         """Requests beside which nothing can be drafted: vLLM's rejection sampler fails on batches with `logprob_token_ids`."""
-        self._drafts: dict[str, int] = {}
-        """How many tokens each request drafts at the end of the current step."""
+        self._drafted_by_members = 1.0
+        """Part of the drafts that members made lately; the others were looked up and cost nothing."""
         self._way = Way()
         self._num_chosen_for = 0
         """Requests that ran when it was chosen."""
@@ -167,7 +167,7 @@ class PopulationScheduler(Scheduler):
         self._changed.clear()
         if self._sampling:
             self._settle_sampling(output)
-        self._drafts = output.drafts = self._plan_drafts(output) if self._speculating and not self._barring else {}
+        output.drafts = self._plan_drafts(output) if self._speculating and not self._barring else {}
         return output
 
     def _begin_sampling(self, request: Any, mixture: Mixture, arguments: Mapping[str, Any]) -> None:
@@ -235,8 +235,9 @@ class PopulationScheduler(Scheduler):
 
     def _best_length(self, load: StepLoad, able: list[tuple[Acceptance, Mixture]]) -> tuple[int, float]:
         """See `best_length`; `load` is that of a step without drafts."""
-        drafters = len({heaviest(mixture) for _, mixture in able})
-        rows = sum(len(mixture.members) + 1 for _, mixture in able)
+        drafters = len({heaviest(mixture) for _, mixture in able}) * self._drafted_by_members
+        verified = sum(len(mixture.members) for _, mixture in able)
+        rows = verified + len(able) * self._drafted_by_members
 
         def step_s(drafts: int) -> float:
             with_drafts = replace(
@@ -296,13 +297,14 @@ class PopulationScheduler(Scheduler):
         every = _OBSERVE_EVERY if is_learning else _OBSERVE_IDLY_EVERY
         load = None
         if scheduler_output.num_scheduled_tokens and self._num_steps % every == 0:
-            load = self._load(scheduler_output)
+            load = self._load(scheduler_output, model_runner_output)
         if self.log_stats and scheduler_output.num_scheduled_tokens:
             rows_by_set = self._rows_by_set(scheduler_output.num_scheduled_tokens)
             self.counts.count_step(
                 rows_by_set,
                 model_runner_output.seconds,
-                passes=Counter({member for members in rows_by_set for member in members}) + self._draft_passes(),
+                passes=Counter({member for members in rows_by_set for member in members})
+                + model_runner_output.draft_passes,
                 caught_up=sum(sum(planned.missed.values()) for planned in self._planned.values()),
             )
         for request_id, drafts in scheduler_output.scheduled_spec_decode_tokens.items():
@@ -310,6 +312,9 @@ class PopulationScheduler(Scheduler):
                 sampled = model_runner_output.sampled_token_ids[model_runner_output.req_id_to_index[request_id]]
                 own.acceptance.observe(len(drafts), max(0, len(sampled) - 1))
                 self._acceptance.observe(len(drafts), max(0, len(sampled) - 1))
+        if scheduler_output.drafts:
+            part = model_runner_output.draft_rows / sum(scheduler_output.drafts.values())
+            self._drafted_by_members += _FORGET_DRAFTS * (min(part, 1.0) - self._drafted_by_members)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if load is not None and self.running:  # else nobody waits for the next step, and it says nothing of this one
             self._observed = load, sum(model_runner_output.seconds)
@@ -396,7 +401,7 @@ class PopulationScheduler(Scheduler):
         self.counts.count_drop(reason)
         deadline.drops.append(Drop(member=member, at_token=at_token, reason=DROP_REASONS[reason]))
 
-    def _load(self, output: Any) -> StepLoad:
+    def _load(self, output: Any, model_runner_output: Any) -> StepLoad:
         tally = StepTally()
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             drafts = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
@@ -407,17 +412,8 @@ class PopulationScheduler(Scheduler):
                 else:
                     caught_up = sum(planned.missed.values())
                     tally.add(planned.mixture.members, rows=num_tokens, context=context, caught_up=caught_up)
-        tally.draft(sum(self._draft_passes().values()), rows=sum(self._drafts.values()))
+        tally.draft(sum(model_runner_output.draft_passes.values()), rows=model_runner_output.draft_rows)
         return tally.load()
-
-    def _draft_passes(self) -> Counter[int]:
-        """Forwards of each member for the drafts of the current step."""
-        passes: Counter[int] = Counter()
-        for request_id, drafts in self._drafts.items():
-            if request_id in self._mixtures:
-                (drafter,) = heaviest(self._mixtures[request_id]).members
-                passes[drafter] = max(passes[drafter], drafts)
-        return passes
 
     def _get_local_prefix_cache_hit(self, request: Any) -> Any:
         self._kv.searching = request.request_id

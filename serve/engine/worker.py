@@ -5,6 +5,7 @@ out), `_get_slot_mappings` and the attention's metadata builders (narrowed to ea
 In between it sees the KV-cache groups of the members that run, and spends nothing on the others.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -169,12 +170,18 @@ class PopulationRunner(GPUModelRunner):
     def _get_spec_decode_draft_probs(self, spec_decode_metadata: Any) -> torch.Tensor | None:
         if self.input_batch.sampling_metadata.all_greedy:
             return None  # nobody reads them
-        return self.drafter.probabilities(self.input_batch.req_ids, spec_decode_metadata.num_draft_tokens)
+        batch = self.input_batch
+        return self.drafter.probabilities(
+            batch.req_ids, spec_decode_metadata.num_draft_tokens, batch.vocab_size, self.device
+        )
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)
         if output is not None:
-            output.seconds = self.model.stopwatch.take()  # for the scheduler, which counts
+            output.seconds = self.model.stopwatch.take()  # for the scheduler, which counts, as the rest
+            output.draft_passes, output.draft_rows = Counter[int](), 0
+            if self.speculative_config is not None:
+                output.draft_passes, output.draft_rows = self.drafter.passes.copy(), self.drafter.rows
         return output
 
 

@@ -1,10 +1,12 @@
 """Drafts of a request's heaviest member: the mixture's law and its log-probabilities, whatever else runs."""
 
 import random
+from collections import Counter
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from scipy import stats
 from vllm import SamplingParams
 
 from chorus.serve.engine.decoding import MOST_DRAFTS, Acceptance, best_length, tokens_per_step, why_not_speculative
+from chorus.serve.engine.drafts import Drafter, look_up
 from tests.reference import mixture_log_probs
 from tests.serve.engine.asking import TIERS, check_against_reference
 from tests.serve.engine.test_decoding import core_of, parameters
@@ -195,6 +198,41 @@ def test_speculation_is_refused_where_it_would_not_be_exact(engine: Any, more: d
     assert why_not_speculative(parameters(**more)) is not None
     with pytest.raises(VLLMValidationError, match="would not be exact"):
         engine.generate({"prompt_token_ids": [5]}, speculative(**more), use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "found"),
+    [
+        ("abcdXYZ-abcd", 3, "XYZ"),
+        ("abcdX-abcdY-abcd", 2, "Y-"),
+        ("-abcabcabc", 5, "abcab"),
+        ("aaaaa", 3, "aaa"),
+        ("abcde-bcde!", 2, ""),
+        ("abcd", 2, ""),
+        ("", 2, ""),
+    ],
+)
+def test_what_followed_the_end_of_a_text_before_is_looked_up(text: str, count: int, found: str) -> None:
+    tokens = np.array([ord(each) for each in text], dtype=np.int32)
+    assert look_up(tokens, count) == [ord(each) for each in found]
+
+
+def test_repetitions_are_drafted_without_a_pass(engine: Any, tiny_population: Path, counted: Counted) -> None:
+    """Greedy answers of small random members go round in circles."""
+    passes = Counter[int]()
+    propose = Drafter.propose
+
+    def noted(drafter: Drafter, *arguments: Any) -> list[list[int]]:
+        drafts = propose(drafter, *arguments)
+        passes.update(drafter.passes)
+        return drafts
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Drafter, "propose", noted)
+        asked = speculative(temperature=0, max_tokens=200, logprobs=1)
+        (output,) = engine.generate({"prompt_token_ids": [5, 6]}, asked, use_tqdm=False)
+    check_against_reference(tiny_population, "max", output)
+    assert sum(passes.values()) < counted.drafted
 
 
 def test_an_answer_fills_its_context_to_the_last_token(engine: Any, tiny_population: Path) -> None:

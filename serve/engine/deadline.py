@@ -48,8 +48,6 @@ class StepLoad:
     """Token rows, counted once for each member that runs them."""
     member_context: int = 0
     """Cached tokens that attention reads, counted once for each member."""
-    member_logits: float = 0
-    """Rows that are sampled from, counted once for each member: a head and a place in the mixture. Rows of prompts have neither."""
 
 
 class StepTally:
@@ -57,7 +55,7 @@ class StepTally:
 
     def __init__(self) -> None:
         self._requests_of: Counter[int] = Counter()
-        self._requests = self._rows = self._context = self._passes = self._logits = 0
+        self._requests = self._rows = self._context = self._passes = 0
 
     def add(self, members: Sequence[int], *, rows: int, context: int, caught_up: int = 0, drafts: int = 0) -> None:
         """A request of these members computes so many token rows after a context of so many tokens.
@@ -67,7 +65,6 @@ class StepTally:
             drafts: rows among `rows` that verify drafts.
         """
         self._requests += 1 + drafts
-        self._logits += (1 + drafts) * len(members)
         self._requests_of.update(members)
         self._rows += rows * len(members) + caught_up
         self._context += context * len(members)
@@ -76,11 +73,9 @@ class StepTally:
         """Beside the step, drafting members run so many forwards with so many rows in all."""
         self._passes += passes
         self._rows += rows
-        self._logits += rows
 
     def drop(self, member: int, *, rows: int, context: int) -> None:
         """The member leaves a request that was added with these rows, this context and no drafts."""
-        self._logits -= 1
         self._requests_of[member] -= 1
         if not self._requests_of[member]:
             del self._requests_of[member]
@@ -100,7 +95,6 @@ class StepTally:
             active_members=len(self._requests_of) + self._passes,
             member_rows=self._rows,
             member_context=self._context,
-            member_logits=self._logits,
         )
 
 
@@ -117,7 +111,7 @@ class StepCost:
     """
 
     def __init__(self, *, warm_up: int = 4, min_steps: int = 8) -> None:
-        self._members = LeastSquares((1.0, 16.0, 16_384.0, 16.0), forgetting=_FORGETTING)
+        self._members = LeastSquares((1.0, 16.0, 16_384.0), forgetting=_FORGETTING)
         self._rest = LeastSquares((1.0, 16.0), forgetting=_FORGETTING)
         self._pace = 1.0
         """How slow the last steps were, as a multiple of what is learned."""
@@ -148,15 +142,11 @@ class StepCost:
         return self._pace * self._expect(load)
 
     def parts(self) -> dict[str, float]:
-        """Seconds by what they are for, once enough steps were seen: a step at all, and each thing that its load counts.
-
-        A row is one that is sampled from, as nearly all are.
-        """
+        """Seconds by what they are for, once enough steps were seen: a step at all, and each thing that its load counts."""
         if not self.is_known:
             return {}
         names = ("member", "row", "context", "step", "request")
-        member, row, context, logits = self._members.coefficients()
-        seconds = [member, row + logits, context, *self._rest.coefficients()]
+        seconds = self._members.coefficients() + self._rest.coefficients()
         return {name: self._pace * value for name, value in zip(names, seconds, strict=True)}
 
     def _expect(self, load: StepLoad) -> float:
@@ -164,7 +154,7 @@ class StepCost:
 
 
 def _of_members(load: StepLoad) -> tuple[float, ...]:
-    return load.active_members, load.member_rows, load.member_context, load.member_logits
+    return load.active_members, load.member_rows, load.member_context
 
 
 def _of_the_rest(load: StepLoad) -> tuple[float, ...]:

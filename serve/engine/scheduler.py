@@ -245,7 +245,6 @@ class PopulationScheduler(Scheduler):
                 requests=load.requests + drafts * len(able),
                 active_members=load.active_members + drafts * drafters,
                 member_rows=load.member_rows + drafts * rows,
-                member_logits=load.member_logits + drafts * rows,
             )
             return self._step_cost.predict(with_drafts) or 1.0
 

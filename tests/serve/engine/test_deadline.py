@@ -29,7 +29,7 @@ def tally_of(*requests: tuple[list[int], int, int]) -> StepTally:
 
 def test_a_tally_is_the_load_of_what_is_left() -> None:
     tally = tally_of(*[([0], 1, 100)] * 15, ([0, 1, 2], 1, 50))
-    whole = StepLoad(requests=16, active_members=3, member_rows=18, member_context=1650, member_logits=18)
+    whole = StepLoad(requests=16, active_members=3, member_rows=18, member_context=1650)
     assert tally.load() == whole
     other = tally.copy()
     other.drop(2, rows=1, context=50)
@@ -41,7 +41,7 @@ def test_drafts_are_rows_that_are_sampled_from_and_passes_of_their_own() -> None
     tally = StepTally()
     tally.add([0, 1, 2], rows=4, context=50, drafts=3)
     tally.draft(2, rows=2)
-    assert tally.load() == StepLoad(requests=4, active_members=5, member_rows=14, member_context=150, member_logits=14)
+    assert tally.load() == StepLoad(requests=4, active_members=5, member_rows=14, member_context=150)
 
 
 def members_s(load: StepLoad) -> float:

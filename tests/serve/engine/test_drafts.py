@@ -15,7 +15,6 @@ from scipy import stats
 from vllm import SamplingParams
 
 from chorus.serve.engine.decoding import MOST_DRAFTS, Acceptance, best_length, tokens_per_step, why_not_speculative
-from chorus.serve.engine.drafts import Drafter, look_up
 from tests.reference import mixture_log_probs
 from tests.serve.engine.asking import TIERS, check_against_reference
 from tests.serve.engine.test_decoding import core_of, parameters
@@ -213,12 +212,16 @@ def test_speculation_is_refused_where_it_would_not_be_exact(engine: Any, more: d
     ],
 )
 def test_what_followed_the_end_of_a_text_before_is_looked_up(text: str, count: int, found: str) -> None:
+    from chorus.serve.engine.drafts import look_up
+
     tokens = np.array([ord(each) for each in text], dtype=np.int32)
     assert look_up(tokens, count) == [ord(each) for each in found]
 
 
 def test_repetitions_are_drafted_without_a_pass(engine: Any, tiny_population: Path, counted: Counted) -> None:
     """Greedy answers of small random members go round in circles."""
+    from chorus.serve.engine.drafts import Drafter
+
     passes = Counter[int]()
     propose = Drafter.propose
 

@@ -2,9 +2,8 @@
 
     python -m bench.random_population OUT [--members 8] [--layers 4] [--width 256] [--vocab-size 32000] [--spread 1.0]
 
-With a spread below 1, members are nearer to each other: 0 makes them copies of the first. So the drafts of one are accepted by the
-others as often as in a trained population. Tiers of 1, 2, 4 ... members, nested, with equal weights. Nothing that it says means
-anything.
+With a spread below 1, members are nearer to each other: 0 makes them copies of the first. Tiers of 1, 2, 4 ... members, nested,
+with equal weights. Nothing that it says means anything.
 """
 
 import argparse

@@ -167,6 +167,9 @@ class PopulationScheduler(Scheduler):
         self._changed.clear()
         if self._sampling:
             self._settle_sampling(output)
+        for request in self.running:
+            if request.spec_token_ids and request.request_id not in output.num_scheduled_tokens:
+                request.spec_token_ids = []  # from what they were drawn is kept for one step only
         output.drafts = self._plan_drafts(output) if self._speculating and not self._barring else {}
         return output
 

@@ -91,13 +91,12 @@ class Drafter:
             if not drafts[row]:
                 together.setdefault(heaviest(runner.mixtures[request_id]), []).append((row, count))
         for mixture, counts in together.items():
-            rows, most = [row for row, _ in counts], max(count for _, count in counts)
-            tokens_Rk, probabilities = self._draft(runner, mixture, rows, most)
-            for idx, (row, count) in enumerate(counts):
-                drafts[row] = tokens_Rk[idx][:count]
-                self._probabilities[runner.input_batch.req_ids[row]] = probabilities[idx]
-            self.passes.update(dict.fromkeys(mixture.members, most))
-            self.rows += most * len(rows)
+            counts.sort(key=lambda pair: pair[1], reverse=True)
+            for (row, count), (tokens, probabilities) in zip(counts, self._draft(runner, mixture, counts), strict=True):
+                drafts[row] = tokens
+                self._probabilities[runner.input_batch.req_ids[row]] = probabilities
+                self.rows += count
+            self.passes.update(dict.fromkeys(mixture.members, counts[0][1]))
         return drafts
 
     def probabilities(
@@ -116,25 +115,38 @@ class Drafter:
         ]
         return torch.cat(parts) if parts else None
 
-    def _draft(self, runner: Any, mixture: Mixture, rows: list[int], count: int) -> tuple[list[list[int]], Tensor]:
-        """`count` tokens for each of the requests in `rows`, and the probabilities (R, count, V) from which they were drawn."""
+    def _draft(self, runner: Any, mixture: Mixture, counts: list[tuple[int, int]]) -> list[tuple[list[int], Tensor]]:
+        """The drafts of some requests, and the probabilities (count, V) from which each was drawn.
+
+        Args:
+            runner: the model runner.
+            mixture: what drafts for all of them.
+            counts: their rows of the batch and how many tokens each needs, most first. None runs further than it needs: the KV
+                cache, and the positions of the model, may end there.
+        """
         batch = runner.input_batch
-        chosen = np.array(rows)
-        positions = batch.num_tokens_no_spec[chosen].astype(np.int64) - 1
-        token_ids = torch.from_numpy(batch.token_ids_cpu[chosen, positions]).to(runner.device)
-        draw = _Draw(batch.sampling_metadata, chosen, runner.device)
-        tables = _Tables(runner, mixture.members, chosen)
-        tokens, probabilities = [], []
-        for step in range(count):
-            context = tables.context(positions + step)
+        rows, wanted = np.array(counts).T
+        positions = batch.num_tokens_no_spec[rows].astype(np.int64) - 1
+        token_ids = torch.from_numpy(batch.token_ids_cpu[rows, positions]).to(runner.device)
+        draw = _Draw(batch.sampling_metadata, rows, runner.device)
+        tables = _Tables(runner, mixture.members, rows)
+        tokens, probabilities = list[list[int]](), list[Tensor]()
+        for step in range(int(wanted[0])):
+            running = int((wanted > step).sum())
+            at = positions[:running] + step
+            context = tables.context(at)
             with set_forward_context(
-                context.attention, self._vllm_config, num_tokens=len(rows), slot_mapping=context.slots
+                context.attention, self._vllm_config, num_tokens=running, slot_mapping=context.slots
             ):
-                log_p_RV = runner.model.draft(mixture, token_ids, torch.from_numpy(positions + step).to(runner.device))
+                log_p_RV = runner.model.draft(mixture, token_ids[:running], torch.from_numpy(at).to(runner.device))
             token_ids, p_RV = draw(log_p_RV)
-            tokens.append(token_ids)
+            tokens.append(token_ids.tolist())
             probabilities.append(p_RV)
-        return torch.stack(tokens, dim=1).tolist(), torch.stack(probabilities, dim=1)
+        drafts = []
+        for idx, count in enumerate(wanted.tolist()):
+            own = [(tokens[step][idx], probabilities[step][idx]) for step in range(count)]
+            drafts.append(([token for token, _ in own], torch.stack([p_V for _, p_V in own])))
+        return drafts
 
 
 def look_up(tokens: NDArray[Any], count: int) -> list[int]:
@@ -193,16 +205,25 @@ class _Draw:
             self._top_k_R, self._top_p_R = of(metadata.top_k), of(metadata.top_p)
 
     def __call__(self, log_p_RV: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens (R,), and the probabilities (R, V) from which they were drawn. Of greedy rows nobody reads them."""
-        if self._forbidden_RV is not None:
-            log_p_RV = log_p_RV.masked_fill(self._forbidden_RV, -torch.inf)
+        """The tokens (R,) of the first R rows, and the probabilities (R, V) from which they were drawn.
+
+        Of greedy rows nobody reads the probabilities.
+        """
+
+        def of_first(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[: len(log_p_RV)]
+
+        if (forbidden_RV := of_first(self._forbidden_RV)) is not None:
+            log_p_RV = log_p_RV.masked_fill(forbidden_RV, -torch.inf)
         best_R = log_p_RV.argmax(-1)
         if self._is_greedy:
             return best_R, log_p_RV
-        scaled_RV = apply_top_k_top_p(log_p_RV / self._temperature_R1, self._top_k_R, self._top_p_R)
-        p_RV = torch.softmax(scaled_RV, dim=-1, dtype=torch.float32)
+        scaled_RV = log_p_RV / self._temperature_R1[: len(log_p_RV)]
+        p_RV = torch.softmax(
+            apply_top_k_top_p(scaled_RV, of_first(self._top_k_R), of_first(self._top_p_R)), dim=-1, dtype=torch.float32
+        )
         drawn_R = random_sample(p_RV.clone(), {})
-        return torch.where(self._is_greedy_R, best_R, drawn_R), p_RV
+        return torch.where(self._is_greedy_R[: len(log_p_RV)], best_R, drawn_R), p_RV
 
 
 class _Context:
@@ -227,23 +248,23 @@ class _Tables:
                 self._groups.append((table.block_size, blocks, torch.from_numpy(blocks), runner.attn_groups[idx]))
 
     def context(self, positions: np.ndarray) -> _Context:
-        """For one token of each request, at these positions (R,)."""
-        context = _Context()
+        """For one token of each of the first R requests, at these positions (R,)."""
+        context, count = _Context(), len(positions)
         seq_lens = torch.from_numpy((positions + 1).astype(np.int32))
-        rows = np.arange(len(positions))
+        rows, starts = np.arange(count), self._query_start_loc[: count + 1]
         for block_size, blocks, block_table, attention_groups in self._groups:
             slots = blocks[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
             slot_mapping = torch.from_numpy(slots).to(self._device)
             common = CommonAttentionMetadata(
-                query_start_loc=self._query_start_loc.to(self._device),
-                query_start_loc_cpu=self._query_start_loc,
+                query_start_loc=starts.to(self._device),
+                query_start_loc_cpu=starts,
                 seq_lens=seq_lens.to(self._device),
                 seq_lens_cpu_upper_bound=seq_lens,
-                num_reqs=len(positions),
-                num_actual_tokens=len(positions),
+                num_reqs=count,
+                num_actual_tokens=count,
                 max_query_len=1,
                 max_seq_len=int(positions.max()) + 1,
-                block_table_tensor=block_table.to(self._device),
+                block_table_tensor=block_table[:count].to(self._device),
                 slot_mapping=slot_mapping,
                 causal=True,
             )

@@ -190,9 +190,10 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(undisturbed: Pat
 
 def test_sigterm_checkpoints_and_says_how_to_go_on(tmp_path: Path) -> None:
     out = tmp_path / "stopped"
-    process = start(out)
+    long = ("--cycles", "60")  # it must not end before it is killed, however late that comes
+    process = start(out, *long)
     wait_for_steps(out, 5)
-    second = CliRunner().invoke(train, ["stdlib", "--out", str(out), *TINY])
+    second = CliRunner().invoke(train, ["stdlib", "--out", str(out), *TINY, *long])
     assert "another chorus train is at work" in str(second.exception)
     process.send_signal(signal.SIGTERM)
     output = finish(process)
@@ -201,7 +202,7 @@ def test_sigterm_checkpoints_and_says_how_to_go_on(tmp_path: Path) -> None:
     stopped_at = checkpoints(out)
     assert len(stopped_at) == 2
 
-    process = start(out)
+    process = start(out, *long)
     wait_for_steps(out, 15)
     process.kill()  # the command alone: its processes notice, checkpoint and end, which closes the pipe that finish reads
     finish(process)

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from scipy import stats
 from vllm import SamplingParams
 
-from chorus.serve.engine.decoding import MOST_DRAFTS, Acceptance, best_length, tokens_per_step, why_not_speculative
+from chorus.serve.engine.decoding import (
+    MOST_DRAFTS,
+    Acceptance,
+    Way,
+    best_length,
+    tokens_per_step,
+    why_not_speculative,
+)
 from tests.reference import mixture_log_probs
 from tests.serve.engine.asking import TIERS, check_against_reference
 from tests.serve.engine.test_decoding import core_of, parameters
@@ -238,12 +245,51 @@ def test_repetitions_are_drafted_without_a_pass(engine: Any, tiny_population: Pa
     assert sum(passes.values()) < counted.drafted
 
 
-def test_an_answer_fills_its_context_to_the_last_token(engine: Any, tiny_population: Path) -> None:
-    prompt = {"prompt_token_ids": [2 + idx % 500 for idx in range(240)]}
+@pytest.fixture
+def drafts_many(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many drafts as there may be, whether they pay or not."""
+    monkeypatch.setattr(core_of(engine).scheduler, "_choose_way", lambda: Way(drafts=MOST_DRAFTS))
+
+
+@pytest.mark.usefixtures("drafts_many")
+def test_answers_fill_their_context_to_the_last_token(engine: Any, tiny_population: Path, counted: Counted) -> None:
+    """Requests that draft together get there at different steps."""
+    lengths = [226, 254, 240, 248, 255, 233]
+    draw = random.Random(0)
+    prompts = [{"prompt_token_ids": draw.choices(range(2, 512), k=length)} for length in lengths]
     asked = speculative(temperature=0, max_tokens=100, logprobs=1)
-    (output,) = engine.generate(prompt, asked, use_tqdm=False)
-    assert len(output.outputs[0].token_ids) == 16
-    check_against_reference(tiny_population, "max", output)
+    outputs = engine.generate(prompts, asked, use_tqdm=False)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [256 - length for length in lengths]
+    for output in outputs:
+        check_against_reference(tiny_population, "max", output)
+    assert counted.accepted > 0
+
+
+@pytest.mark.usefixtures("drafts_many")
+def test_drafts_of_different_lengths_keep_their_own_parameters(engine: Any, counted: Counted) -> None:
+    draw = random.Random(1)
+    for _ in range(5):
+        prompts = [{"prompt_token_ids": draw.choices(range(2, 512), k=12)} for _ in range(8)]
+        fields: list[dict[str, Any]] = [
+            {
+                "max_tokens": draw.randint(2, 12),
+                "allowed_token_ids": draw.sample(range(2, 512), 40),
+                "presence_penalty": draw.choice([0.0, 1.5]),
+                **draw.choice([{"temperature": 0}, {"top_k": 1}, {"temperature": 1.3, "top_p": 1e-6}]),
+            }
+            for _ in prompts
+        ]
+        drafted, plain = (
+            engine.generate(
+                prompts,
+                [parameters(extra_args={"chorus_tier": "max", "chorus_decoding": way}, **each) for each in fields],
+                use_tqdm=False,
+            )
+            for way in ("speculative", "plain")
+        )
+        for one, other in zip(drafted, plain, strict=True):
+            assert one.outputs[0].token_ids == other.outputs[0].token_ids
+    assert counted.accepted > 0
 
 
 @settings(max_examples=100, deadline=None)

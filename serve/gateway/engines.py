@@ -54,6 +54,7 @@ class Engine:
         self.is_supervised = is_supervised
         self.stall_timeout_s = stall_timeout_s
         self.life = Life(url, stall_timeout_s=stall_timeout_s)
+        self.num_restarts = 0
         self.on_restart: Callable[[], None] = lambda: None
         self.flights = Flights()
         self.model = LatencyModel()

@@ -88,12 +88,13 @@ def serve(
         )
         http = server_options(connections or ConnectionLimits(max_dropped_bytes=max_body_bytes))
         with _listen(host, port) as listener:
-            Run(settings=settings, listener=listener, console=Console(), drain=drain or Drain(), http=http).run()
+            run = Run(settings=settings, listener=listener, console=Console(), drain=drain or Drain(), http=http)
+            run.run()
     except ChorusError:
         if log is not None and log.stat().st_size == 0:
             log.unlink()  # else it says why the engine failed
         raise
-    if log is not None:
+    if log is not None and not run.num_restarts:
         log.unlink()
 
 
@@ -139,7 +140,7 @@ class Run:
         self._console = console
         self._failure: str | None = None
         self._was_up = False
-        gateway = Gateway(settings, on_up=self._on_up, on_failure=self._on_failure)
+        self._gateway = gateway = Gateway(settings, on_up=self._on_up, on_failure=self._on_failure)
         self._server = _Server(
             gateway,
             drain,
@@ -170,6 +171,14 @@ class Run:
         if self._failure:
             raise ChorusError(self._failure)
         self._console.print("stopped")
+        if self.num_restarts and isinstance(settings.engine, Supervision) and settings.engine.log is not None:
+            why = f"the engine had ended by itself before; its log is kept: {settings.engine.log}"
+            self._console.print(why, highlight=False, soft_wrap=True)
+
+    @property
+    def num_restarts(self) -> int:
+        """How often an engine of our own ended while it should have served."""
+        return sum(engine.num_restarts for engine in self._gateway.pool.engines)
 
     def _on_up(self, engine_url: str, start_s: float | None) -> None:
         host, port = self._listener.getsockname()[:2]

@@ -83,6 +83,7 @@ class Supervisor:
                 raise EngineFailedError(self._explain("the engine did not start"))
             if quick_failures >= self._settings.max_quick_failures:
                 raise EngineFailedError(self._explain(f"the engine failed {quick_failures} times in a row"))
+            self._engine.num_restarts += 1
             self._engine.on_restart()
             logger.warning("the engine ended and is started again; requests are answered with 503 until it is back")
 

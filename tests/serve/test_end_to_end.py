@@ -1,17 +1,22 @@
 """Text in, a mixture out: a population trained by `chorus train`, served by `chorus serve`, against Hugging Face."""
 
 import asyncio
+import re
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
+import psutil
 import pytest
 from openai import AsyncOpenAI, NotFoundError
 
 from chorus.population import manifest
 from chorus.population.manifest import Tier
 from chorus.population.tokens import TokenSplit, split_path
-from tests.live import ENGINE_ARGUMENTS, ChorusServe, chorus_serve
+from tests.live import ENGINE_ARGUMENTS, ChorusServe, chorus_serve, wait_for
 from tests.reference import mixture_log_probs
 
 TIERS = ("economy", "standard", "max")
@@ -101,3 +106,44 @@ def test_a_prior_fitted_again_is_served_without_a_restart(server: ChorusServe, t
         manifest.save(before, trained_population)
     with pytest.raises(NotFoundError, match="trio"):
         ask(server.url, [request])
+
+
+def test_a_killed_engine_core_breaks_its_requests_at_once_and_leaves_its_log(server: ChorusServe) -> None:
+    """The last test of this server, which it ends."""
+    core = next(
+        each for each in psutil.Process(server.process.pid).children(recursive=True) if "EngineCore" in each.name()
+    )
+    first, begun = server.engine_url, 0
+
+    def send(idx: int) -> str:
+        nonlocal begun
+        begun += 1
+        body = {"prompt": "def", "max_tokens": 110, "ignore_eos": True, "stream": idx % 2 == 0, "n": 8}
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        if "error" in answer.text:
+            return "broken"
+        is_whole = answer.status_code == 200 and (idx % 2 or "[DONE]" in answer.text)
+        return "whole" if is_whole else answer.text
+
+    def running() -> float:
+        metrics = httpx.get(f"{first}/metrics", timeout=30).text
+        return sum(
+            float(found) for found in re.findall(r"^vllm:num_requests_running\{.*\} (.+)$", metrics, re.MULTILINE)
+        )
+
+    with ThreadPoolExecutor(8) as clients:
+        answers = [clients.submit(send, idx) for idx in range(8)]
+        wait_for("requests that run", lambda: begun == 8 and running() > 8, timeout_s=60)
+        core.send_signal(signal.SIGKILL)
+    outcomes = {answer.result() for answer in answers}
+    assert {"broken"} <= outcomes <= {"broken", "whole"}, outcomes  # some may have ended just before
+    wait_for("another engine", lambda: server.engine_url != first, timeout_s=120)
+    server.wait_until_ready()
+    assert (
+        httpx.post(f"{server.url}/v1/completions", json={"prompt": "def", "max_tokens": 3}, timeout=60).status_code
+        == 200
+    )
+    server.stop()
+    log = Path(re.search(r"its log is kept: (\S+)", server.output)[1])  # type: ignore[index]
+    assert "EngineDeadError" in log.read_text()
+    log.unlink()

@@ -9,7 +9,9 @@ prompts to be read are expected to take so long.
 """
 
 import asyncio
+import math
 import time
+from collections.abc import Mapping
 
 from chorus.serve.gateway.breaker import Breaker
 
@@ -17,8 +19,11 @@ _PATIENCE = 10.0
 """Stall timeouts that may pass in silence for which there is a reason."""
 _SLOWER = 10.0
 """Times its expected duration that a step may take: long prompts cost more than in proportion, and other work may be in the way."""
-_STIR = 0.01
-"""Part of the stall timeout that busy processes spend on a processor at least. Those that wait use a thousandth."""
+_STIR = 0.03
+"""Part of a processor that the busiest of an engine's processes uses at least while it computes, however busy the machine is. A
+worker that waits for a core that does not move was seen to use 0.016: vLLM's polls its queue (bench/LOG.md)."""
+_WINDOW = 0.1
+"""Part of the stall timeout over which that is measured."""
 
 
 class Processes:
@@ -27,24 +32,24 @@ class Processes:
     def __init__(self, guard_pid: int) -> None:
         self._guard_pid = guard_pid
 
-    def server_s(self) -> float | None:
-        """Processor time that the API server has used; None where that cannot be known."""
+    def server_s(self) -> dict[int, float]:
+        """Processor time that the API server has used, by process id; empty where that cannot be known."""
         return self._used_s(is_core=False)
 
-    def core_s(self) -> float | None:
-        """Processor time that the processes behind the API server have used; None where there are none."""
+    def core_s(self) -> dict[int, float]:
+        """Processor time that the processes behind the API server have used; empty where there are none."""
         return self._used_s(is_core=True)
 
-    def _used_s(self, *, is_core: bool) -> float | None:
+    def _used_s(self, *, is_core: bool) -> dict[int, float]:
         import psutil  # vLLM needs it: it is there where an engine is
 
         try:
             servers = psutil.Process(self._guard_pid).children()
             seen = [core for server in servers for core in server.children(recursive=True)] if is_core else servers
-            times = [process.cpu_times() for process in seen]
+            times = {process.pid: process.cpu_times() for process in seen}
         except psutil.Error:
-            return None
-        return sum(each.user + each.system for each in times) if times else None
+            return {}
+        return {pid: each.user + each.system for pid, each in times.items()}
 
 
 class Silence:
@@ -58,7 +63,8 @@ class Silence:
         """There was a sign."""
         self.lasts_s = 0.0
         self._idle_s = 0.0
-        self._used_s: float | None = None
+        self._used_s: Mapping[int, float] = {}
+        self._used_at = -math.inf
         self._has_stirred = False
         self._looked_at = time.monotonic()
 
@@ -67,18 +73,24 @@ class Silence:
         """Whether processor time was used during it, and lately."""
         return self._has_stirred and self._idle_s < self._timeout_s
 
-    def is_too_long(self, used_s: float | None, *, patience: float = 1.0) -> bool:
-        """Whether it has lasted `patience` timeouts, without processor time beyond `used_s`, or in any case `_PATIENCE`."""
+    def is_too_long(self, used_s: Mapping[int, float], *, patience: float = 1.0) -> bool:
+        """Whether it has lasted `patience` timeouts in which no process was busy, or in any case `_PATIENCE`.
+
+        Args:
+            used_s: processor time that each process has used so far; empty if nobody looked.
+            patience: stall timeouts that may pass.
+        """
         now = time.monotonic()
         passed_s = min(now - self._looked_at, self._timeout_s / 3)
         self._looked_at = now
         self.lasts_s += passed_s
         self._idle_s += passed_s
-        if used_s is not None:
-            if self._used_s is None:
-                self._used_s = used_s
-            elif abs(used_s - self._used_s) >= _STIR * self._timeout_s:
-                self._used_s, self._idle_s, self._has_stirred = used_s, 0.0, True
+        window_s = now - self._used_at
+        if used_s and window_s >= _WINDOW * self._timeout_s:
+            busiest_s = max(used - self._used_s.get(pid, 0.0) for pid, used in used_s.items())
+            if self._used_s and busiest_s >= _STIR * window_s:
+                self._idle_s, self._has_stirred = 0.0, True
+            self._used_s, self._used_at = used_s, now
         return self._idle_s >= patience * self._timeout_s or self.lasts_s >= _PATIENCE * self._timeout_s
 
 
@@ -134,12 +146,12 @@ class Life:
             self._seen_at = self.heard_at
             self._work.end()
             return False
-        used_s = await asyncio.to_thread(self._processes.core_s) if self.is_quiet and self._processes else None
+        used_s = await asyncio.to_thread(self._processes.core_s) if self.is_quiet and self._processes else {}
         return self._work.is_too_long(used_s, patience=self._patience(expected_s))
 
     async def is_deaf(self) -> bool:
         """Whether its server has not answered for too long."""
-        used_s = await asyncio.to_thread(self._processes.server_s) if self._processes else None
+        used_s = await asyncio.to_thread(self._processes.server_s) if self._processes else {}
         return self._server.is_too_long(used_s)
 
     def longest_silence_s(self, expected_s: float) -> float:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy import stats
 from vllm import SamplingParams
 
 from tests.reference import mixture_log_probs
@@ -37,6 +38,19 @@ def check_against_reference(directory: Path, tier: str, output: Any) -> None:
         if entry is not None:
             expected = log_p_TV[position - 1, prompt[position]].item()
             assert entry[prompt[position]].logprob == pytest.approx(expected, abs=TOLERANCE)
+
+
+def p_value(observed: list[float], expected: list[float]) -> float:
+    """Of a chi-square test of counts; what is expected fewer than five times is counted together."""
+    cells = [(seen, wanted) for seen, wanted in zip(observed, expected, strict=True) if wanted >= 5]
+    rare_seen, rare = (
+        sum(values) - sum(found) for values, found in zip((observed, expected), zip(*cells, strict=True), strict=True)
+    )
+    if rare > 1:
+        cells.append((rare_seen, rare))
+    counts, wanted = (list(values) for values in zip(*cells, strict=True))
+    scale = sum(counts) / sum(wanted)
+    return float(stats.chisquare(counts, [scale * each for each in wanted]).pvalue)
 
 
 def assert_isolated(engine: Any, directory: Path, first: str, second: str) -> None:

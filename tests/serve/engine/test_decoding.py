@@ -19,7 +19,7 @@ from vllm import SamplingParams
 from chorus.serve.engine.decoding import MemberDraws, members_that_run, why_not_sampled
 from chorus.serve.engine.mixture import Mixture
 from tests.reference import member_log_probs, mixture_log_probs
-from tests.serve.engine.asking import TOLERANCE, check_against_reference, greedy
+from tests.serve.engine.asking import TOLERANCE, check_against_reference, greedy, p_value
 
 # vLLM and the libraries under it warn about themselves while they start; that is theirs to mend.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -196,24 +196,20 @@ def test_any_schedule_of_catching_up_is_exact(engine: Any, tiny_population: Path
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free
 
 
-def test_tokens_follow_the_law_of_the_mixture(engine: Any, tiny_population: Path) -> None:
+@pytest.mark.parametrize("way", ["sampled", "speculative"])
+def test_tokens_follow_the_law_of_the_mixture(engine: Any, tiny_population: Path, way: str) -> None:
     """The second token of 20,000 answers, against the sum over all first ones, by Hugging Face."""
     prompt = [5, 9]
     first_V = mixture_log_probs(tiny_population, "max", prompt)[-1].exp()
     continued = [[*prompt, token] for token in range(len(first_V))]
     second_VV = mixture_log_probs(tiny_population, "max", continued)[:, -1].exp()
-    expected_V = 20_000 * first_V @ second_VV
     counts_V = torch.zeros(len(first_V))
+    asked = parameters(max_tokens=3, n=500, extra_args={"chorus_tier": "max", "chorus_decoding": way})
     for _ in range(40):
-        (output,) = engine.generate({"prompt_token_ids": prompt}, sampled(max_tokens=2, n=500), use_tqdm=False)
+        (output,) = engine.generate({"prompt_token_ids": prompt}, asked, use_tqdm=False)
         for completion in output.outputs:
             counts_V[completion.token_ids[1]] += 1
-    often = expected_V >= 5
-    observed = [*counts_V[often].tolist(), float(counts_V[~often].sum())]
-    expected = [*expected_V[often].tolist(), float(expected_V[~often].sum())]
-    if expected[-1] == 0:
-        observed, expected = observed[:-1], expected[:-1]
-    assert stats.chisquare(observed, expected).pvalue > 1e-4
+    assert p_value(counts_V.tolist(), (20_000 * first_V @ second_VV).tolist()) > 1e-4
 
 
 def test_a_seed_gives_the_same_tokens_whatever_runs_beside_it(engine: Any) -> None:

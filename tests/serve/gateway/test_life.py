@@ -18,12 +18,14 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
         self.load = 0.0
-        """Part of a processor that the engine's processes use."""
-        self._used_s = 0.0
+        """Part of a processor that the busiest of the engine's processes uses."""
+        self.others = 0.0
+        """Part that each of twenty others uses."""
+        self._used_s = dict.fromkeys(range(21), 0.0)
         monkeypatch.setattr("chorus.serve.gateway.life.time.monotonic", lambda: self.now)
 
     def life(self, *, is_ours: bool = True, has_worked: bool = True) -> Life:
-        processes = SimpleNamespace(core_s=lambda: self._used_s, server_s=lambda: self._used_s) if is_ours else None
+        processes = SimpleNamespace(core_s=self._used_s.copy, server_s=self._used_s.copy) if is_ours else None
         life = Life("http://e", stall_timeout_s=STALL_S, processes=cast(Processes, processes))
         if has_worked:
             life.heard()
@@ -31,7 +33,8 @@ class Clock:
 
     def passes(self, seconds: float) -> None:
         self.now += seconds
-        self._used_s += self.load * seconds
+        for pid in self._used_s:
+            self._used_s[pid] += (self.others if pid else self.load) * seconds
 
     def stuck_after(
         self, life: Life, *, expected_s: float = 0.0, count: Callable[[], float | None] = lambda: 7.0
@@ -59,8 +62,9 @@ def test_a_core_that_computes_nothing_is_found_after_the_stall_timeout(clock: Cl
     assert clock.stuck_after(clock.life()) == pytest.approx(STALL_S, abs=3)
 
 
-def test_the_background_of_a_deadlocked_core_is_not_work(clock: Clock) -> None:
-    clock.load = 0.002
+@pytest.mark.parametrize("load", [0.002, 0.018])
+def test_workers_that_poll_for_a_deadlocked_core_do_not_work(clock: Clock, load: float) -> None:
+    clock.load = clock.others = load
     assert clock.stuck_after(clock.life()) == pytest.approx(STALL_S, abs=3)
 
 

@@ -64,7 +64,7 @@ def main() -> None:
             bound = limit(scheduler._step_cost.parts(), tier.weights, streams) if "sampled" in medians else None
             print(
                 f"| {temperature:g} | {streams} | {medians['plain']:.1f} | {cells.get('sampled', '')} | {cells['speculative']} "
-                f"| {scheduler._acceptance.rate(0):.2f} | {cells['auto']} | {f'{bound:.2f}' if bound else ''} |",
+                f"| {scheduler._ways.acceptance.rate(0):.2f} | {cells['auto']} | {f'{bound:.2f}' if bound else ''} |",
                 flush=True,
             )
 

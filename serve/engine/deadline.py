@@ -123,7 +123,7 @@ class StepCost:
         if self._warm_up:
             self._warm_up -= 1
             return
-        if (expected_s := self._expect(load)) > 0:
+        if (expected_s := self.expect(load)) > 0:
             ratio = min(max(seconds / expected_s, self._pace / _MOST_PACE), self._pace * _MOST_PACE)
             self._pace += _PACE_RATE * (ratio - self._pace)
         members_s = min(members_s, seconds)
@@ -139,7 +139,7 @@ class StepCost:
         """Seconds that a step of that load takes, never below zero; None while too few steps were seen."""
         if not self.is_known:
             return None
-        return self._pace * self._expect(load)
+        return self._pace * self.expect(load)
 
     def parts(self) -> dict[str, float]:
         """Seconds by what they are for, once enough steps were seen: a step at all, and each thing that its load counts."""
@@ -149,7 +149,8 @@ class StepCost:
         seconds = self._members.coefficients() + self._rest.coefficients()
         return {name: self._pace * value for name, value in zip(names, seconds, strict=True)}
 
-    def _expect(self, load: StepLoad) -> float:
+    def expect(self, load: StepLoad) -> float:
+        """Seconds by what is learned, whatever the pace of the last steps."""
         return self._members.predict(_of_members(load)) + self._rest.predict(_of_the_rest(load))
 
 

@@ -27,8 +27,8 @@ MOST_DRAFTS = 6
 _GREEDY = 1e-5
 """vLLM decodes greedily below this temperature."""
 _REMEMBERED, _PRIOR_DRAFTS = 0.98, 4.0
-_CLEAR_GAIN = 1.25
-"""Gains that are expected below this were none in truth: a step's cost is linear only as an approximation (bench/LOG.md)."""
+_CLEAR_GAIN = 1.05
+"""Drafts must promise this much: below it, noise would choose."""
 
 
 def why_not_sampled(parameters: Any, mixture: Mixture) -> str | None:

@@ -7,7 +7,7 @@ import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,6 @@ from chorus.serve.engine.decoding import (
     MOST_DRAFTS,
     Acceptance,
     MemberDraws,
-    Way,
-    best_length,
-    heaviest,
-    members_that_run,
     why_not_sampled,
     why_not_speculative,
 )
@@ -48,6 +44,7 @@ from chorus.serve.engine.grammars import GrammarManager
 from chorus.serve.engine.kv import MemberCoordinator, groups_by_member
 from chorus.serve.engine.metrics import DROP_REASONS, StepCounts, attach
 from chorus.serve.engine.mixture import TIER_ARGUMENT, Mixture, Prior
+from chorus.serve.engine.ways import Candidate, Kind, Ways
 
 logger = init_logger(__name__)
 
@@ -55,12 +52,9 @@ logger = init_logger(__name__)
 # while no request has a time budget, but the first that has one finds a step cost that is learned.
 _OBSERVE_EVERY = 4
 _OBSERVE_IDLY_EVERY = 32
-_CHOOSE_EVERY, _FORGET_DRAFTS = 4, 0.05
-_FIRST_ACCEPTANCE = 0.7
-"""What is expected of drafts before any was verified."""
-_DRAFTS_UNMEASURED, _FEW_ENOUGH = 3, 0.75
-"""Before the cost of steps is known: drafts of requests that insist on them, and the part of the members below which they are
-sampled."""
+_CHOOSE_EVERY = 4
+_DRAFTS_UNMEASURED = 3
+"""Before the cost of steps is known: drafts of requests that insist on them."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,6 +86,17 @@ class _Planned:
     """Tokens that its members have to catch up with, by member."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Observed:
+    """A step that ran."""
+
+    load: StepLoad
+    members_s: float
+    """Seconds that its members took."""
+    kind: Kind
+    reads_prompts: bool
+
+
 class PopulationScheduler(Scheduler):
     """Sends each request's mixture to the workers when it is first scheduled, and again when it changes."""
 
@@ -110,13 +115,6 @@ class PopulationScheduler(Scheduler):
         self._speculating: dict[str, _Speculation] = {}
         self._barring: set[str] = set()
         """Requests beside which nothing can be drafted: vLLM's rejection sampler fails on batches with `logprob_token_ids`."""
-        self._drafted_by_members = 1.0
-        """Part of the drafts that members made lately; the others were looked up and cost nothing."""
-        self._way = Way()
-        self._num_chosen_for = 0
-        """Requests that ran when it was chosen."""
-        self._acceptance = Acceptance()
-        """Of all requests: what is expected of the next one."""
         if self.num_spec_tokens:
             self.num_lookahead_tokens = MOST_DRAFTS  # a drafter writes KV before the step that verifies what it drafted
             # The number of drafts varies, so vLLM must not make steps alike by adding empty ones.
@@ -124,10 +122,13 @@ class PopulationScheduler(Scheduler):
         GrammarManager.adopt(self.structured_output_manager)
         self._kv = MemberCoordinator.adopt(self.kv_cache_manager, groups_of)
         self._step_cost = StepCost()
+        self._ways = Ways(self._step_cost)
+        self._num_chosen_for = 0
+        """Requests that ran when the way was chosen."""
         self._step_started = 0.0
         self._num_steps = 0
-        self._observed: tuple[StepLoad, float] | None = None
-        """The load of the step before and what its members took, if it is to be learned from."""
+        self._observed: _Observed | None = None
+        """The step before, if it is to be learned from."""
         self.counts = StepCounts(len(self._member_names))
 
     def add_request(self, request: Any) -> None:
@@ -147,13 +148,16 @@ class PopulationScheduler(Scheduler):
         """vLLM's plan for the next step, with the mixtures that the workers do not know yet."""
         now = time.monotonic()
         if self._observed is not None:
-            load, members_s = self._observed
-            self._step_cost.observe(load, now - self._step_started, members_s=members_s)
+            seen, seconds = self._observed, now - self._step_started
+            if not seen.reads_prompts:
+                self._ways.observe_step(seen.kind, seen.load, seconds)
+            if seen.kind != "drafts" or not self._step_cost.is_known:
+                self._step_cost.observe(seen.load, seconds, members_s=seen.members_s)
             self._observed = None
         self._step_started = now
         is_choice_due = self._num_steps % _CHOOSE_EVERY == 0 or len(self.running) != self._num_chosen_for
         if is_choice_due and self.running and (self._sampling or self._speculating):
-            self._way, self._num_chosen_for = self._choose_way(), len(self.running)
+            self._choose_way()
         if self._deadlines:
             self._keep_deadlines()
         if self._barring:
@@ -203,57 +207,25 @@ class PopulationScheduler(Scheduler):
             own, planned = self._speculating.get(request_id), self._planned.get(request_id)
             if own is None or (planned is not None and planned.mixture is not self._mixtures[request_id]):
                 continue
-            if own.is_asked_for or not (self._way.samples and request_id in self._sampling):
-                drafts[request_id] = self._way.drafts or (_DRAFTS_UNMEASURED if own.is_asked_for else 0)
+            if own.is_asked_for or not (self._ways.current.samples and request_id in self._sampling):
+                drafts[request_id] = self._ways.current.drafts or (_DRAFTS_UNMEASURED if own.is_asked_for else 0)
         return {request_id: count for request_id, count in drafts.items() if count}
 
-    def _choose_way(self) -> Way:
-        """The way to decode that yields most tokens per second, by what steps cost and how often drafts are accepted."""
-        tally = StepTally()
-        undecided, certain = list[Mixture](), list[tuple[int, ...]]()
-        able, rest = list[tuple[Acceptance, Mixture]](), list[tuple[Acceptance, Mixture]]()
+    def _choose_way(self) -> None:
+        candidates = []
         for request in self.running:
-            mixture, sampling = self._mixtures[request.request_id], self._sampling.get(request.request_id)
-            tally.add(mixture.members, rows=1, context=request.num_computed_tokens)
-            if sampling is None:
-                certain.append(mixture.members)
-            elif not sampling.is_asked_for:
-                undecided.append(mixture)
-            if (own := self._speculating.get(request.request_id)) is not None:
-                able.append((own.acceptance, mixture))
-                if sampling is None:
-                    rest.append(able[-1])
-        load = tally.load()
-        expected, plain = members_that_run(undecided, certain)
-        if not self._step_cost.is_known:
-            return Way(samples=bool(undecided) and expected <= _FEW_ENOUGH * plain)
-        drafts, tokens_per_s = self._best_length(load, able)
-        plain_s = self._step_cost.predict(load) or 0.0
-        if undecided:
-            sampled_s = self._step_cost.predict(replace(load, active_members=expected)) or 0.0
-            if tokens_per_s * sampled_s < len(self.running):
-                drafts, tokens_per_s = self._best_length(load, rest)
-                return Way(samples=True, drafts=drafts, gain=tokens_per_s * plain_s / len(self.running))
-        return Way(drafts=drafts, gain=tokens_per_s * plain_s / len(self.running))
-
-    def _best_length(self, load: StepLoad, able: list[tuple[Acceptance, Mixture]]) -> tuple[int, float]:
-        """See `best_length`; `load` is that of a step without drafts."""
-        drafters = len({heaviest(mixture) for _, mixture in able}) * self._drafted_by_members
-        verified = sum(len(mixture.members) for _, mixture in able)
-        rows = verified + len(able) * self._drafted_by_members
-
-        def step_s(drafts: int) -> float:
-            with_drafts = replace(
-                load,
-                requests=load.requests + drafts * len(able),
-                active_members=load.active_members + drafts * drafters,
-                member_rows=load.member_rows + drafts * rows,
+            sampling, own = self._sampling.get(request.request_id), self._speculating.get(request.request_id)
+            candidates.append(
+                Candidate(
+                    mixture=self._mixtures[request.request_id],
+                    context=request.num_computed_tokens,
+                    can_be_sampled=sampling is not None,
+                    is_sampled=sampling is not None and sampling.is_asked_for,
+                    acceptance=None if own is None else own.acceptance,
+                )
             )
-            return self._step_cost.predict(with_drafts) or 1.0
-
-        expected = self._acceptance.rate(_FIRST_ACCEPTANCE)
-        rates = [acceptance.rate(expected) for acceptance, _ in able]
-        return best_length(rates, len(self.running) - len(able), step_s)
+        self._ways.choose(candidates)
+        self._num_chosen_for = len(candidates)
 
     def _plan_sampling(self) -> dict[str, _Planned]:
         """Choose the members that run in the next step, for each request that may sample them and is past its prompt."""
@@ -269,7 +241,7 @@ class PopulationScheduler(Scheduler):
         planned = {}
         for request, own in ready:
             mixture = self._mixtures[request.request_id]
-            if own.is_asked_for or self._way.samples:
+            if own.is_asked_for or self._ways.current.samples:
                 mixture = own.draws.draw(mixture, request.num_output_tokens)
             missed = self._kv.plan(request.request_id, mixture.members, request.num_computed_tokens)
             planned[request.request_id] = _Planned(mixture=mixture, missed=missed)
@@ -295,11 +267,11 @@ class PopulationScheduler(Scheduler):
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Note what the step did, then let vLLM take over its tokens."""
         self._num_steps += 1
-        is_learning = bool(self._deadlines) or not self._step_cost.is_known
+        is_learning = self._deadlines or self._sampling or self._speculating or not self._step_cost.is_known
         every = _OBSERVE_EVERY if is_learning else _OBSERVE_IDLY_EVERY
-        load = None
+        observed = None
         if scheduler_output.num_scheduled_tokens and self._num_steps % every == 0:
-            load = self._load(scheduler_output, model_runner_output)
+            observed = self._observe(scheduler_output, model_runner_output)
         if self.log_stats and scheduler_output.num_scheduled_tokens:
             rows_by_set = self._rows_by_set(scheduler_output.num_scheduled_tokens)
             self.counts.count_step(
@@ -313,13 +285,12 @@ class PopulationScheduler(Scheduler):
             if (own := self._speculating.get(request_id)) is not None:
                 sampled = model_runner_output.sampled_token_ids[model_runner_output.req_id_to_index[request_id]]
                 own.acceptance.observe(len(drafts), max(0, len(sampled) - 1))
-                self._acceptance.observe(len(drafts), max(0, len(sampled) - 1))
+                self._ways.acceptance.observe(len(drafts), max(0, len(sampled) - 1))
         if scheduler_output.drafts:
-            part = model_runner_output.draft_rows / sum(scheduler_output.drafts.values())
-            self._drafted_by_members += _FORGET_DRAFTS * (min(part, 1.0) - self._drafted_by_members)
+            self._ways.observe_drafters(model_runner_output.draft_rows, sum(scheduler_output.drafts.values()))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        if load is not None and self.running:  # else nobody waits for the next step, and it says nothing of this one
-            self._observed = load, sum(model_runner_output.seconds)
+        if self.running:  # else nobody waits for the next step, and its time tells nothing of this one
+            self._observed = observed
         return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
@@ -371,7 +342,7 @@ class PopulationScheduler(Scheduler):
         for request in chain(self.running, islice(self.waiting, max(0, self.max_num_running_reqs - len(self.running)))):
             members, context = self._mixtures[request.request_id].members, request.num_computed_tokens
             sampling = self._sampling.get(request.request_id)
-            is_sampled = sampling is not None and (sampling.is_asked_for or self._way.samples)
+            is_sampled = sampling is not None and (sampling.is_asked_for or self._ways.current.samples)
             if is_sampled and (planned := self._planned.get(request.request_id)) is not None:
                 members = planned.mixture.members  # those of the last step stand for those of the next
             tally.add(members, rows=1, context=context)
@@ -386,7 +357,7 @@ class PopulationScheduler(Scheduler):
                         context=context,
                     )
                 )
-        gain = self._way.gain if self._speculating and not self._way.samples else 1.0
+        gain = self._ways.current.gain if self._speculating and not self._ways.current.samples else 1.0
         drops = choose_drops(runners, tally, lambda load: (self._step_cost.predict(load) or 0.0) / gain)
         for request, runner, count in zip(requests, runners, drops, strict=True):
             for _ in range(count):
@@ -403,8 +374,9 @@ class PopulationScheduler(Scheduler):
         self.counts.count_drop(reason)
         deadline.drops.append(Drop(member=member, at_token=at_token, reason=DROP_REASONS[reason]))
 
-    def _load(self, output: Any, model_runner_output: Any) -> StepLoad:
-        tally = StepTally()
+    def _observe(self, output: Any, model_runner_output: Any) -> _Observed:
+        """What the step that ran was."""
+        tally, is_sampled = StepTally(), False
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             drafts = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
             if request_id in self.requests:
@@ -414,8 +386,15 @@ class PopulationScheduler(Scheduler):
                 else:
                     caught_up = sum(planned.missed.values())
                     tally.add(planned.mixture.members, rows=num_tokens, context=context, caught_up=caught_up)
+                    is_sampled = is_sampled or planned.mixture is not self._mixtures[request_id]
         tally.draft(sum(model_runner_output.draft_passes.values()), rows=model_runner_output.draft_rows)
-        return tally.load()
+        num_drafts = sum(map(len, output.scheduled_spec_decode_tokens.values()))
+        return _Observed(
+            load=tally.load(),
+            members_s=sum(model_runner_output.seconds),
+            kind="drafts" if num_drafts or output.drafts else "sampled" if is_sampled else "plain",
+            reads_prompts=output.total_num_scheduled_tokens > len(output.num_scheduled_tokens) + num_drafts,
+        )
 
     def _get_local_prefix_cache_hit(self, request: Any) -> Any:
         self._kv.searching = request.request_id

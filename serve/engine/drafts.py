@@ -130,7 +130,7 @@ class Drafter:
         token_ids = torch.from_numpy(batch.token_ids_cpu[rows, positions]).to(runner.device)
         draw = _Draw(batch.sampling_metadata, rows, runner.device)
         tables = _Tables(runner, mixture.members, rows)
-        tokens, probabilities = list[list[int]](), list[Tensor]()
+        tokens, probabilities = list[Tensor](), list[Tensor]()
         for step in range(int(wanted[0])):
             running = int((wanted > step).sum())
             at = positions[:running] + step
@@ -140,13 +140,15 @@ class Drafter:
             ):
                 log_p_RV = runner.model.draft(mixture, token_ids[:running], torch.from_numpy(at).to(runner.device))
             token_ids, p_RV = draw(log_p_RV)
-            tokens.append(token_ids.tolist())
+            tokens.append(token_ids)
             probabilities.append(p_RV)
-        drafts = []
-        for idx, count in enumerate(wanted.tolist()):
-            own = [(tokens[step][idx], probabilities[step][idx]) for step in range(count)]
-            drafts.append(([token for token, _ in own], torch.stack([p_V for _, p_V in own])))
-        return drafts
+        drawn = [
+            token_ids.tolist() for token_ids in tokens
+        ]  # once all steps are on their way: a GPU need not wait between them
+        return [
+            ([ids[idx] for ids in drawn[:count]], torch.stack([p_RV[idx] for p_RV in probabilities[:count]]))
+            for idx, count in enumerate(wanted.tolist())
+        ]
 
 
 def look_up(tokens: NDArray[Any], count: int) -> list[int]:

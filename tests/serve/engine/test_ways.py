@@ -24,7 +24,7 @@ class Engine:
 
     def __init__(
         self, factors: dict[Kind, float], *, acceptance: float, num_requests: int = 1, can_be_sampled: bool = True
-    ):
+    ) -> None:
         self.cost, self.dice = StepCost(), random.Random(1)
         self.ways = Ways(self.cost)
         self.taken = Counter[Kind]()
@@ -103,7 +103,6 @@ def test_a_way_that_is_slower_than_expected_is_left(kind: Kind, dearer: float) -
     speeds = [1 / plain_s, *(tokens_per_step(0.8, k) / seconds for k, seconds in enumerate(drafts_s, start=1))]
     if kind == "sampled":
         speeds.append(1 / sampled_s)
-    print(kind, dearer, engine.taken, engine.tokens / engine.seconds / max(speeds))
     assert engine.tokens / engine.seconds > 0.93 * max(speeds)
 
 

@@ -1,9 +1,10 @@
 """Deadlines under load: Poisson arrivals at 0.5, 1 and 2 times the capacity of `max`, each with twice the unloaded time.
 
-The gateway's own choice of tiers beside every fixed tier, in turn, in one run. Each load lasts long enough for a tier that asks for
+The gateway's own choice of tiers beside every fixed tier, in turn, in one run; with --plain beside itself where all members run at
+every token, in place of the fixed tiers. Each load lasts long enough for a tier that asks for
 a little more than there is to fall behind: for ten seconds it may live on the time budgets alone. Usage:
 
-    python bench/deadlines.py DIR [--seconds 40] [--rounds 1] [--tokens 48] [-- ENGINE_ARGUMENT...]
+    python bench/deadlines.py DIR [--seconds 40] [--rounds 1] [--tokens 48] [--plain] [-- ENGINE_ARGUMENT...]
     python bench/deadlines.py DIR --url http://127.0.0.1:8000
 """
 
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gateway import chorus_serve
 
 FACTORS = (0.5, 1.0, 2.0)
-CHORUS = "chorus"
+CHORUS, PLAIN = "chorus", "plain"
 PAUSE_S = 3  # every run begins on an idle engine
 BARS = {0.5: 0.99, 1.0: 0.95, 2.0: 0.90}
 
@@ -62,7 +63,12 @@ def measure(url: str, directory: Path, options: argparse.Namespace) -> dict[str,
                 seed=options.seed + round_,
             )
             policies = {CHORUS: replace(loaded, tiers=((None, 1.0),))}
-            policies |= {name: replace(loaded, tiers=((name, 1.0),), tells_budget=False) for name in reversed(tiers)}
+            if options.plain:
+                policies[PLAIN] = replace(policies[CHORUS], decoding="plain")
+            else:
+                policies |= {
+                    name: replace(loaded, tiers=((name, 1.0),), tells_budget=False) for name in reversed(tiers)
+                }
             for policy, each in policies.items():
                 time.sleep(PAUSE_S)
                 new = asyncio.run(run(each))
@@ -117,6 +123,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plain", action="store_true", help="compare with all members at every token, not with tiers")
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     options, engine_arguments = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -134,7 +141,7 @@ def main() -> None:
             f"{each['mean_members'] or 0:>9.2f}{each.get('expected_loss_nats') or 0:>8.3f}"
             f"{each['requests_in_time_per_s']:>8.2f}{each['total_ms'].get('p99', 0) / 1000:>8.2f}"
         )
-    for line in verdicts(found["runs"]):
+    for line in [] if options.plain else verdicts(found["runs"]):
         print(line)
     print(json.dumps(found))
 

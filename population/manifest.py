@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
@@ -44,6 +44,10 @@ InnerPath = Annotated[str, AfterValidator(_inside)]
 FileName = Annotated[str, Field(pattern=r"^[^/\x00]+$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Pool = Literal["linear", "log"]
+Decoding = Literal["auto", "plain", "sampled", "speculative"]
+"""How tokens are computed, by the same law: by all members at each token, by one that is drawn, by drafts that all verify, or
+(`auto`) by the fastest of these."""
+DECODINGS: tuple[Decoding, ...] = get_args(Decoding)
 
 
 class _Record(BaseModel):
@@ -92,6 +96,9 @@ class Tier(_Record):
     """In the order of `members`, on the simplex."""
     pool: Pool = "linear"
     temperature: float = Field(default=1.0, gt=0)
+    decoding: Decoding = Field(default="auto", exclude_if=lambda decoding: decoding == "auto")
+    """Of requests that leave it open, where it is exact for them; else they are decoded as by `auto`. Not written where it is
+    `auto`, so that older versions read the manifest."""
     test_loss: Loss | None = None
     relative_cost: float = Field(gt=0)
     """Parameters of the tier's members over those of the population's largest member."""

@@ -45,7 +45,8 @@ def fitted_population(population: Population, fits: Sequence[NamedFit]) -> Popul
     """The population with the tiers and losses of all fits, one prior version later.
 
     Tiers stand from the cheapest to the dearest. Of tiers that cost the same, those of the first fit come last, so that a number of
-    members asks for the first prior where both have such a tier. Members' own losses are those on its test part.
+    members asks for the first prior where both have such a tier. Members' own losses are those on the first
+    fit's test part.
     """
     tiers = [
         Tier(
@@ -74,7 +75,8 @@ def fitted_population(population: Population, fits: Sequence[NamedFit]) -> Popul
 def with_prior(current: Population, fitted: Population) -> Population:
     """The population as it stands now under the prior that was fitted to it as it stood before.
 
-    Members that joined in between keep what the manifest says of them; no tier names them yet.
+    Members that joined in between keep what the manifest says of them; no tier names them yet. A tier keeps the `decoding` of the
+    one that had its name.
 
     Raises:
         ChorusError: a member that the prior was fitted for is gone or has other weights.
@@ -88,8 +90,15 @@ def with_prior(current: Population, fitted: Population) -> Population:
     members = tuple(
         member.model_copy(update={"test_loss": losses.get(member.name, member.test_loss)}) for member in current.members
     )
+    decodings = {tier.name: tier.decoding for tier in current.tiers}
     tiers = tuple(
-        tier.model_copy(update={"relative_cost": current.relative_cost(tier.members)}) for tier in fitted.tiers
+        tier.model_copy(
+            update={
+                "relative_cost": current.relative_cost(tier.members),
+                "decoding": decodings.get(tier.name, tier.decoding),
+            }
+        )
+        for tier in fitted.tiers
     )
     return current.model_copy(update={"members": members, "tiers": tiers, "prior_version": fitted.prior_version})
 

@@ -23,9 +23,10 @@ MOST_ARGUMENT = "chorus_most_members"
 EXPECTED_ARGUMENT = "chorus_expected_tokens"
 """Key of a request's `vllm_xargs`: with a time budget, how many tokens it will probably generate, if fewer than it may."""
 REPORT_ARGUMENT = "chorus_report_in_stop_reason"
-"""Key of `vllm_xargs`: how a `stop_reason` is to begin that says, as JSON, what became of the time budget, with the reason itself.
+"""Key of a request's `vllm_xargs`: asks for a report of what was computed, in the answer's `kv_transfer_params`.
 
-vLLM's streams have no other field for it.
+A text that is not empty asks for it as the `stop_reason` as well: the text, then JSON with the real reason. vLLM's streams have no
+other field for it. A request with a time budget is reported without being asked for.
 """
 
 _PATIENCE = 0.05
@@ -180,8 +181,6 @@ class Deadline:
     """In `time.time()` seconds."""
     way_down: tuple[tuple[int, Mixture], ...]
     """The members that may leave, in their order, each with the mixture that is left."""
-    report_mark: str | None = None
-    """How a stop reason begins that is to hold the report; None for none."""
     expected_tokens: int | None = None
     """How many it will probably generate; None if all that it may."""
     drops: list[Drop] = field(default_factory=list)

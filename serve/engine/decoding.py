@@ -13,14 +13,13 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
+from chorus.population.manifest import Decoding
 from chorus.serve.engine.mixture import Mixture
 
 DECODING_ARGUMENT = "chorus_decoding"
-"""Key of a request's `vllm_xargs`: one of `DECODINGS`, the first by default."""
-Decoding = Literal["auto", "plain", "sampled", "speculative"]
-DECODINGS: tuple[Decoding, ...] = ("auto", "plain", "sampled", "speculative")
+"""Key of a request's `vllm_xargs`: one of `manifest.DECODINGS`, its tier's by default."""
 MOST_DRAFTS = 6
 """Tokens that are drafted for one step at most."""
 
@@ -72,6 +71,14 @@ def why_not_speculative(parameters: Any) -> str | None:
         and not is_greedy,
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def decoding_of(asked_for: Decoding | None, parameters: Any, mixture: Mixture) -> Decoding:
+    """How a request with these `SamplingParams` is decoded: as it asks, else as its tier prefers, where that is exact for it."""
+    if asked_for is not None:
+        return asked_for
+    reasons = {"sampled": why_not_sampled(parameters, mixture), "speculative": why_not_speculative(parameters)}
+    return "auto" if reasons.get(mixture.decoding) else mixture.decoding
 
 
 class MemberDraws:
@@ -132,6 +139,30 @@ class Acceptance:
     def rate(self, prior: float) -> float:
         """The probability that the next draft is accepted; `prior` counts as much as a few that were seen."""
         return (self.accepted + _PRIOR_DRAFTS * prior) / (self.accepted + self.rejected + _PRIOR_DRAFTS)
+
+
+@dataclass(slots=True)
+class Work:
+    """What was computed for a request's own tokens; not for its prompt, but for the first token."""
+
+    tokens: int = 0
+    passes: int = 0
+    """Forwards of its members, drafts included."""
+    drafts: int = 0
+    """Tokens that were verified, drafted by a member or looked up."""
+    accepted: int = 0
+    caught_up_rows: int = 0
+    """Rows that a drawn member ran for tokens of steps that had left it out."""
+
+    def report(self) -> dict[str, float | int]:
+        """For an answer."""
+        passes_per_token = round(self.passes / max(1, self.tokens), 3)
+        return {
+            "passes_per_token": passes_per_token,
+            "drafts": self.drafts,
+            "accepted": self.accepted,
+            "caught_up_rows": self.caught_up_rows,
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

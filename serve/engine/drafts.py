@@ -62,8 +62,8 @@ class Drafter:
         """From what the drafts of each request were drawn, (k, V); missing where they were looked up."""
         self.passes: Counter[int] = Counter()
         """Forwards of each member in the last call of `propose`."""
-        self.rows = 0
-        """Token rows of these."""
+        self.drafted: dict[str, int] = {}
+        """Tokens that they drafted, by request: as many token rows."""
 
     def load_model(self, model: Any) -> None:
         """Nothing: the members that draft are those of `model`."""
@@ -79,7 +79,7 @@ class Drafter:
         drafts: list[list[int]] = [[] for _ in sampled]
         self._probabilities.clear()
         self.passes.clear()
-        self.rows = 0
+        self.drafted.clear()
         together: dict[Mixture, list[tuple[int, int]]] = {}
         for row, request_id in enumerate(runner.input_batch.req_ids):
             count = min(wanted.get(request_id, 0), _room(runner, row, request_id)) if sampled[row] else 0
@@ -95,7 +95,7 @@ class Drafter:
             for (row, count), (tokens, probabilities) in zip(counts, self._draft(runner, mixture, counts), strict=True):
                 drafts[row] = tokens
                 self._probabilities[runner.input_batch.req_ids[row]] = probabilities
-                self.rows += count
+                self.drafted[runner.input_batch.req_ids[row]] = count
             self.passes.update(dict.fromkeys(mixture.members, counts[0][1]))
         return drafts
 

@@ -7,7 +7,7 @@ from typing import Self
 
 from chorus.population.errors import ChorusError
 from chorus.population.live import LiveManifest
-from chorus.population.manifest import Pool, Population, Tier
+from chorus.population.manifest import Decoding, Pool, Population, Tier
 
 TIER_ARGUMENT = "chorus_tier"
 """Key of a request's `vllm_xargs` that names its tier."""
@@ -27,6 +27,8 @@ class Mixture:
     pool: Pool
     temperature: float
     """Divides the pooled log-probabilities, before whatever temperature the request samples with."""
+    decoding: Decoding = "auto"
+    """Of requests that leave it open."""
 
     @classmethod
     def from_tier(cls, tier: Tier, population: Population) -> Self:
@@ -42,6 +44,7 @@ class Mixture:
             weights=tuple(weight / total for _, weight in pairs),
             pool=tier.pool,
             temperature=tier.temperature,
+            decoding=tier.decoding,
         )
 
 

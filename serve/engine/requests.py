@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from chorus.population.errors import ChorusError
+from chorus.population.manifest import DECODINGS
 from chorus.serve.engine.deadline import (
     BUDGET_ARGUMENT,
     EXPECTED_ARGUMENT,
@@ -12,7 +13,7 @@ from chorus.serve.engine.deadline import (
     MOST_ARGUMENT,
     REPORT_ARGUMENT,
 )
-from chorus.serve.engine.decoding import DECODING_ARGUMENT, DECODINGS, why_not_sampled, why_not_speculative
+from chorus.serve.engine.decoding import DECODING_ARGUMENT, why_not_sampled, why_not_speculative
 from chorus.serve.engine.mixture import MEMBER_ARGUMENT, TIER_ARGUMENT, Prior
 
 _COUNTS = {MOST_ARGUMENT: "members", EXPECTED_ARGUMENT: "tokens"}
@@ -51,7 +52,7 @@ def check(parameters: Any, prior: Prior) -> None:
         count = arguments.get(key, 1)
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ChorusError(f"vllm_xargs.{key}: {count!r} is not a number of {what} from 1 on")
-    decoding = arguments.get(DECODING_ARGUMENT, DECODINGS[0])
+    decoding = arguments.get(DECODING_ARGUMENT, "auto")
     if decoding not in DECODINGS:
         raise ChorusError(f"vllm_xargs.{DECODING_ARGUMENT}: {decoding!r} is none of {', '.join(DECODINGS)}")
     if decoding == "sampled" and (why := why_not_sampled(parameters, mixture)) is not None:

@@ -17,6 +17,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from chorus.population import manifest
 from chorus.population.errors import ChorusError
+from chorus.population.manifest import Decoding
 from chorus.serve.engine.deadline import (
     BUDGET_ARGUMENT,
     EXPECTED_ARGUMENT,
@@ -37,6 +38,8 @@ from chorus.serve.engine.decoding import (
     MOST_DRAFTS,
     Acceptance,
     MemberDraws,
+    Work,
+    decoding_of,
     why_not_sampled,
     why_not_speculative,
 )
@@ -113,6 +116,8 @@ class PopulationScheduler(Scheduler):
         self._planned: dict[str, _Planned] = {}
         """What runs of the requests in `_sampling` in the current step. Of any other request, and of prompts, all members run."""
         self._speculating: dict[str, _Speculation] = {}
+        self._work: dict[str, Work] = {}
+        """Of requests that asked for a report."""
         self._barring: set[str] = set()
         """Requests beside which nothing can be drafted: vLLM's rejection sampler fails on batches with `logprob_token_ids`."""
         if self.num_spec_tokens:
@@ -139,8 +144,12 @@ class PopulationScheduler(Scheduler):
             if BUDGET_ARGUMENT in arguments:
                 mixture = self._begin_deadline(request, mixture, arguments)
             self._mixtures[request.request_id] = mixture
-            self._begin_sampling(request, mixture, arguments)
-            self._begin_speculation(request, mixture, arguments)
+            if BUDGET_ARGUMENT in arguments or REPORT_ARGUMENT in arguments:
+                self._work[request.request_id] = Work()
+            if request.sampling_params is not None:
+                decoding = decoding_of(arguments.get(DECODING_ARGUMENT), request.sampling_params, mixture)
+                self._begin_sampling(request, mixture, decoding)
+                self._begin_speculation(request, mixture, decoding)
             self._kv.assign(request.request_id, mixture.members)
         super().add_request(request)
 
@@ -177,26 +186,25 @@ class PopulationScheduler(Scheduler):
         output.drafts = self._plan_drafts(output) if self._speculating and not self._barring else {}
         return output
 
-    def _begin_sampling(self, request: Any, mixture: Mixture, arguments: Mapping[str, Any]) -> None:
+    def _begin_sampling(self, request: Any, mixture: Mixture, decoding: Decoding) -> None:
         """Note whether the request's members may be sampled."""
-        if arguments.get(DECODING_ARGUMENT, "auto") not in ("auto", "sampled"):
-            return
         parameters = request.sampling_params
-        if parameters is None or len(mixture.members) == 1 or why_not_sampled(parameters, mixture) is not None:
+        if decoding not in ("auto", "sampled") or len(mixture.members) == 1:
+            return
+        if why_not_sampled(parameters, mixture) is not None:
             return
         # A seed stands for the same tokens whatever runs beside it: such a request samples always.
-        is_asked_for = arguments.get(DECODING_ARGUMENT) == "sampled" or parameters.seed is not None
+        is_asked_for = decoding == "sampled" or parameters.seed is not None
         self._sampling[request.request_id] = _Sampling(draws=MemberDraws(parameters.seed), is_asked_for=is_asked_for)
 
-    def _begin_speculation(self, request: Any, mixture: Mixture, arguments: Mapping[str, Any]) -> None:
+    def _begin_speculation(self, request: Any, mixture: Mixture, decoding: Decoding) -> None:
         """Note whether members may draft for the request, and beside it."""
         if getattr(request.sampling_params, "logprob_token_ids", None):
             self._barring.add(request.request_id)
             return
-        decoding = arguments.get(DECODING_ARGUMENT, "auto")
         if not self.num_spec_tokens or decoding not in ("auto", "speculative") or len(mixture.members) == 1:
             return
-        if request.sampling_params is None or why_not_speculative(request.sampling_params) is not None:
+        if why_not_speculative(request.sampling_params) is not None:
             return
         self._speculating[request.request_id] = _Speculation(is_asked_for=decoding == "speculative")
 
@@ -287,11 +295,29 @@ class PopulationScheduler(Scheduler):
                 own.acceptance.observe(len(drafts), max(0, len(sampled) - 1))
                 self._ways.acceptance.observe(len(drafts), max(0, len(sampled) - 1))
         if scheduler_output.drafts:
-            self._ways.observe_drafters(model_runner_output.draft_rows, sum(scheduler_output.drafts.values()))
+            drafted, wanted = model_runner_output.drafted, scheduler_output.drafts
+            self._ways.observe_drafters(sum(drafted.values()), sum(wanted.values()))
+        if self._work:
+            self._count_work(scheduler_output, model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self.running:  # else nobody waits for the next step, and its time tells nothing of this one
             self._observed = observed
         return outputs
+
+    def _count_work(self, scheduler_output: Any, model_runner_output: Any) -> None:
+        """Add a step to the work of the requests that it gave tokens."""
+        verified = scheduler_output.scheduled_spec_decode_tokens
+        for request_id, row in model_runner_output.req_id_to_index.items():
+            work = self._work.get(request_id)
+            if work is None or not (tokens := len(model_runner_output.sampled_token_ids[row])):
+                continue
+            planned = self._planned.get(request_id)
+            mixture = self._mixtures[request_id] if planned is None else planned.mixture
+            work.tokens += tokens
+            work.passes += len(mixture.members) + model_runner_output.drafted.get(request_id, 0)
+            work.drafts += len(verified.get(request_id, ()))
+            work.accepted += tokens - 1
+            work.caught_up_rows += sum(planned.missed.values()) if planned else 0
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's statistics, with our totals in them."""
@@ -325,7 +351,6 @@ class PopulationScheduler(Scheduler):
         deadline = Deadline(
             finish_at=request.arrival_time + arguments[BUDGET_ARGUMENT] / 1000,
             way_down=way_down(mixture, frozenset(floor.members), fitted),
-            report_mark=arguments.get(REPORT_ARGUMENT),
             expected_tokens=arguments.get(EXPECTED_ARGUMENT),
         )
         self._deadlines[request.request_id] = deadline
@@ -387,7 +412,8 @@ class PopulationScheduler(Scheduler):
                     caught_up = sum(planned.missed.values())
                     tally.add(planned.mixture.members, rows=num_tokens, context=context, caught_up=caught_up)
                     is_sampled = is_sampled or planned.mixture is not self._mixtures[request_id]
-        tally.draft(sum(model_runner_output.draft_passes.values()), rows=model_runner_output.draft_rows)
+        drafted = model_runner_output.drafted.values()
+        tally.draft(sum(model_runner_output.draft_passes.values()), rows=sum(drafted))
         num_drafts = sum(map(len, output.scheduled_spec_decode_tokens.values()))
         return _Observed(
             load=tally.load(),
@@ -406,7 +432,7 @@ class PopulationScheduler(Scheduler):
         Its streams have no place for them: a request that asks for it gets the report as its stop reason.
         """
         report = self._report(request)
-        if report is not None and (mark := self._deadlines[request.request_id].report_mark) is not None:
+        if report is not None and (mark := (request.sampling_params.extra_args or {}).get(REPORT_ARGUMENT)):
             request.stop_reason = mark + json.dumps({**report, "stop_reason": request.stop_reason})
         kv_transfer_params, ec_transfer_params = super()._free_request(request, *args, **kwargs)
         return report or kv_transfer_params, ec_transfer_params
@@ -418,19 +444,25 @@ class PopulationScheduler(Scheduler):
         self._deadlines.pop(request.request_id, None)
         self._sampling.pop(request.request_id, None)
         self._speculating.pop(request.request_id, None)
+        self._work.pop(request.request_id, None)
         self._barring.discard(request.request_id)
         self._planned.pop(request.request_id, None)
         self._changed.discard(request.request_id)
 
     def _report(self, request: Any) -> dict[str, Any] | None:
-        """For a request with a time budget: how many members each token had, and when and why members were dropped."""
-        deadline = self._deadlines.get(request.request_id)
-        if deadline is None:
+        """What was computed, if that is to be reported; with a time budget, also how many members each token had, and when and
+        why members were dropped.
+        """
+        work, deadline = self._work.get(request.request_id), self._deadlines.get(request.request_id)
+        if work is None:
             return None
+        if deadline is None:
+            return {"decoding": work.report()}
         num_members = len(self._mixtures[request.request_id].members) + len(deadline.drops)
         boundaries = [0, *(drop.at_token for drop in deadline.drops), request.num_output_tokens]
         counts = [(num_members - idx, stop - start) for idx, (start, stop) in enumerate(pairwise(boundaries))]
         return {
+            "decoding": work.report(),
             "members_per_token": [[members, tokens] for members, tokens in counts if tokens],
             "drops": [
                 {"member": self._member_names[drop.member], "at_token": drop.at_token, "reason": drop.reason}

@@ -179,9 +179,9 @@ class PopulationRunner(GPUModelRunner):
         output = super().sample_tokens(*args, **kwargs)
         if output is not None:
             output.seconds = self.model.stopwatch.take()  # for the scheduler, which counts, as the rest
-            output.draft_passes, output.draft_rows = Counter[int](), 0
+            output.draft_passes, output.drafted = Counter[int](), {}
             if self.speculative_config is not None:
-                output.draft_passes, output.draft_rows = self.drafter.passes.copy(), self.drafter.rows
+                output.draft_passes, output.drafted = self.drafter.passes.copy(), self.drafter.drafted.copy()
         return output
 
 

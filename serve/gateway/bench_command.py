@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from chorus.population.errors import ChorusError
+from chorus.population.manifest import DECODINGS
 
 
 def _mix(text: str) -> tuple[tuple[str | None, float], ...]:
@@ -41,6 +42,7 @@ def _mix(text: str) -> tuple[tuple[str | None, float], ...]:
     "--budget-ms", "budgets", multiple=True, type=float, help="Time budget; several are drawn from at random."
 )
 @click.option("--on-deadline", default="degrade", show_default=True, type=click.Choice(["degrade", "truncate", "fail"]))
+@click.option("--decoding", type=click.Choice(DECODINGS), help="How tokens are to be computed; as each tier prefers.")
 @click.option("--max-tokens", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--prompt-words", default=12, show_default=True, type=click.IntRange(1))
 @click.option("--whole", is_flag=True, help="Ask for whole answers, which report members per token, not for streams.")
@@ -65,6 +67,7 @@ def bench(url: str, budgets: tuple[float, ...], as_json: bool, **options: Any) -
         tiers=_mix(options["tiers"]),
         budgets_ms=budgets or (None,),
         on_deadline=options["on_deadline"],
+        decoding=options["decoding"],
         max_tokens=options["max_tokens"],
         prompt_words=options["prompt_words"],
         streams=not options["whole"],

@@ -17,7 +17,7 @@ from pydantic import (
     ValidationError,
 )
 
-from chorus.population.manifest import Population, Tier
+from chorus.population.manifest import Decoding, Population, Tier
 from chorus.serve.gateway.constraints import check_constraints
 from chorus.serve.gateway.errors import ApiError, bad_request
 from chorus.serve.gateway.sizes import read_size, read_text
@@ -91,11 +91,11 @@ class CallFields(BaseModel):
         None,
         description="The tier (or number of members) below which neither a deadline nor a full house takes this request.",
     )
-    decoding: Literal["auto", "plain", "sampled", "speculative"] | None = Field(
+    decoding: Decoding | None = Field(
         None,
         description="How tokens are computed, always by the same law: `plain` by all of the tier's members at each token, "
-        "`sampled` by one, drawn by its weight, at temperature 1, `speculative` by drafts of one that all verify; `auto` (the "
-        "default) in the fastest of these ways. One that would not be exact is refused.",
+        "`sampled` by one, drawn by its weight, at temperature 1, `speculative` by drafts of one that all verify; `auto` in the "
+        "fastest of these ways. One that would not be exact is refused. By default as the tier prefers, or `auto`.",
     )
     stream: StrictBool | None = None
     stream_options: dict[str, JsonValue] | None = None
@@ -165,8 +165,8 @@ class Call:
     ) -> bytes:
         """The engine's request: answered by `tier`, in `budget_s` from its arrival there, with no fewer members than `floor`.
 
-        With a budget it may begin with no more than `most_members` of the tier's, the engine expects `expected_tokens` where the
-        request names no length, and a stream's stop reason begins with `report_mark` and says what became of the budget.
+        With a budget it may begin with no more than `most_members` of the tier's, and the engine expects `expected_tokens` where
+        the request names no length. `report_mark` asks for a report; a stream's stop reason begins with it.
         """
         if not self.is_served_by_a_tier:
             return self.fields
@@ -178,8 +178,8 @@ class Call:
                 extra[MOST_ARGUMENT] = most_members
             if expected_tokens is not None and self.size.is_open:
                 extra[EXPECTED_ARGUMENT] = expected_tokens
-            if report_mark is not None:
-                extra[REPORT_ARGUMENT] = report_mark
+        if report_mark is not None:
+            extra[REPORT_ARGUMENT] = report_mark
         ours: dict[str, JsonValue] = {"vllm_xargs": extra}
         if tokens_per_event > 1:
             ours["stream_interval"] = tokens_per_event

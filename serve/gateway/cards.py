@@ -37,6 +37,7 @@ def _card(model: str, population: Population, tier: Tier) -> dict[str, Any]:
             "budget": tier.budget,
             "pool": tier.pool,
             "temperature": tier.temperature,
+            "decoding": tier.decoding,
             "relative_cost": tier.relative_cost,
             "test_loss": None if tier.test_loss is None else tier.test_loss.model_dump(),
         },

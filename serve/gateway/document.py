@@ -187,6 +187,9 @@ def _schemas() -> dict[str, Schema]:
                 "truncated": {"type": "boolean"},
                 "members_per_token": {"type": "array", "items": {"type": "array", "items": natural}},
                 "drops": {"type": "array", "items": {"type": "object"}},
+                "decoding": _object(
+                    {"passes_per_token": number, "drafts": natural, "accepted": natural, "caught_up_rows": natural}
+                ),
             },
         ),
         "Usage": _object({"prompt_tokens": natural, "total_tokens": natural}, {"completion_tokens": natural}),

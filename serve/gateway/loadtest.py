@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import aiohttp
 
+from chorus.population.manifest import Decoding
+
 Arrivals = Literal["poisson", "constant", "bursty"]
 _BURST = 8
 """Requests that come together in bursty arrivals; the bursts themselves are a Poisson process."""
@@ -48,6 +50,8 @@ class Plan:
     tells_budget: bool = True
     """Whether requests carry their budget; else answers are only judged by it."""
     on_deadline: str = "degrade"
+    decoding: Decoding | None = None
+    """How tokens are to be computed; None leaves it to the gateway."""
     max_tokens: int = 64
     prompt_words: int = 12
     streams: bool = True
@@ -149,6 +153,8 @@ def _draw(plan: Plan, dice: random.Random, at_s: float) -> tuple[Sent, dict[str,
         body["budget"] = tier
     if budget_ms is not None and plan.tells_budget:
         body |= {"latency_budget_ms": budget_ms, "on_deadline": plan.on_deadline}
+    if plan.decoding is not None:
+        body["decoding"] = plan.decoding
     budget_s = None if budget_ms is None else budget_ms / 1000
     return Sent(at_s=at_s, budget_s=budget_s, tier_asked=tier), body
 

@@ -191,16 +191,16 @@ class Relay(Response):
             most_members=grant.flight.most_members,
             asked=call.choice.asked,
             terms=call.terms,
-            mark=new_mark() if has_budget and call.streams_from_engine and call.kind in _WITH_STOP_REASON else None,
+            mark=self._report_mark(),
         )
         additions = Additions(population=report.begin(), model=self._model)
 
         def at_end(event: bytes) -> tuple[bytes, bytes]:
-            event = report.take_stream_drops(event)
+            event = report.take_from_event(event)
             return event, report.end(record.elapsed_s())
 
         name = self._model or self._passage.offer.population.name
-        splicer = self._form.stream(call, additions, name=name, at_end=at_end if has_budget else None)
+        splicer = self._form.stream(call, additions, name=name, at_end=at_end if has_budget or report.mark else None)
         deadline = grant.flight.finish_by if call.terms.stops_at_deadline else None
         grant.flight.tokens_per_event = call.tokens_per_event or tokens_per_event(grant.flight.expected_token_s)
         return _Attempt(
@@ -210,6 +210,15 @@ class Relay(Response):
             splicer=splicer,
             joins=call.streams_from_engine and not call.streams,
         )
+
+    def _report_mark(self) -> str | None:
+        """How the engine's report is to begin, if it can come: in a stream as a stop reason; of one whole answer, in a field."""
+        call = self._call
+        if call.kind not in _WITH_STOP_REASON:
+            return None
+        if call.streams_from_engine:
+            return new_mark()
+        return "" if call.size.num_sequences == 1 and call.terms.budget_s is None else None
 
     async def _ask(self, attempt: _Attempt, send: Send) -> None:
         grant, call = attempt.grant, self._call
@@ -267,7 +276,7 @@ class Relay(Response):
     async def _whole(self, attempt: _Attempt, body: bytes, send: Send) -> None:
         with upstream.making_sense():
             attempt.used = self._used = self._form.read_usage(body)
-            body = attempt.report.take_drops(body)
+            body = attempt.report.take(body)
             if self._call.has_offsets:
                 body = await asyncio.to_thread(attempt.offsets.mend, body)
         self._finish(attempt, streamed=False)
@@ -295,7 +304,7 @@ class Relay(Response):
         self._finish(attempt, streamed=True)
         if attempt.joins:
             if self._call.size.num_sequences > 1:
-                attempt.report.drops = {}  # one choice's, where all are meant
+                attempt.report.computed = {}  # one choice's, where all are meant
             await self._send_whole(attempt, self._mended(attempt, splicer.answer()), send)
         else:
             await self._end(send)

@@ -1,4 +1,4 @@
-"""The `population` object of an answer: who gave it, and what became of its time budget."""
+"""The `population` object of an answer: which members gave it, what that took, and what became of its time budget."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from chorus.serve.gateway.terms import Terms
 
 _KEY = re.compile(rb'"kv_transfer_params"\s*:\s*')
 _STOP_REASON = re.compile(rb'"stop_reason"\s*:\s*(?=")')
-_FIELDS = ("members_per_token", "drops")
+_FIELDS = ("decoding", "members_per_token", "drops")
 
 
 def new_mark() -> str:
@@ -35,9 +35,9 @@ class Report:
     asked: str
     terms: Terms
     mark: str | None = None
-    """How a stop reason begins that is the engine's report; None where none was asked for."""
-    drops: dict[str, Any] = field(default_factory=dict)
-    """What the engine says about members that left on the way, where it says it."""
+    """How a stop reason begins that is the engine's report, empty for a whole answer; None where no report was asked for."""
+    computed: dict[str, Any] = field(default_factory=dict)
+    """What the engine reports, where it does: passes for each token, and members that left on the way."""
     is_truncated: bool = False
     num_drops: int = 0
     """Members that left on the way, of all choices, as far as the engine says so."""
@@ -64,15 +64,15 @@ class Report:
         if self.terms.budget_s is not None:
             is_met = elapsed_s <= self.terms.budget_s
             extra |= {"elapsed_ms": round(1000 * elapsed_s, 1), "deadline": "met" if is_met else "missed"}
-            extra |= {"truncated": self.is_truncated, **self.drops}
-        return self._object(extra)
+            extra |= {"truncated": self.is_truncated}
+        return self._object(extra | self.computed)
 
     def _object(self, extra: dict[str, Any]) -> bytes:
         known = self.offer.population_json[self.served.name]
         return known[:-1] + b"," + _dumps(extra)[1:] if extra else known
 
-    def take_drops(self, body: bytes) -> bytes:
-        """Take the engine's report of dropped members out of its answer, where vLLM carries it in a field for other purposes."""
+    def take(self, body: bytes) -> bytes:
+        """Take the engine's report out of its answer, where vLLM carries it in a field for other purposes."""
         matches = list(_KEY.finditer(body))
         if not matches or not body.startswith(b"{", start := matches[-1].end()):
             return body
@@ -80,25 +80,25 @@ class Report:
         self._note(found)
         return body[:start] + b"null" + rest
 
-    def take_stream_drops(self, event: bytes) -> bytes:
+    def take_from_event(self, event: bytes) -> bytes:
         """The same for the event in which a choice ends: there the report came as its stop reason, and holds the real one."""
-        self.drops = {}  # of the choice that ended before
-        if not (match := _STOP_REASON.search(event)):
+        self.computed = {}  # of the choice that ended before
+        if not self.mark or not (match := _STOP_REASON.search(event)):
             return event
         text, rest = _read(event[match.end() :])
-        if self.mark is None or not text.startswith(self.mark):
+        if not text.startswith(self.mark):
             return event
         found = json.loads(text.removeprefix(self.mark))
         self._note(found)
         return event[: match.end()] + json.dumps(found["stop_reason"]).encode() + rest
 
     def _note(self, found: dict[str, Any]) -> None:
-        self.drops = {key: found[key] for key in _FIELDS if key in found}
+        self.computed = {key: found[key] for key in _FIELDS if key in found}
         at_start = 0 if self.most_members is None else len(self.tier.members) - self.most_members
-        for members, tokens in self.drops.get("members_per_token", ()):
+        for members, tokens in self.computed.get("members_per_token", ()):
             self._num_tokens += tokens
             self._num_member_tokens += members * tokens
-        self.num_drops += max(0, len(self.drops.get("drops", ())) - at_start)
+        self.num_drops += max(0, len(self.computed.get("drops", ())) - at_start)
 
     def _choice(self) -> dict[str, Any]:
         extra: dict[str, Any] = {}

@@ -20,7 +20,10 @@ VALUES: dict[str, Any] = {
         "startupSeconds": 600,
         "drainSeconds": 8,  # gateways look every 5 s
         "args": list(ENGINE_ARGUMENTS),
-        "extraEnv": [{"name": "OMP_NUM_THREADS", "value": "1"}],
+        "extraEnv": [
+            {"name": "OMP_NUM_THREADS", "value": "1"},
+            {"name": "TORCH_COMPILE_DISABLE", "value": "1"},  # each pod would compile anew what counts ranks: 20 s
+        ],
     },
     "metrics": {"podMonitor": True, "rules": True, "intervalSeconds": 1},
 }

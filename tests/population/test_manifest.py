@@ -27,6 +27,23 @@ def test_what_is_saved_is_what_is_loaded(directory: Path) -> None:
     manifest.verify(loaded, directory)
 
 
+def test_a_tiers_decoding_is_written_only_where_it_is_chosen(directory: Path) -> None:
+    before = manifest.load(directory)
+    assert "decoding" not in (directory / manifest.MANIFEST).read_text(), (
+        "older versions refuse a field that they do not know"
+    )
+    chosen = before.tiers[-1].model_copy(update={"decoding": "sampled"})
+    manifest.save(before.model_copy(update={"tiers": (*before.tiers[:-1], chosen)}), directory)
+    assert [tier.decoding for tier in manifest.load(directory).tiers] == ["auto", "auto", "sampled"]
+
+
+def test_a_tier_of_unknown_decoding_is_refused(directory: Path) -> None:
+    text = (directory / manifest.MANIFEST).read_text()
+    (directory / manifest.MANIFEST).write_text(text.replace('"name": "max",', '"name": "max", "decoding": "fast",'))
+    with pytest.raises(ChorusError, match=r"tiers\.2\.decoding"):
+        manifest.load(directory)
+
+
 def test_unknown_fields_are_refused(directory: Path) -> None:
     edit(directory, surprise=1)
     with pytest.raises(ChorusError, match="surprise"):

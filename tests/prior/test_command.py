@@ -193,7 +193,15 @@ def test_tiers_that_were_asked_for(tiny):
     result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
 
     assert result.exit_code == 0
-    assert [(tier.name, tier.budget) for tier in manifest.load(tiny).tiers][:2] == [("solo", 1), ("trio", 3)]
+    fitted = manifest.load(tiny)
+    assert [(tier.name, tier.budget) for tier in fitted.tiers][:2] == [("solo", 1), ("trio", 3)]
+
+    trio = fitted.tiers[1].model_copy(update={"decoding": "sampled"})
+    manifest.save(fitted.model_copy(update={"tiers": (fitted.tiers[0], trio)}), tiny)
+    assert CliRunner().invoke(cli, arguments, catch_exceptions=False).exit_code == 0
+    assert {tier.name: tier.decoding for tier in manifest.load(tiny).tiers}["trio"] == "sampled", (
+        "a tier keeps its decoding"
+    )
 
 
 def test_every_pool_is_tried_and_the_better_one_is_served(tiny):

@@ -4,7 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from scipy import stats
 from torch import Tensor
 from vllm import SamplingParams
 
-from chorus.serve.engine.decoding import MemberDraws, members_that_run, why_not_sampled
-from chorus.serve.engine.mixture import Mixture
+from chorus.population import manifest
+from chorus.serve.engine.decoding import MOST_DRAFTS, MemberDraws, decoding_of, members_that_run, why_not_sampled
+from chorus.serve.engine.mixture import Mixture, Prior
 from tests.reference import member_log_probs, mixture_log_probs
 from tests.serve.engine.asking import TOLERANCE, check_against_reference, greedy, p_value
 
@@ -233,3 +234,64 @@ def test_plain_runs_all_members_at_every_token(engine: Any) -> None:
         arguments = {"chorus_tier": "max", "chorus_decoding": "plain"}
         engine.generate({"prompt_token_ids": [5]}, parameters(extra_args=arguments), use_tqdm=False)
     assert {len(row.members) for row in rows} == {4}
+
+
+def reported(engine: Any, *, seed: int | None = None, top_p: float = 1.0, **arguments: Any) -> dict[str, Any]:
+    """The report on forty tokens of the largest tier, at temperature 1."""
+    extra = {"chorus_tier": "max", "chorus_report_in_stop_reason": "", **arguments}
+    parameters = SamplingParams(
+        temperature=1, max_tokens=40, ignore_eos=True, seed=seed, top_p=top_p, extra_args=extra
+    )  # fmt: skip
+    (output,) = engine.generate([{"prompt_token_ids": list(range(2, 40))}], parameters, use_tqdm=False)
+    assert output.outputs[0].stop_reason is None
+    report: dict[str, Any] = output.kv_transfer_params["decoding"]
+    return report
+
+
+def test_a_report_counts_the_passes_of_plain_steps(engine: Any) -> None:
+    assert reported(engine, chorus_decoding="plain") == {
+        "passes_per_token": 4.0, "drafts": 0, "accepted": 0, "caught_up_rows": 0
+    }  # fmt: skip
+
+
+def test_a_report_counts_the_rows_with_which_sampled_members_caught_up(engine: Any, tiny_population: Path) -> None:
+    mixture = Prior(tiny_population).mixture("max")
+    draws, computed, caught_up = MemberDraws(5), dict.fromkeys(range(4), 0), 0
+    for token in range(1, 40):  # all members run the prompt, which gives the first token
+        (member,) = draws.draw(mixture, token).members
+        caught_up += token - 1 - computed[member]
+        computed[member] = token
+    assert reported(engine, seed=5, chorus_decoding="sampled") == {
+        "passes_per_token": round((4 + 39) / 40, 3), "drafts": 0, "accepted": 0, "caught_up_rows": caught_up
+    }  # fmt: skip
+
+
+def test_a_report_counts_drafts(engine: Any) -> None:
+    report = reported(engine, chorus_decoding="speculative")
+    steps = 40 - report["accepted"]
+    assert 0 < report["accepted"] <= report["drafts"]
+    # All members verify, and one has drafted: what is verified, and perhaps more for a step that never came.
+    passes = round(40 * report["passes_per_token"])
+    assert 4 * steps + report["drafts"] <= passes <= 4 * steps + report["drafts"] + MOST_DRAFTS
+
+
+def test_a_tier_prefers_a_way_and_a_request_chooses_it() -> None:
+    prefers = replace(mixture(0.5, 0.5), decoding="sampled")
+    assert decoding_of(None, sampled(), prefers) == "sampled"
+    assert decoding_of(None, sampled(top_p=0.9), prefers) == "auto", "that would not be exact"
+    assert decoding_of("plain", sampled(), prefers) == "plain"
+    assert decoding_of(None, parameters(min_p=0.1), replace(prefers, decoding="speculative")) == "auto"
+    assert decoding_of(None, parameters(min_p=0.1), replace(prefers, decoding="plain")) == "plain"
+
+
+@pytest.mark.parametrize("decoding", ["plain", "sampled"])
+def test_requests_are_decoded_as_their_tier_prefers(engine: Any, engine_directory: Path, decoding: Any) -> None:
+    before = manifest.load(engine_directory)
+    tier = before.tiers[-1].model_copy(update={"decoding": decoding})
+    manifest.save(before.model_copy(update={"tiers": (*before.tiers[:-1], tier)}), engine_directory)
+    try:
+        passes = reported(engine)["passes_per_token"]
+        assert passes == {"plain": 4.0, "sampled": round((4 + 39) / 40, 3)}[decoding]
+        assert reported(engine, chorus_decoding="plain", top_p=0.9)["passes_per_token"] == 4.0
+    finally:
+        manifest.save(before, engine_directory)

@@ -69,6 +69,34 @@ def test_the_engines_drops_are_reported_in_the_population_object(pair: Pair) -> 
     assert answer["kv_transfer_params"] is None
 
 
+DECODING = {"passes_per_token": 1.2, "drafts": 0, "accepted": 0, "caught_up_rows": 31}
+
+
+def test_what_an_answer_took_is_reported_without_a_time_budget(pair: Pair) -> None:
+    whole = json.dumps({**json.loads(WHOLE), "kv_transfer_params": {"decoding": DECODING}}).encode()
+    pair.engine.steps, pair.engine.content_type = [whole], "application/json"
+    answer = ask(pair).json()
+    assert pair.engine.bodies[-1]["vllm_xargs"]["chorus_report_in_stop_reason"] == ""
+    assert answer["population"]["decoding"] == DECODING
+    assert answer["kv_transfer_params"] is None
+    ask(pair, n=2)
+    assert "chorus_report_in_stop_reason" not in pair.engine.bodies[-1]["vllm_xargs"], "one field, two choices"
+
+
+def test_each_choice_of_a_stream_reports_what_it_took(pair: Pair, mark: str) -> None:
+    other = {**DECODING, "passes_per_token": 4.0}
+    pair.engine.steps = [
+        event("a"),
+        told(mark, {"decoding": DECODING, "stop_reason": None}),
+        told(mark, {"decoding": other, "stop_reason": "end"}, index=1),
+        USAGE,
+        DONE,
+    ]
+    _, first, second = events(ask(pair, stream=True, n=2))
+    assert (first["population"]["decoding"], first["choices"][0]["stop_reason"]) == (DECODING, None)
+    assert (second["population"]["decoding"], second["choices"][0]["stop_reason"]) == (other, "end")
+
+
 def test_an_answer_that_one_member_gave_has_the_name_of_a_tier_with_one(pair: Pair) -> None:
     drops = {
         "members_per_token": [[4, 1], [1, 9]],

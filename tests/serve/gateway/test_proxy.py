@@ -51,7 +51,7 @@ def test_a_whole_answer_carries_the_population_and_the_engines_usage(pair: Pair)
     answer = complete(pair, budget="economy").json()
     assert answer["population"] == {"tier": "economy", "members": ["t0-c00"], "weights": [1.0], "prior_version": 0}
     assert answer["usage"]["completion_tokens"] == 3
-    assert pair.engine.bodies[-1]["vllm_xargs"] == {"chorus_tier": "economy"}
+    assert pair.engine.bodies[-1]["vllm_xargs"] == {"chorus_tier": "economy", "chorus_report_in_stop_reason": ""}
 
 
 @pytest.mark.parametrize(

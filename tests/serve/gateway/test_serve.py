@@ -218,6 +218,18 @@ def test_an_engine_that_is_killed_is_answered_for_and_comes_back(
     wait_for("the dead to be gone", lambda: not any(process.is_running() for process in processes), timeout_s=10)
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_an_answer_reports_the_passes_that_it_took(gateway_url: str, path: str) -> None:
+    asked = {"prompt": PROMPT} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "hi"}]}
+    fields = {**asked, "max_tokens": 20, "temperature": 1, "ignore_eos": True, "decoding": "sampled"}
+    whole = post(gateway_url, path, **fields).json()
+    assert whole["population"]["decoding"]["passes_per_token"] == pytest.approx((4 + 19) / 20)
+    streamed = post(gateway_url, path, **fields, stream=True).text
+    last = next(json.loads(part[6:]) for part in streamed.split("\n\n") if '"finish_reason":"length"' in part)
+    assert last["population"]["decoding"]["passes_per_token"] == pytest.approx((4 + 19) / 20)
+    assert last["choices"][0]["stop_reason"] is None
+
+
 def test_a_time_budget_is_kept_by_the_live_engine_and_reported(gateway_url: str) -> None:
     fields = {**GREEDY, "max_tokens": 40, "ignore_eos": True}
     free = post(gateway_url, **fields, latency_budget_ms=120_000).json()

@@ -23,6 +23,8 @@ class CurrentStep(SimpleNamespace):
     step: Step | None = None
     catch_up_inputs: Mapping[int, tuple[Tensor, Tensor]] = {}
     """Token ids and positions (num_rows,) of each member that runs catch-up rows in this step."""
+    is_merged: bool = False
+    """Whether the attention of the first member that runs is told of the rows of all."""
     takes_any_scale: bool = False
     """Whether logits may be given as they are: no request of the batch has penalties, which act on normalised log-probabilities."""
 

@@ -18,10 +18,11 @@ from vllm.transformers_utils.config import get_config
 
 from chorus.population import manifest
 from chorus.serve.engine.attention import CurrentStep, claim_layers
+from chorus.serve.engine.grouped import Grouped
 from chorus.serve.engine.mixing import Exchange, header_width, mix, mix_alike, uniform_headers
 from chorus.serve.engine.mixture import Mixture
-from chorus.serve.engine.parallel import Ranks, SpreadRanks
-from chorus.serve.engine.rows import MemberRows
+from chorus.serve.engine.parallel import Ranks, SpreadRanks, by_tier
+from chorus.serve.engine.rows import Step
 from chorus.serve.engine.stopwatch import MIXING, Stopwatch
 
 
@@ -52,6 +53,8 @@ class PopulationForCausalLM(nn.Module):
                 idx: init_vllm_registered_model(vllm_config, hf_config=configs[idx], prefix=f"member_{idx}")
                 for idx in self.ranks.members
             }
+        self.grouped = Grouped.of(self._members, [idx for idx in by_tier(population) if idx in self._members])
+        """All members as one; None where they differ, or are no plain Llamas."""
         self.members = nn.ModuleDict({str(idx): member for idx, member in self._members.items()})
         device = torch.device(vllm_config.device_config.device)
         self.stopwatch = Stopwatch(self.num_members, device)
@@ -93,11 +96,11 @@ class PopulationForCausalLM(nn.Module):
         if step is not None and returned.common is not None:
             running = step.running
             returned.columns = self._lay_out(running, start=0)
-            hidden = [self._run_part(idx, step.rows[idx], input_ids, positions) for idx in running]
             if (
-                not hidden
+                not running
             ):  # all members of this mixture are on other ranks; vLLM wants a row for each token all the same
                 return torch.zeros(len(input_ids), 1, dtype=self._dtype, device=input_ids.device)
+            hidden = self._run_parts(running, step, input_ids, positions)
             return hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1)
 
         num_tokens = len(input_ids)
@@ -110,15 +113,15 @@ class PopulationForCausalLM(nn.Module):
         hidden_TH = torch.empty(num_tokens, width, dtype=self._dtype, device=input_ids.device)
         hidden_TH[: len(header_TH), : self._header_columns] = header_TH.to(input_ids.device).view(self._dtype)
         hidden_TH[len(header_TH) :, : self._header_columns] = 0
-        for idx in running:
+        parts = self._run_parts(running, step, input_ids, positions)
+        for idx, hidden_rH in zip(running, parts, strict=True):
             rows = None if step is None else step.rows[idx]
-            hidden_rH = self._run_part(idx, rows, input_ids, positions)
             hidden_TH[slice(None) if rows is None else rows.tokens, columns[idx]] = hidden_rH
         return hidden_TH
 
     def draft(self, mixture: Mixture, input_ids: Tensor, positions: Tensor) -> Tensor:
         """Logits (R, V) of the mixture of a few members for one token of each request; they need not be normalised."""
-        hidden = {idx: self._run(idx, input_ids, positions) for idx in mixture.members}
+        hidden = {idx: self._run((idx,), [(input_ids, positions)])[0] for idx in mixture.members}
         if self._is_member_alone(mixture):
             return self._logits_of(mixture.members[0], hidden[mixture.members[0]])
 
@@ -127,19 +130,37 @@ class PopulationForCausalLM(nn.Module):
 
         return mix_alike(mixture, len(input_ids), logits_of, **self._pooling)
 
-    def _run_part(self, idx: int, rows: MemberRows | None, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """The member's hidden states in its token rows; it runs its catch-up rows, too."""
-        if rows is None:
-            return self._run(idx, input_ids, positions)
-        if rows.catch_up is None:
-            return self._run(idx, input_ids[rows.tokens], positions[..., rows.tokens])
-        return self._run(idx, *self.current.catch_up_inputs[idx])[rows.catch_up.kept]
+    def _run_parts(
+        self, running: Sequence[int], step: Step | None, input_ids: Tensor, positions: Tensor
+    ) -> list[Tensor]:
+        """Each member's hidden states in its token rows; members run their catch-up rows, too."""
+        inputs, kept = [], []
+        for idx in running:
+            rows = None if step is None else step.rows[idx]
+            if rows is None:
+                inputs.append((input_ids, positions))
+            elif rows.catch_up is None:
+                inputs.append((input_ids[rows.tokens], positions[..., rows.tokens]))
+            else:
+                inputs.append(self.current.catch_up_inputs[idx])
+            kept.append(None if rows is None or rows.catch_up is None else rows.catch_up.kept)
+        if self.current.is_merged and self.grouped is not None:
+            by_member = dict(zip(running, inputs, strict=True))
+            ordered = self.grouped.ordered(running)
+            found = dict(zip(ordered, self._run(ordered, [by_member[idx] for idx in ordered]), strict=True))
+            hidden = [found[idx] for idx in running]
+        else:
+            hidden = [self._run((idx,), [each])[0] for idx, each in zip(running, inputs, strict=True)]
+        return [each if rows is None else each[rows] for each, rows in zip(hidden, kept, strict=True)]
 
-    def _run(self, idx: int, input_ids: Tensor, positions: Tensor) -> Tensor:
+    def _run(self, running: Sequence[int], inputs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """The hidden states of one member, or of several whose attention is merged."""
         start = self.stopwatch.mark()
         with self.ranks.alone():
-            hidden: Tensor = self._members[idx](input_ids, positions)
-        self.stopwatch.add(idx, start)
+            hidden = [self._members[running[0]](*inputs[0])] if self.grouped is None else self.grouped(running, inputs)
+        num_rows = sum(map(len, hidden))
+        for idx, each in zip(running, hidden, strict=True):
+            self.stopwatch.add(idx, start, share=len(each) / num_rows)
         return hidden
 
     def _lay_out(self, running: Sequence[int], *, start: int) -> dict[int, slice]:
@@ -165,7 +186,7 @@ class PopulationForCausalLM(nn.Module):
             asked = self.stopwatch.mark()
             hidden_RD = hidden_states[:, self._returned.columns[idx]]
             logits_RV = self._logits_of(idx, hidden_RD if rows is None else hidden_RD[rows])
-            self.stopwatch.add(MIXING, asked, sign=-1)
+            self.stopwatch.add(MIXING, asked, share=-1)
             return logits_RV
 
         if common is not None:
@@ -189,4 +210,6 @@ class PopulationForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load weights named `members.{idx}.{name}`, each by its member's own rules."""
         loaded: set[str] = AutoWeightsLoader(self).load_weights(weights)
+        if self.grouped is not None:
+            self.grouped.stack()
         return loaded

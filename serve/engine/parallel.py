@@ -22,16 +22,20 @@ SWITCH = "chorus_member_parallel"
 """Key of vLLM's `--additional-config`: true spreads whole members over the ranks of `--tensor-parallel-size`."""
 
 
+def by_tier(population: Population) -> list[int]:
+    """All members, by index, in the order in which tiers take them in; nested tiers begin it."""
+    index = {member.name: idx for idx, member in enumerate(population.members)}
+    joined = dict.fromkeys(index[name] for tier in population.tiers for name in tier.members)
+    return [*joined, *(idx for idx in index.values() if idx not in joined)]
+
+
 def place(population: Population, num_ranks: int) -> list[list[int]]:
     """The members of each rank, by index: dealt in turn, in the order in which tiers take them in, dearest members first.
 
     So the members of every tier are spread as evenly as they can be.
     """
-    index = {member.name: idx for idx, member in enumerate(population.members)}
-    joined = dict.fromkeys(index[name] for tier in population.tiers for name in tier.members)
-    order = [*joined, *(idx for idx in index.values() if idx not in joined)]
     placed: list[list[int]] = [[] for _ in range(num_ranks)]
-    for turn, idx in enumerate(order):
+    for turn, idx in enumerate(by_tier(population)):
         placed[turn % num_ranks].append(idx)
     return [sorted(members) for members in placed]
 

@@ -111,6 +111,47 @@ def plan_step(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class MergedRows:
+    """The rows of several members, side by side: each request of each member is a sequence of its own."""
+
+    members: Sequence[int]
+    num_requests: int
+    num_rows: int
+    max_query_len: int
+    requests: Tensor
+    """(num_requests,) int64: request row of each sequence."""
+    query_start_loc: Tensor
+    """(num_requests + 1,) int32."""
+    query_start_loc_cpu: Tensor
+
+
+def merge_rows(
+    step: Step, members: Sequence[int], num_scheduled_tokens: NDArray[np.int32], device: torch.device
+) -> MergedRows:
+    """What these members, which all run in `step`, run as one."""
+    requests, lengths = list[Tensor](), list[NDArray[np.int32]]()
+    for member in members:
+        rows = step.rows[member]
+        if rows is None:
+            requests.append(torch.arange(len(num_scheduled_tokens), device=device))
+            lengths.append(num_scheduled_tokens)
+        else:
+            requests.append(rows.requests)
+            lengths.append(np.diff(rows.query_start_loc_cpu.numpy()))
+    together = np.concatenate(lengths)
+    query_start_loc_cpu = torch.from_numpy(np.concatenate(([0], np.cumsum(together))).astype(np.int32))
+    return MergedRows(
+        members=members,
+        num_requests=len(together),
+        num_rows=int(query_start_loc_cpu[-1]),
+        max_query_len=int(together.max()),
+        requests=torch.cat(requests),
+        query_start_loc=query_start_loc_cpu.to(device),
+        query_start_loc_cpu=query_start_loc_cpu,
+    )
+
+
 def _select(
     is_active_R: NDArray[np.bool_],
     missed_R: NDArray[np.int64],

@@ -16,7 +16,7 @@ class Stopwatch:
         self._seconds = [0.0] * (num_members + 1)
         self._device = device
         self._is_cpu = device.type == "cpu"
-        self._spans: list[tuple[int, Any, Any, int]] = []
+        self._spans: list[tuple[int, Any, Any, float]] = []
 
     def mark(self) -> Any:
         """A moment, to be given to `add`."""
@@ -26,18 +26,18 @@ class Stopwatch:
         event.record()
         return event
 
-    def add(self, account: int, since: Any, *, sign: int = 1) -> None:
-        """Add the time since a moment to an account, or take it away from there."""
+    def add(self, account: int, since: Any, *, share: float = 1.0) -> None:
+        """Add a share of the time since a moment to an account; a negative one takes it away from there."""
         now = self.mark()
         if self._is_cpu:
-            self._seconds[account] += sign * (now - since)
+            self._seconds[account] += share * (now - since)
         else:
-            self._spans.append((account, since, now, sign))
+            self._spans.append((account, since, now, share))
 
     def take(self) -> list[float]:
         """Seconds since the last call, for each member and then for mixing; call it when the device has finished the step."""
-        for account, start, stop, sign in self._spans:
-            self._seconds[account] += sign * start.elapsed_time(stop) / 1000
+        for account, start, stop, share in self._spans:
+            self._seconds[account] += share * start.elapsed_time(stop) / 1000
         self._spans.clear()
         taken, self._seconds = self._seconds, [0.0] * len(self._seconds)
         return taken

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -16,14 +17,16 @@ import torch
 from numpy.typing import NDArray
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import PIN_MEMORY
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from chorus.serve.engine.allocator import keep_freed_memory
 from chorus.serve.engine.drafts import Drafter
+from chorus.serve.engine.grouped import MOST_ROWS
 from chorus.serve.engine.kv import groups_by_member
 from chorus.serve.engine.mixture import Mixture
-from chorus.serve.engine.rows import CatchUp, Step, plan_step
+from chorus.serve.engine.rows import CatchUp, MergedRows, Step, merge_rows, plan_step
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
@@ -47,6 +50,7 @@ class PopulationWorker(_Worker):
         runner.mixtures = {}
         runner._planned_for = ([], b"", [])
         runner.groups_of = {}
+        runner._merged = None
         if runner.speculative_config is not None:
             # vLLM leaves out the logits processors that its drafts cannot do. Requests that want them get no drafts.
             with runner.without_speculation():
@@ -70,6 +74,9 @@ class PopulationRunner(GPUModelRunner):
     _step: Step
     _planned_for: tuple[list[Mixture], bytes, list[Mapping[int, int]]]
     """The batch that `_step` was laid out for: while the same requests decode, every step is laid out the same."""
+    _merged: MergedRows | None
+    """The rows of all members of `_step` as one, where they run together."""
+    _merged_slots: torch.Tensor
     _all_groups: "_Groups"
     _running_groups: "_Groups"
 
@@ -94,8 +101,15 @@ class PopulationRunner(GPUModelRunner):
             self._all_groups = _Groups.shown_by(self)
             self.groups_of = self._all_groups.groups_of
             # A rank that runs nothing in this step still prepares a batch: vLLM knows no step without a group.
-            self._running_groups = self._all_groups.only(self._step.running or here[:1])
+            running: Sequence[int] = self._step.running
+            self._merged = None
+            if len(running) > 1 and self._can_merge:
+                merged = merge_rows(self._step, self.model.grouped.ordered(running), num_scheduled_tokens, self.device)
+                if merged.num_rows <= MOST_ROWS * len(running):
+                    running, self._merged = merged.members, merged
+            self._running_groups = self._all_groups.only(running or here[:1])
         self.model.current.step = self._step
+        self.model.current.is_merged = self._merged is not None
         self.model.current.catch_up_inputs = {
             member: self._inputs(rows.catch_up)
             for member in self._step.running
@@ -148,7 +162,56 @@ class PopulationRunner(GPUModelRunner):
                 )
                 by_group[idx] = torch.from_numpy(slots).to(self.device)
             by_layer.update(dict.fromkeys(group.layer_names, by_group[idx]))
+        if self._merged is not None:
+            self._merged_slots = torch.cat([by_group[idx] for idx in range(len(by_group))])
+            names = self.kv_cache_config.kv_cache_groups[0].layer_names
+            by_layer = dict.fromkeys(names, self._merged_slots)
         return by_group, by_layer
+
+    @cached_property
+    def _can_merge(self) -> bool:
+        """Whether members can run together: layers of one depth have one KV cache tensor, and blocks of one size."""
+        grouped = self.model.grouped
+        if grouped is None or any(len(groups) != 1 for groups in self._all_groups.groups_of.values()):
+            return False
+        if len({table.block_size for table in self._all_groups.tables}) != 1:
+            return False
+        layers = zip(*(grouped.attention_layers(member) for member in self.model.ranks.members), strict=True)
+        return all(len({each.kv_cache.data_ptr() for each in depth}) == 1 for depth in layers)
+
+    def _build_attention_metadata(self, num_tokens: int, num_reqs: int, max_query_len: int, **kwargs: Any) -> Any:
+        step, merged = self.model.current.step, self._merged
+        if step is None or merged is None:
+            return super()._build_attention_metadata(
+                num_tokens=num_tokens, num_reqs=num_reqs, max_query_len=max_query_len, **kwargs
+            )
+        tables = self.input_batch.block_table.block_tables
+        parts = [
+            (table.get_device_tensor(num_reqs), step.rows[member])
+            for table, member in zip(tables, merged.members, strict=True)
+        ]
+        blocks = torch.cat([blocks if rows is None else blocks[rows.requests] for blocks, rows in parts])
+        seq_lens_cpu = self.optimistic_seq_lens_cpu[:num_reqs]
+        common = CommonAttentionMetadata(
+            query_start_loc=merged.query_start_loc,
+            query_start_loc_cpu=merged.query_start_loc_cpu,
+            seq_lens=self.seq_lens[:num_reqs][merged.requests],
+            seq_lens_cpu_upper_bound=seq_lens_cpu[merged.requests.cpu()],
+            num_reqs=merged.num_requests,
+            num_actual_tokens=merged.num_rows,
+            max_query_len=merged.max_query_len,
+            max_seq_len=int(seq_lens_cpu.max()),
+            block_table_tensor=blocks,
+            slot_mapping=self._merged_slots,
+            causal=True,
+        )
+        metadata: dict[str, Any] = {}
+        self.model.current.step = None  # or the builder would look for one member's rows
+        for group in self.attn_groups[0]:
+            built = group.get_metadata_builder().build(common_prefix_len=0, common_attn_metadata=common)
+            metadata.update(dict.fromkeys(group.layer_names, built))
+        self.model.current.step = step
+        return metadata, common
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.model.current.step is not None:

@@ -1,12 +1,14 @@
 """Who runs what in a step: against a loop over requests and tokens."""
 
+import random
+
 import numpy as np
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from chorus.serve.engine.mixture import Mixture
-from chorus.serve.engine.rows import plan_step
+from chorus.serve.engine.rows import merge_rows, plan_step
 
 
 def mixture_of(members: set[int]) -> Mixture:
@@ -91,3 +93,27 @@ def test_a_member_runs_what_it_missed_before_what_is_scheduled(batch: list[tuple
             ran = zip(rows.catch_up.requests.tolist(), rows.catch_up.offsets.tolist(), strict=True)
             assert list(ran) == wanted
             assert rows.catch_up.kept.tolist() == kept
+
+
+@settings(max_examples=200, deadline=None)
+@given(behind, st.randoms(use_true_random=False))
+def test_merged_rows_are_those_of_each_member_one_after_the_other(
+    batch: list[tuple[dict[int, int], int]], random: random.Random
+) -> None:
+    lengths = np.array([length for _, length in batch], dtype=np.int32)
+    mixtures = [mixture_of(set(members)) for members, _ in batch]
+    step = plan_step(mixtures, lengths, 4, torch.device("cpu"), missed=[members for members, _ in batch])
+    order = random.sample(step.running, len(step.running))
+    merged = merge_rows(step, order, lengths, torch.device("cpu"))
+    wanted = [
+        (row, length + members[member])
+        for member in order
+        for row, (members, length) in enumerate(batch)
+        if member in members
+    ]
+    assert list(merged.members) == order
+    assert merged.requests.tolist() == [row for row, _ in wanted]
+    assert merged.query_start_loc_cpu.tolist() == np.cumsum([0, *(length for _, length in wanted)]).tolist()
+    assert merged.query_start_loc.tolist() == merged.query_start_loc_cpu.tolist()
+    assert (merged.num_requests, merged.num_rows) == (len(wanted), sum(length for _, length in wanted))
+    assert merged.max_query_len == max(length for _, length in wanted)

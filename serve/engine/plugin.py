@@ -1,11 +1,10 @@
 """The entry point that vLLM calls in each of its processes (group `vllm.general_plugins`): it makes populations servable."""
 
-import warnings
+from typing import Any
 
 from chorus.population.checkpoint import ARCHITECTURE
-
-KNOWN_VLLM = "0.32."
-"""Versions whose internals this package was written against and is tested with."""
+from chorus.population.errors import ChorusError
+from chorus.serve.engine.internals import KNOWN_VLLM
 
 
 def register() -> None:
@@ -15,17 +14,32 @@ def register() -> None:
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
+    if ARCHITECTURE in MODELS_CONFIG_MAP:
+        return
+    ModelRegistry.register_model(ARCHITECTURE, "chorus.serve.engine.model:PopulationForCausalLM")
+    if not vllm.__version__.startswith(KNOWN_VLLM):
+        MODELS_CONFIG_MAP[ARCHITECTURE] = _refusal(vllm.__version__)
+        return
+
     from chorus.serve.engine.config import PopulationConfig
     from chorus.serve.engine.kv import register_spec
     from chorus.serve.engine.loader import LOAD_FORMAT, PopulationLoader
 
-    if ARCHITECTURE in MODELS_CONFIG_MAP:
-        return
-    if not vllm.__version__.startswith(KNOWN_VLLM):
-        warnings.warn(
-            f"chorus knows vLLM {KNOWN_VLLM}x, this is {vllm.__version__}: mixtures may fail or be wrong", stacklevel=2
-        )
-    ModelRegistry.register_model(ARCHITECTURE, "chorus.serve.engine.model:PopulationForCausalLM")
     MODELS_CONFIG_MAP[ARCHITECTURE] = PopulationConfig
     register_model_loader(LOAD_FORMAT)(PopulationLoader)
     register_spec()
+
+
+def _refusal(version: str) -> Any:
+    """A configuration hook that refuses populations. Plain models, for which vLLM loads this plugin as well, do not meet it."""
+    from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+    class Refusal(VerifyAndUpdateConfig):
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            raise ChorusError(
+                f"this chorus serves populations with vLLM {KNOWN_VLLM}x, and {version} is installed, where mixtures might be "
+                f"wrong without any error. Install vllm=={KNOWN_VLLM}0, or a chorus that knows this version."
+            )
+
+    return Refusal

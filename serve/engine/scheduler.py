@@ -94,6 +94,7 @@ class _Observed:
     """A step that ran."""
 
     load: StepLoad
+    num_requests: int
     members_s: float
     """Seconds that its members took."""
     kind: Kind
@@ -159,7 +160,7 @@ class PopulationScheduler(Scheduler):
         if self._observed is not None:
             seen, seconds = self._observed, now - self._step_started
             if not seen.reads_prompts:
-                self._ways.observe_step(seen.kind, seen.load, seconds)
+                self._ways.observe_step(seen.kind, seen.load, seconds, num_requests=seen.num_requests)
             if seen.kind != "drafts" or not self._step_cost.is_known:
                 self._step_cost.observe(seen.load, seconds, members_s=seen.members_s)
             self._observed = None
@@ -417,14 +418,15 @@ class PopulationScheduler(Scheduler):
         num_drafts = sum(map(len, output.scheduled_spec_decode_tokens.values()))
         return _Observed(
             load=tally.load(),
+            num_requests=len(output.num_scheduled_tokens),
             members_s=sum(model_runner_output.seconds),
             kind="drafts" if num_drafts or output.drafts else "sampled" if is_sampled else "plain",
             reads_prompts=output.total_num_scheduled_tokens > len(output.num_scheduled_tokens) + num_drafts,
         )
 
-    def _get_local_prefix_cache_hit(self, request: Any) -> Any:
+    def _get_local_prefix_cache_hit(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         self._kv.searching = request.request_id
-        return super()._get_local_prefix_cache_hit(request)
+        return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         """vLLM returns what these two hold with the response; nothing else may use them, since KV transfer is refused at start.

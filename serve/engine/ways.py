@@ -1,9 +1,10 @@
 """Which way of decoding yields most tokens per second, for the batch as it is.
 
 Steps of every way are compared by what they are expected to cost (`deadline.StepCost`). That is linear in a step's load, and off by
-a few tenths for one way or another: rows that verify drafts are no rows of prompts, and one row of a member costs more than one of
-sixteen. So each way has a factor of its own, learned from its own steps. It serves the comparison alone. Steps with drafts teach
-nothing else: what they take more would go to the cost of a row, and be multiplied by the rows of longer drafts.
+a few tenths, or several times, for one way or another: rows that verify drafts are no rows of prompts, one row of a member costs
+more than one of sixteen, and members run together only up to some number of rows. So each way has factors of its own, one for each
+size of batch, learned from its own steps. They serve the comparison alone. Steps with drafts teach nothing else: what they take
+more would go to the cost of a row, and be multiplied by the rows of longer drafts.
 """
 
 from collections.abc import Sequence
@@ -52,17 +53,26 @@ class Ways:
         self._step_cost = step_cost
         self._drafted_by_members = 1.0
         """Part of the drafts that members made lately; the others were looked up and cost nothing."""
-        self._pace: dict[Kind, float] = {"plain": 1.0, "sampled": 1.0, "drafts": 1.0}
-        self._last: Kind = "plain"
+        self._paces: dict[int, dict[Kind, float]] = {}
+        """The factors, by the size of the batch."""
+        self._last: tuple[int, Kind] = (0, "plain")
+        self._current_pace = self._pace(0)
 
-    def observe_step(self, kind: Kind, load: StepLoad, seconds: float) -> None:
+    def observe_step(self, kind: Kind, load: StepLoad, seconds: float, *, num_requests: int) -> None:
         """A step of that kind and load, without prompts, took so long until the next could begin."""
         if not self._step_cost.is_known or (expected_s := self._step_cost.expect(load)) <= 0:
             return
-        known, rate = self._pace[kind], _PACE_RATE if kind == self._last else _NEW_PACE_RATE
+        size = _size(num_requests)
+        pace = self._pace(size)
+        known, rate = pace[kind], _PACE_RATE if (size, kind) == self._last else _NEW_PACE_RATE
         ratio = min(max(seconds / expected_s, known / _MOST_PACE), known * _MOST_PACE)
-        self._pace = {each: max(_LEAST_PACE, pace * (1 - _FADING)) for each, pace in self._pace.items()}
-        self._pace[kind], self._last = known + rate * (ratio - known), kind
+        faded = {each: max(_LEAST_PACE, factor * (1 - _FADING)) for each, factor in pace.items()}
+        self._paces[size], self._last = {**faded, kind: known + rate * (ratio - known)}, (size, kind)
+
+    def _pace(self, size: int) -> dict[Kind, float]:
+        """The factors for batches of that size; those of the nearest size until one was seen."""
+        nearest = min(self._paces, key=lambda other: abs(other - size), default=None)
+        return {"plain": 1.0, "sampled": 1.0, "drafts": 1.0} if nearest is None else self._paces[nearest]
 
     def observe_drafters(self, rows: int, drafts: int) -> None:
         """A step drafted up to so many tokens, for which members ran so many rows."""
@@ -81,6 +91,7 @@ class Ways:
             self.current = Way(samples=bool(undecided) and expected <= _FEW_ENOUGH * plain)
             return
         able = [(each.acceptance, each.mixture) for each in candidates if each.acceptance is not None]
+        self._current_pace = self._pace(_size(len(candidates)))
         drafts, tokens_per_s = self._best_length(load, able, len(candidates))
         plain_s = self._predict("plain", load)
         samples = False
@@ -96,7 +107,7 @@ class Ways:
         self.current = Way(samples=samples, drafts=drafts, gain=tokens_per_s * plain_s / len(candidates))
 
     def _predict(self, kind: Kind, load: StepLoad) -> float:
-        return self._pace[kind] * self._step_cost.expect(load)
+        return self._current_pace[kind] * self._step_cost.expect(load)
 
     def _best_length(
         self, load: StepLoad, able: Sequence[tuple[Acceptance, Mixture]], num_requests: int
@@ -118,3 +129,8 @@ class Ways:
         expected = self.acceptance.rate(_FIRST_ACCEPTANCE)
         rates = [acceptance.rate(expected) for acceptance, _ in able]
         return best_length(rates, num_requests - len(able), step_s)
+
+
+def _size(num_requests: int) -> int:
+    """A class of batches: sizes that double."""
+    return num_requests.bit_length()

@@ -29,9 +29,14 @@ class Engine:
         self.ways = Ways(self.cost)
         self.taken = Counter[Kind]()
         self.seconds = self.tokens = 0.0
-        self._factors, self._acceptance = factors, acceptance
+        self._factors, self._acceptance, self._can_be_sampled = factors, acceptance, can_be_sampled
+        self.resize(num_requests)
+
+    def resize(self, num_requests: int) -> None:
         self._candidates = [
-            Candidate(mixture=SIX, context=0, can_be_sampled=can_be_sampled, is_sampled=False, acceptance=Acceptance())
+            Candidate(
+                mixture=SIX, context=0, can_be_sampled=self._can_be_sampled, is_sampled=False, acceptance=Acceptance()
+            )
             for _ in range(num_requests)
         ]
 
@@ -61,7 +66,7 @@ class Engine:
                 assert each.acceptance is not None
                 each.acceptance.observe(k, accepted)
         seconds = linear_s(load) * self._factors[kind] * self.dice.lognormvariate(0, 0.1)
-        self.ways.observe_step(kind, load, seconds)
+        self.ways.observe_step(kind, load, seconds, num_requests=count)
         if kind != "drafts":
             self.cost.observe(load, seconds, members_s=seconds - 0.001)
         self.taken[kind] += 1
@@ -115,3 +120,19 @@ def test_plain_steps_that_become_slow_let_the_others_in() -> None:
     engine.taken.clear()
     engine.run(500)
     assert engine.taken["drafts"] > 400
+
+
+def test_what_is_slow_for_many_requests_stays_fast_for_one() -> None:
+    factors = dict(AS_EXPECTED)
+    engine = engine_after(300, factors=factors, acceptance=0.8, can_be_sampled=False)
+    for _ in range(6):
+        for num_requests, factor in ((16, 3.0), (1, 1.0)):
+            factors["drafts"] = factor
+            engine.resize(num_requests)
+            engine.run(300)
+    for num_requests, factor, kind in ((16, 3.0, "plain"), (1, 1.0, "drafts")):
+        factors["drafts"] = factor
+        engine.resize(num_requests)
+        engine.taken.clear()
+        engine.run(40)
+        assert engine.taken[kind] > 36, "nothing is to be learned again when the batch changes"

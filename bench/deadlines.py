@@ -31,7 +31,6 @@ from chorus.serve.gateway.loadtest import Plan, Sent, run
 sys.path.insert(0, str(Path(__file__).parent))
 from gateway import chorus_serve
 
-FACTORS = (0.5, 1.0, 2.0)
 CHORUS, PLAIN = "chorus", "plain"
 PAUSE_S = 3  # every run begins on an idle engine
 BARS = {0.5: 0.99, 1.0: 0.95, 2.0: 0.90}
@@ -54,7 +53,7 @@ def measure(url: str, directory: Path, options: argparse.Namespace) -> dict[str,
     print(f"{largest.name}: {unloaded_s:.2f} s alone, {capacity:.2f} requests/s at 16 streams", flush=True)
     sent: dict[tuple[float, str], list[Sent]] = {}
     for round_ in range(options.rounds):
-        for factor in FACTORS:
+        for factor in options.factors:
             loaded = replace(
                 plan,
                 rate_per_s=factor * capacity,
@@ -123,6 +122,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--factors", type=float, nargs="+", default=list(BARS), choices=list(BARS))
     parser.add_argument("--plain", action="store_true", help="compare with all members at every token, not with tiers")
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     options, engine_arguments = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]

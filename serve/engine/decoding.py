@@ -26,8 +26,8 @@ MOST_DRAFTS = 6
 _GREEDY = 1e-5
 """vLLM decodes greedily below this temperature."""
 _REMEMBERED, _PRIOR_DRAFTS = 0.98, 4.0
-_CLEAR_GAIN = 1.05
-"""Drafts must promise this much: below it, noise would choose."""
+CLEAR_GAIN = 1.1
+"""Another way than plain steps must promise this much: below it, noise would choose, and changing costs something, too."""
 
 
 def why_not_sampled(parameters: Any, mixture: Mixture) -> str | None:
@@ -195,4 +195,4 @@ def best_length(rates: Sequence[float], others: int, step_s: Callable[[int], flo
         return (others + sum(tokens_per_step(rate, drafts) for rate in rates)) / step_s(drafts)
 
     best = max(range(MOST_DRAFTS + 1), key=speed)
-    return (best, speed(best)) if speed(best) >= _CLEAR_GAIN * speed(0) else (0, speed(0))
+    return (best, speed(best)) if speed(best) >= CLEAR_GAIN * speed(0) else (0, speed(0))

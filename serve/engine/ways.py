@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from chorus.serve.engine.deadline import StepCost, StepLoad, StepTally
-from chorus.serve.engine.decoding import Acceptance, Way, best_length, heaviest, members_that_run
+from chorus.serve.engine.decoding import CLEAR_GAIN, Acceptance, Way, best_length, heaviest, members_that_run
 from chorus.serve.engine.mixture import Mixture
 
 Kind = Literal["plain", "sampled", "drafts"]
@@ -97,7 +97,7 @@ class Ways:
         samples = False
         if undecided:
             sampled_s = self._predict("sampled", replace(load, active_members=expected))
-            if samples := tokens_per_s * sampled_s < len(candidates):
+            if samples := CLEAR_GAIN * tokens_per_s * sampled_s <= len(candidates):
                 rest = [
                     (each.acceptance, each.mixture)
                     for each in candidates

@@ -140,6 +140,10 @@ class MemberCoordinator(KVCacheCoordinator):
             manager.free(request_id)
         holding.left_out -= {group for group, _ in leaving}
 
+    def is_behind(self, request_id: str) -> bool:
+        """Whether some member of the request has not computed all of its tokens."""
+        return bool(self._held[request_id].computed)
+
     def plan(self, request_id: str, members: Sequence[int], num_computed: int) -> dict[int, int]:
         """In its next step only `members` run for the request, which has computed so many tokens.
 

@@ -115,7 +115,7 @@ class PopulationScheduler(Scheduler):
         self._changed: set[str] = set()
         self._sampling: dict[str, _Sampling] = {}
         self._planned: dict[str, _Planned] = {}
-        """What runs of the requests in `_sampling` in the current step. Of any other request, and of prompts, all members run."""
+        """What runs of requests in `_sampling` in the current step. Of all that is not here all members run."""
         self._speculating: dict[str, _Speculation] = {}
         self._work: dict[str, Work] = {}
         """Of requests that asked for a report."""
@@ -237,7 +237,7 @@ class PopulationScheduler(Scheduler):
         self._num_chosen_for = len(candidates)
 
     def _plan_sampling(self) -> dict[str, _Planned]:
-        """Choose the members that run in the next step, for each request that may sample them and is past its prompt."""
+        """Choose the members that run in the next step, for requests past their prompts that sample them, or did so before."""
         ready = [
             (request, self._sampling[request.request_id])
             for request in self.running
@@ -252,6 +252,8 @@ class PopulationScheduler(Scheduler):
             mixture = self._mixtures[request.request_id]
             if own.is_asked_for or self._ways.current.samples:
                 mixture = own.draws.draw(mixture, request.num_output_tokens)
+            elif not self._kv.is_behind(request.request_id):
+                continue
             missed = self._kv.plan(request.request_id, mixture.members, request.num_computed_tokens)
             planned[request.request_id] = _Planned(mixture=mixture, missed=missed)
         return planned

@@ -219,7 +219,7 @@ class PopulationRunner(GPUModelRunner):
         try:
             return super()._model_forward(*args, **kwargs)
         finally:
-            self.model.current.step = None
+            self.model.current.step, self.model.current.is_merged = None, False
 
     def _input_fits_in_drafter(self, *args: Any) -> bool:
         """Yes: the drafter looks at each request."""

@@ -1,10 +1,10 @@
 """Deadlines under load: Poisson arrivals at 0.5, 1 and 2 times the capacity of `max`, each with twice the unloaded time.
 
 The gateway's own choice of tiers beside every fixed tier, in turn, in one run; with --plain beside itself where all members run at
-every token, in place of the fixed tiers. Each load lasts long enough for a tier that asks for
-a little more than there is to fall behind: for ten seconds it may live on the time budgets alone. Usage:
+every token, in place of the fixed tiers. Each load lasts long enough for a tier that asks for a little more than there is to fall
+behind: for ten seconds it may live on the time budgets alone. Usage:
 
-    python bench/deadlines.py DIR [--seconds 40] [--rounds 1] [--tokens 48] [--plain] [-- ENGINE_ARGUMENT...]
+    python bench/deadlines.py DIR [--seconds 40] [--rounds 1] [--tokens 48] [--factors 1 2] [--plain] [-- ENGINE_ARGUMENT...]
     python bench/deadlines.py DIR --url http://127.0.0.1:8000
 """
 

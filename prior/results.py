@@ -45,8 +45,8 @@ def fitted_population(population: Population, fits: Sequence[NamedFit]) -> Popul
     """The population with the tiers and losses of all fits, one prior version later.
 
     Tiers stand from the cheapest to the dearest. Of tiers that cost the same, those of the first fit come last, so that a number of
-    members asks for the first prior where both have such a tier. Members' own losses are those on the first
-    fit's test part.
+    members asks for the first prior where both have such a tier. Members' own losses are those on the
+    first fit's test part.
     """
     tiers = [
         Tier(

@@ -142,9 +142,8 @@ class Drafter:
             token_ids, p_RV = draw(log_p_RV)
             tokens.append(token_ids)
             probabilities.append(p_RV)
-        drawn = [
-            token_ids.tolist() for token_ids in tokens
-        ]  # once all steps are on their way: a GPU need not wait between them
+        # Once all steps are on their way: a GPU need not wait between them.
+        drawn = [token_ids.tolist() for token_ids in tokens]
         return [
             ([ids[idx] for ids in drawn[:count]], torch.stack([p_RV[idx] for p_RV in probabilities[:count]]))
             for idx, count in enumerate(wanted.tolist())

@@ -204,7 +204,10 @@ def differences(source: Path) -> Iterator[str]:
         for name, expected in functions.items():
             found = _parameters(tree, name)
             if found != expected:
-                yield f"{module}.{name}: ({found}), not ({expected})" if found else f"{module}.{name}: there is none"
+                is_missing = found is None
+                yield (
+                    f"{module}.{name}: there is none" if is_missing else f"{module}.{name}: ({found}), not ({expected})"
+                )
 
 
 def _parameters(tree: ast.Module, name: str) -> str | None:

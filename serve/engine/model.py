@@ -96,9 +96,8 @@ class PopulationForCausalLM(nn.Module):
         if step is not None and returned.common is not None:
             running = step.running
             returned.columns = self._lay_out(running, start=0)
-            if (
-                not running
-            ):  # all members of this mixture are on other ranks; vLLM wants a row for each token all the same
+            if not running:
+                # All members of this mixture are on other ranks; vLLM wants a row for each token all the same.
                 return torch.zeros(len(input_ids), 1, dtype=self._dtype, device=input_ids.device)
             hidden = self._run_parts(running, step, input_ids, positions)
             return hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1)

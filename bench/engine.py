@@ -47,7 +47,7 @@ def main() -> None:
     member = arguments.population / first.path
     plain, eager, mixed = (
         Engine(model, tokenizer=arguments.population, dtype=arguments.dtype, enforce_eager=is_eager)
-        for model, is_eager in ((member, False), (member, True), (arguments.population, True))
+        for model, is_eager in ((member, False), (member, True), (arguments.population, False))
     )
     rows = []
     try:

@@ -1,10 +1,12 @@
 """A member's attention layers: their KV cache is the member's own, and they see only the rows that the member runs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata, subclass_attention_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -29,29 +31,60 @@ class CurrentStep(SimpleNamespace):
     """Whether logits may be given as they are: no request of the batch has penalties, which act on normalised log-probabilities."""
 
 
-def claim_layers(model: Any, member: int, current: CurrentStep) -> list[str]:
-    """Make the attention layers of `model` those of `member`; return their names.
+class MemberLayers:
+    """The attention layers of one member, under names that the layers of all members share.
 
-    Raises:
-        ChorusError: a layer's KV cache is not plain full attention (sliding windows, latent attention, state spaces).
+    Compiled code finds a layer, its metadata and its slots in vLLM's forward context by the layer's name, and members of one
+    configuration share compiled code. In vLLM's own dictionaries each name is unique.
     """
-    names = []
-    backends: dict[type, type] = {}
-    for layer in model.modules():
-        if not isinstance(layer, Attention):
-            continue
-        backend = layer.attn_backend
-        if backend not in backends:
-            builder = _narrowing_builder(backend.get_builder_cls(), member, current)
-            backends[backend] = subclass_attention_backend(f"Member{member}", backend, builder)
-        layer.attn_backend = backends[backend]
-        _own_kv_cache(layer, member)
-        names.append(layer.layer_name)
-    if not names:
-        raise ChorusError(
-            f"member {member} has no attention layer that vLLM caches: only decoder-only transformers can be mixed."
-        )
-    return names
+
+    def __init__(self, model: Any, member: int, current: CurrentStep) -> None:
+        """Make the attention layers of `model` those of `member`.
+
+        Raises:
+            ChorusError: a layer's KV cache is not plain full attention (sliding windows, latent attention, state spaces).
+        """
+        backends: dict[type, type] = {}
+        self._layers: dict[str, Any] = {}
+        self._names: dict[str, str] = {}
+        self._all_layers: dict[str, Any] | None = None
+        for layer in model.modules():
+            if not isinstance(layer, Attention):
+                continue
+            backend = layer.attn_backend
+            if backend not in backends:
+                builder = _narrowing_builder(backend.get_builder_cls(), member, current)
+                backends[backend] = subclass_attention_backend(f"Member{member}", backend, builder)
+            layer.attn_backend = backends[backend]
+            _own_kv_cache(layer, member)
+            unique = layer.layer_name
+            layer.layer_name = unique.removeprefix(f"member_{member}.")
+            self._layers[layer.layer_name] = layer
+            self._names[layer.layer_name] = unique
+        if not self._layers:
+            raise ChorusError(
+                f"member {member} has no attention layer that vLLM caches: only decoder-only transformers can be mixed."
+            )
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @contextmanager
+    def in_context(self) -> Iterator[None]:
+        """Let vLLM's forward context hold this member's layers, metadata and slots under the shared names."""
+        context = get_forward_context()
+        before = context.no_compile_layers, context.attn_metadata, context.slot_mapping
+        if self._all_layers is None:
+            self._all_layers = {**context.no_compile_layers, **self._layers}
+        context.no_compile_layers = self._all_layers
+        context.attn_metadata, context.slot_mapping = self._renamed(before[1]), self._renamed(before[2])
+        try:
+            yield
+        finally:
+            context.no_compile_layers, context.attn_metadata, context.slot_mapping = before
+
+    def _renamed(self, by_name: Any) -> Any:
+        return {shared: by_name[unique] for shared, unique in self._names.items()} if by_name else by_name
 
 
 def _own_kv_cache(layer: Any, member: int) -> None:

@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from chorus.population import manifest
 from chorus.population.checkpoint import check_mixable
@@ -13,6 +15,8 @@ from chorus.serve.engine.drafts import drafts_itself, speculative_config
 from chorus.serve.engine.loader import LOAD_FORMAT
 from chorus.serve.engine.parallel import settle
 from chorus.serve.engine.requests import check_every_request, try_every_grammar
+
+logger = init_logger(__name__)
 
 
 class PopulationConfig(VerifyAndUpdateConfig):
@@ -29,9 +33,9 @@ class PopulationConfig(VerifyAndUpdateConfig):
         scheduler.disable_hybrid_kv_cache_manager = False
         scheduler.async_scheduling = False
         parallel.worker_cls = "chorus.serve.engine.worker.PopulationWorker"
-        # vLLM keys compiled artifacts by a model's shape, which members share: one would load another's. And CUDA graphs are
-        # captured for a number of rows, on which the members of a mixed batch do not agree.
-        vllm_config.model_config.enforce_eager = True
+        if not current_platform.is_cpu() or not _can_compile():
+            # CUDA graphs are captured for a number of rows, on which the members of a mixed batch do not agree.
+            vllm_config.model_config.enforce_eager = True
         if load.load_format in ("auto", "hf", "safetensors"):
             load.load_format = LOAD_FORMAT
         settle(vllm_config)
@@ -39,6 +43,20 @@ class PopulationConfig(VerifyAndUpdateConfig):
             vllm_config.speculative_config = speculative_config(vllm_config)
         check_every_request(vllm_config.model_config.model)
         try_every_grammar()
+
+
+def _can_compile() -> bool:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        logger.warning(
+            "There is no C++ compiler, so that members run eagerly: some 10 %% slower. Install g++, or set CXX."
+        )
+        return False
+    return True
 
 
 def _refuse(vllm_config: Any) -> None:

@@ -17,6 +17,8 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from vllm import _custom_ops as kernels
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
 from vllm.platforms import current_platform
 
@@ -138,8 +140,9 @@ class _Layer:
     ) -> tuple[Tensor, Tensor]:
         hidden_ND, residual_ND = self._norm_before(rows, hidden_ND, residual_ND)
         queries, keys, values = self._qkv(rows, hidden_ND).split_with_sizes(self._widths, dim=-1)
-        queries, keys = self._rotary(positions_N, queries, keys)
-        hidden_ND = self._output(rows, self.attention[rows.places[0]](queries, keys, values))
+        # Not by way of `forward`: in an engine that compiles, vLLM means that to be compiled.
+        queries, keys = self._rotary.forward_cpu(positions_N, queries, keys)
+        hidden_ND = self._output(rows, _attend(self.attention[rows.places[0]], queries, keys, values))
         hidden_ND, residual_ND = self._norm_between(rows, hidden_ND, residual_ND)
         return self._down(rows, self._activation(self._gate_up(rows, hidden_ND))), residual_ND
 
@@ -161,15 +164,35 @@ class _Linear:
         if self._stacked_MIO is not None and rows.num_alike is not None:
             count = len(rows.places)
             return torch.bmm(x_NI.view(count, rows.num_alike, -1), self._stacked_MIO[:count]).flatten(0, 1)
-        layers = [self._layers[place] for place in rows.places]
-        parts = x_NI.split_with_sizes(rows.sizes) if len(layers) > 1 else (x_NI,)
-        return _together(
-            [layer.quant_method.apply(layer, part, layer.bias) for layer, part in zip(layers, parts, strict=True)]
+        layers = self._layers
+        if len(rows.places) == 1:
+            layer = layers[rows.places[0]]
+            product: Tensor = layer.quant_method.apply(layer, x_NI, layer.bias)
+            return product
+        parts = zip(rows.places, x_NI.split_with_sizes(rows.sizes), strict=True)
+        return torch.cat(
+            [layers[place].quant_method.apply(layers[place], part, layers[place].bias) for place, part in parts]
         )
 
 
+def _attend(layer: Any, queries_NI: Tensor, keys_NI: Tensor, values_NI: Tensor) -> Tensor:
+    """What the layer returns when it is called, without the two Python operators on the way, which exist to be compiled around."""
+    output_NI = torch.empty_like(queries_NI)
+    context = get_forward_context()
+    if not context.attn_metadata:
+        return output_NI  # vLLM's profiling run: there is no cache yet
+    name = layer.layer_name
+    heads = (-1, layer.num_heads, layer.head_size)
+    keys, values = (each.view(-1, layer.num_kv_heads, layer.head_size) for each in (keys_NI, values_NI))
+    layer.impl.do_kv_cache_update(layer, keys, values, layer.kv_cache, context.slot_mapping[name])
+    layer.impl.forward(
+        layer, queries_NI.view(heads), keys, values, layer.kv_cache, context.attn_metadata[name], output_NI.view(heads)
+    )
+    return output_NI
+
+
 class _Norm:
-    """RMS norms of all members, as vLLM computes them: in float32, scaled in the model's dtype."""
+    """RMS norms of all members."""
 
     def __init__(self, norms: Sequence[Any]) -> None:
         self._norms = norms
@@ -177,15 +200,23 @@ class _Norm:
         self._weights_MD: Tensor | None = None
 
     def __call__(self, rows: _Rows, x_ND: Tensor, residual_ND: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The norm of x + residual, and that sum."""
+        """The norm of x + residual, and that sum. Both are overwritten."""
         if self._weights_MD is None:  # not before: weights are loaded after the model is built
             self._weights_MD = torch.stack([norm.weight.detach() for norm in self._norms])
-        sum_ND = x_ND.float()
-        if residual_ND is not None:
-            sum_ND = sum_ND + residual_ND.float()
-            x_ND = sum_ND.to(x_ND.dtype)
-        scale_N1 = torch.rsqrt(sum_ND.pow(2).mean(dim=-1, keepdim=True) + self._epsilon)
-        return (sum_ND * scale_N1).to(x_ND.dtype) * self._weights_MD[rows.place_N], x_ND
+        places = rows.places
+        weight_D = self._weights_MD[places[0]] if len(places) == 1 else None
+        if residual_ND is None:
+            residual_ND = x_ND
+            x_ND = torch.empty_like(x_ND)
+            kernels.rms_norm(x_ND, residual_ND, weight_D, self._epsilon)
+        else:
+            kernels.fused_add_rms_norm(x_ND, residual_ND, weight_D, self._epsilon)
+        if weight_D is None and rows.num_alike is not None:
+            count = len(places)
+            x_ND.view(count, rows.num_alike, -1).mul_(self._weights_MD[:count].unsqueeze(1))
+        elif weight_D is None:
+            x_ND.mul_(self._weights_MD[rows.place_N])
+        return x_ND, residual_ND
 
 
 def _together(parts: list[Tensor]) -> Tensor:

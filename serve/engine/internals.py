@@ -161,8 +161,25 @@ PARAMETERS: dict[str, dict[str, str]] = {
         "subclass_attention_backend": "name_prefix, attention_backend_cls, builder_cls",
         "AttentionMetadataBuilder.build": "self, common_prefix_len, common_attn_metadata, fast_build",
     },
-    "model_executor.layers.layernorm": {
-        "RMSNorm.forward_native": "self, x, residual",
+    "_custom_ops": {
+        "rms_norm": "out, input, weight, epsilon",
+        "fused_add_rms_norm": "input, residual, weight, epsilon",
+    },
+    "compilation.wrapper": {
+        "TorchCompileWithNoGuardsWrapper.aot_compile": "self, *args, **kwargs",
+    },
+    "model_executor.layers.rotary_embedding.base": {
+        "RotaryEmbedding.forward_cpu": "self, positions, query, key",
+    },
+    "model_executor.layers.attention.attention": {
+        "Attention.forward": "self, query, key, value, output_shape, output_dtype",
+        "get_attention_context": "layer_name",
+    },
+    "v1.attention.backends.cpu_attn": {
+        "CPUAttentionBackendImpl.forward": (
+            "self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale"
+        ),
+        "CPUAttentionBackendImpl.do_kv_cache_update": "self, layer, key, value, kv_cache, slot_mapping",
     },
     "model_executor.layers.linear": {
         "UnquantizedLinearMethod.apply": "self, layer, x, bias",

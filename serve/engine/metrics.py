@@ -46,7 +46,7 @@ class StepCounts:
         rows_by_set: Mapping[tuple[int, ...], int],
         seconds: Sequence[float],
         *,
-        passes: Mapping[int, int],
+        draft_passes: Mapping[int, int],
         caught_up: int,
     ) -> None:
         """Add a step.
@@ -54,12 +54,14 @@ class StepCounts:
         Args:
             rows_by_set: token rows by the set of members that ran them.
             seconds: of each member, and of mixing.
-            passes: forwards of each member.
+            draft_passes: forwards of members that drafted, beside that of each that ran any rows.
             caught_up: rows for tokens of steps that had left their member out.
         """
         self._num_steps += 1
-        self._rows_by_set.update(rows_by_set)
-        self._passes.update(passes)
+        for members, rows in rows_by_set.items():
+            self._rows_by_set[members] += rows
+        self._passes.update({member for members in rows_by_set for member in members})
+        self._passes.update(draft_passes)
         self._caught_up += caught_up
         self._seconds = [total + more for total, more in zip(self._seconds, seconds, strict=True)]
 

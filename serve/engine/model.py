@@ -17,7 +17,8 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_regist
 from vllm.transformers_utils.config import get_config
 
 from chorus.population import manifest
-from chorus.serve.engine.attention import CurrentStep, claim_layers
+from chorus.serve.engine.attention import CurrentStep, MemberLayers
+from chorus.serve.engine.compiling import Compiled
 from chorus.serve.engine.grouped import Grouped
 from chorus.serve.engine.mixing import Exchange, header_width, mix, mix_alike, uniform_headers
 from chorus.serve.engine.mixture import Mixture
@@ -58,7 +59,8 @@ class PopulationForCausalLM(nn.Module):
         self.members = nn.ModuleDict({str(idx): member for idx, member in self._members.items()})
         device = torch.device(vllm_config.device_config.device)
         self.stopwatch = Stopwatch(self.num_members, device)
-        self.layers_by_member = {idx: claim_layers(member, idx, self.current) for idx, member in self._members.items()}
+        self._layers = {idx: MemberLayers(member, idx, self.current) for idx, member in self._members.items()}
+        self._compiled = Compiled(self._members, configs, self._layers, vllm_config.compilation_config)
         self._pooling: dict[str, Any] = {"adds_up": device.type == "cpu", "device": device}
         self._exchange: Exchange | None = None
         if isinstance(self.ranks, SpreadRanks):
@@ -149,14 +151,22 @@ class PopulationForCausalLM(nn.Module):
             found = dict(zip(ordered, self._run(ordered, [by_member[idx] for idx in ordered]), strict=True))
             hidden = [found[idx] for idx in running]
         else:
-            hidden = [self._run((idx,), [each])[0] for idx, each in zip(running, inputs, strict=True)]
+            hidden = []
+            for idx, each in zip(running, inputs, strict=True):
+                hidden.append(self._run((idx,), [each])[0])
+                if step is None:  # as in vLLM's warm-up, when members are compiled
+                    self._compiled.share(idx)
         return [each if rows is None else each[rows] for each, rows in zip(hidden, kept, strict=True)]
 
     def _run(self, running: Sequence[int], inputs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """The hidden states of one member, or of several whose attention is merged."""
         start = self.stopwatch.mark()
-        with self.ranks.alone():
-            hidden = [self._members[running[0]](*inputs[0])] if self.grouped is None else self.grouped(running, inputs)
+        first = running[0]
+        with self.ranks.alone(), self._layers[first].in_context():
+            if self.grouped is None or (len(running) == 1 and first in self._compiled):
+                hidden = [self._members[first](*inputs[0])]
+            else:
+                hidden = self.grouped(running, inputs)
         num_rows = sum(map(len, hidden))
         for idx, each in zip(running, hidden, strict=True):
             self.stopwatch.add(idx, start, share=len(each) / num_rows)

@@ -5,7 +5,7 @@ It resolves tiers when requests arrive, and at each token boundary drops members
 
 import json
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice, pairwise
@@ -284,12 +284,10 @@ class PopulationScheduler(Scheduler):
         if scheduler_output.num_scheduled_tokens and self._num_steps % every == 0:
             observed = self._observe(scheduler_output, model_runner_output)
         if self.log_stats and scheduler_output.num_scheduled_tokens:
-            rows_by_set = self._rows_by_set(scheduler_output.num_scheduled_tokens)
             self.counts.count_step(
-                rows_by_set,
+                self._rows_by_set(scheduler_output.num_scheduled_tokens),
                 model_runner_output.seconds,
-                passes=Counter({member for members in rows_by_set for member in members})
-                + model_runner_output.draft_passes,
+                draft_passes=model_runner_output.draft_passes,
                 caught_up=sum(sum(planned.missed.values()) for planned in self._planned.values()),
             )
         for request_id, drafts in scheduler_output.scheduled_spec_decode_tokens.items():

@@ -77,6 +77,10 @@ class PopulationRunner(GPUModelRunner):
     _merged: MergedRows | None
     """The rows of all members of `_step` as one, where they run together."""
     _merged_slots: torch.Tensor
+    _drafts: Mapping[str, int] = {}
+    """How many tokens the scheduler wants drafted at the end of this step, by request."""
+    _speculates: bool = False
+    """Whether this step verifies drafts, or ends with new ones."""
     _all_groups: "_Groups"
     _running_groups: "_Groups"
 
@@ -117,8 +121,10 @@ class PopulationRunner(GPUModelRunner):
         }
         self.model.current.takes_any_scale = self.input_batch.no_penalties
         self._running_groups.show(self)
-        # vLLM would sample through its rejection sampler whether or not there are drafts.
-        with nullcontext() if scheduler_output.scheduled_spec_decode_tokens else self.without_speculation():
+        self._drafts, is_verified = scheduler_output.drafts, bool(scheduler_output.scheduled_spec_decode_tokens)
+        self._speculates = is_verified or bool(self._drafts)
+        with nullcontext() if is_verified else self.without_speculation():
+            # With it, vLLM would sample through its rejection sampler whether or not there are drafts.
             return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
 
     @contextmanager
@@ -227,7 +233,7 @@ class PopulationRunner(GPUModelRunner):
 
     def propose_draft_token_ids(self, scheduler_output: Any, sampled_token_ids: Any, *args: Any) -> list[list[int]]:
         """What the scheduler wants drafted, by the members that this step has just run."""
-        drafts: list[list[int]] = self.drafter.propose(self, scheduler_output.drafts, sampled_token_ids)
+        drafts: list[list[int]] = self.drafter.propose(self, self._drafts, sampled_token_ids)
         return drafts
 
     def _get_spec_decode_draft_probs(self, spec_decode_metadata: Any) -> torch.Tensor | None:
@@ -239,11 +245,12 @@ class PopulationRunner(GPUModelRunner):
         )
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().sample_tokens(*args, **kwargs)
+        with nullcontext() if self._speculates else self.without_speculation():
+            output = super().sample_tokens(*args, **kwargs)
         if output is not None:
             output.seconds = self.model.stopwatch.take()  # for the scheduler, which counts, as the rest
             output.draft_passes, output.drafted = Counter[int](), {}
-            if self.speculative_config is not None:
+            if self._drafts:
                 output.draft_passes, output.drafted = self.drafter.passes.copy(), self.drafter.drafted.copy()
         return output
 

@@ -9,6 +9,7 @@ from vllm import SamplingParams
 from chorus.population import assemble
 from tests.serve.engine.asking import TIERS, assert_isolated, check_against_reference, greedy, prompts
 from tests.serve.engine.conftest import running_engine
+from tests.serve.engine.test_grouped import runner_of
 from tests.worlds import save_checkpoint, save_member, save_tokenizer
 
 # vLLM and the libraries under it warn about themselves while they start; that is theirs to mend.
@@ -80,6 +81,37 @@ def test_members_of_different_depth_and_width_are_mixed_exactly(tmp_path: Path) 
         outputs = uneven.generate(prompts(4), [greedy(tier) for tier in tiers], use_tqdm=False)
         for tier, output in zip(tiers, outputs, strict=True):
             check_against_reference(directory, tier, output)
+
+
+def test_compiled_members_share_code_and_are_mixed_exactly(tmp_path: Path) -> None:
+    for idx, width in enumerate((64, 64, 96)):
+        save_member(tmp_path / f"tune-{idx}", seed=idx, width=width)
+        save_tokenizer(tmp_path / f"tune-{idx}")
+    save_checkpoint(tmp_path / "tune-3", "qwen2", seed=3)
+    directory = tmp_path / "compiled"
+    assemble.gather([tmp_path / f"tune-{idx}" for idx in range(4)], directory)
+    with running_engine(directory, enforce_eager=False) as compiled:
+        code = [each.model.aot_compiled_fn for each in runner_of(compiled).model.members.values()]
+        assert code[0] is code[1]
+        assert len({id(each) for each in code}) == 3
+        for first, second in (("economy", "max"), ("max", "economy")):
+            assert_isolated(compiled, directory, first, second)
+        tiers = ("economy", "max", "economy", "max")
+        outputs = compiled.generate(prompts(4), [greedy(tier) for tier in tiers], use_tqdm=False)
+        for tier, output in zip(tiers, outputs, strict=True):
+            check_against_reference(directory, tier, output)
+
+
+def test_members_that_run_together_do_so_beside_compiled_code(tiny_population: Path) -> None:
+    with running_engine(tiny_population, enforce_eager=False) as compiled:
+        assert len({id(each.model.aot_compiled_fn) for each in runner_of(compiled).model.members.values()}) == 1
+        for tier in TIERS:  # one row of each member, then several, then unequal numbers
+            for output in compiled.generate(prompts(2), [greedy(tier)] * 2, use_tqdm=False):
+                check_against_reference(tiny_population, tier, output)
+        tiers = [TIERS[idx % 3] for idx in range(6)]
+        outputs = compiled.generate(prompts(6), [greedy(tier) for tier in tiers], use_tqdm=False)
+        for tier, output in zip(tiers, outputs, strict=True):
+            check_against_reference(tiny_population, tier, output)
 
 
 def test_drafts_in_bfloat16_are_verified_beside_sampled_requests(tiny_population: Path) -> None:

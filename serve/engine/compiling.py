@@ -1,0 +1,50 @@
+"""Members that vLLM compiles, as it does any model: on CPUs, unless `--enforce-eager` is given.
+
+Members of one configuration run the same code on different weights: one of them is compiled, and the others share its code.
+Compiling takes tens of seconds, however many members there are.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from vllm.config import CompilationMode
+
+from chorus.serve.engine.attention import MemberLayers
+
+
+class Compiled:
+    """Which members are compiled."""
+
+    def __init__(
+        self, members: Mapping[int, Any], configs: Sequence[Any], layers: Mapping[int, MemberLayers], compilation: Any
+    ) -> None:
+        """`configs`: of all members; `compilation`: vLLM's own, in which the members' layers have registered themselves."""
+        self._members = members
+        self._configs = [{**config.to_dict(), "_name_or_path": ""} for config in configs]
+        self._compiled = set[int]()
+        if compilation.mode == CompilationMode.NONE:
+            return
+        for idx, member in members.items():
+            registered = sum(name.startswith(f"member_{idx}.") for name in compilation.static_forward_context)
+            if registered == len(layers[idx]) and _wrappers(member):
+                self._compiled.add(idx)
+            else:  # layers other than attention, as of experts, keep names of their own, which compiled code would hold
+                for wrapper in _wrappers(member):
+                    wrapper.do_not_compile = True
+
+    def __contains__(self, member: int) -> bool:
+        return member in self._compiled
+
+    def share(self, member: int) -> None:
+        """Give what was compiled for this member, when it ran for the first time, to all of its configuration."""
+        for other in self._compiled - {member} if member in self._compiled else ():
+            if self._configs[other] == self._configs[member]:
+                for mine, its in zip(_wrappers(self._members[member]), _wrappers(self._members[other]), strict=True):
+                    if (compiled := getattr(mine, "aot_compiled_fn", None)) is not None:
+                        its.aot_compiled_fn = compiled
+
+
+def _wrappers(member: nn.Module) -> list[Any]:
+    """The parts of a member that vLLM compiles."""
+    return [module for module in member.modules() if getattr(module, "do_not_compile", True) is False]

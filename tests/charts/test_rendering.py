@@ -231,8 +231,8 @@ def test_probes_wait_for_as_long_as_a_population_takes_to_load() -> None:
         probe = spec["containers"][0]["startupProbe"]
         return float(probe["periodSeconds"] * probe["failureThreshold"])
 
-    assert patience(population={"gib": 1}) >= 210
-    assert patience(population={"gib": 100}) >= 3180
+    assert patience(population={"gib": 1}) >= 630
+    assert patience(population={"gib": 100}) >= 3600
     assert 77 <= patience(engine={"startupSeconds": 77}) < 85
 
 

@@ -175,7 +175,7 @@ initContainers:
 {{- if .Values.engine.startupSeconds -}}
 {{ int .Values.engine.startupSeconds }}
 {{- else -}}
-{{ add 180 (mul 30 .Values.population.gib) }}
+{{ add 600 (mul 30 .Values.population.gib) }}
 {{- end -}}
 {{- end -}}
 

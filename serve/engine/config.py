@@ -52,9 +52,7 @@ def _can_compile() -> bool:
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
-        logger.warning(
-            "There is no C++ compiler, so that members run eagerly: some 10 %% slower. Install g++, or set CXX."
-        )
+        logger.warning("There is no C++ compiler, so members run eagerly and slower. Install g++, or set CXX.")
         return False
     return True
 

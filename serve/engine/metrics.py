@@ -58,8 +58,7 @@ class StepCounts:
             caught_up: rows for tokens of steps that had left their member out.
         """
         self._num_steps += 1
-        for members, rows in rows_by_set.items():
-            self._rows_by_set[members] += rows
+        self._rows_by_set.update(rows_by_set)
         self._passes.update({member for members in rows_by_set for member in members})
         self._passes.update(draft_passes)
         self._caught_up += caught_up

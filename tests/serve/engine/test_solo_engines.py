@@ -16,6 +16,13 @@ from tests.worlds import save_checkpoint, save_member, save_tokenizer
 pytestmark = pytest.mark.filterwarnings("default")
 
 
+def check_mixed(engine: Any, directory: Path, tiers: list[str]) -> None:
+    """Ask for a greedy answer at each of these tiers, all at once, and hold them to Hugging Face's members."""
+    outputs = engine.generate(prompts(len(tiers)), [greedy(tier) for tier in tiers], use_tqdm=False)
+    for tier, output in zip(tiers, outputs, strict=True):
+        check_against_reference(directory, tier, output)
+
+
 def test_chunked_prefill_and_preemption_stay_exact(tiny_population: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from chorus.serve.engine.scheduler import PopulationScheduler
 
@@ -46,10 +53,7 @@ def test_other_architectures_are_mixed_exactly(architecture: str, tmp_path: Path
     directory = tmp_path / architecture
     assemble.gather([tmp_path / "tune-0", tmp_path / "tune-1"], directory)
     with running_engine(directory) as other:
-        tiers = ("economy", "max", "economy", "max")
-        outputs = other.generate(prompts(4), [greedy(tier) for tier in tiers], use_tqdm=False)
-        for tier, output in zip(tiers, outputs, strict=True):
-            check_against_reference(directory, tier, output)
+        check_mixed(other, directory, ["economy", "max"] * 2)
 
 
 def test_members_of_different_architectures_are_mixed_exactly(tmp_path: Path) -> None:
@@ -62,10 +66,7 @@ def test_members_of_different_architectures_are_mixed_exactly(tmp_path: Path) ->
     with running_engine(directory) as mixed:
         for first, second in (("economy", "max"), ("max", "economy")):
             assert_isolated(mixed, directory, first, second)
-        tiers = ("economy", "max", "economy", "max")
-        outputs = mixed.generate(prompts(4), [greedy(tier) for tier in tiers], use_tqdm=False)
-        for tier, output in zip(tiers, outputs, strict=True):
-            check_against_reference(directory, tier, output)
+        check_mixed(mixed, directory, ["economy", "max"] * 2)
 
 
 def test_members_of_different_depth_and_width_are_mixed_exactly(tmp_path: Path) -> None:
@@ -77,10 +78,7 @@ def test_members_of_different_depth_and_width_are_mixed_exactly(tmp_path: Path) 
     with running_engine(directory) as uneven:
         for first, second in (("economy", "max"), ("max", "economy")):
             assert_isolated(uneven, directory, first, second)
-        tiers = ("economy", "max", "economy", "max")
-        outputs = uneven.generate(prompts(4), [greedy(tier) for tier in tiers], use_tqdm=False)
-        for tier, output in zip(tiers, outputs, strict=True):
-            check_against_reference(directory, tier, output)
+        check_mixed(uneven, directory, ["economy", "max"] * 2)
 
 
 def test_compiled_members_share_code_and_are_mixed_exactly(tmp_path: Path) -> None:
@@ -96,22 +94,15 @@ def test_compiled_members_share_code_and_are_mixed_exactly(tmp_path: Path) -> No
         assert len({id(each) for each in code}) == 3
         for first, second in (("economy", "max"), ("max", "economy")):
             assert_isolated(compiled, directory, first, second)
-        tiers = ("economy", "max", "economy", "max")
-        outputs = compiled.generate(prompts(4), [greedy(tier) for tier in tiers], use_tqdm=False)
-        for tier, output in zip(tiers, outputs, strict=True):
-            check_against_reference(directory, tier, output)
+        check_mixed(compiled, directory, ["economy", "max"] * 2)
 
 
 def test_members_that_run_together_do_so_beside_compiled_code(tiny_population: Path) -> None:
     with running_engine(tiny_population, enforce_eager=False) as compiled:
         assert len({id(each.model.aot_compiled_fn) for each in runner_of(compiled).model.members.values()}) == 1
         for tier in TIERS:  # one row of each member, then several, then unequal numbers
-            for output in compiled.generate(prompts(2), [greedy(tier)] * 2, use_tqdm=False):
-                check_against_reference(tiny_population, tier, output)
-        tiers = [TIERS[idx % 3] for idx in range(6)]
-        outputs = compiled.generate(prompts(6), [greedy(tier) for tier in tiers], use_tqdm=False)
-        for tier, output in zip(tiers, outputs, strict=True):
-            check_against_reference(tiny_population, tier, output)
+            check_mixed(compiled, tiny_population, [tier] * 2)
+        check_mixed(compiled, tiny_population, [TIERS[idx % 3] for idx in range(6)])
 
 
 def test_drafts_in_bfloat16_are_verified_beside_sampled_requests(tiny_population: Path) -> None:
@@ -138,10 +129,7 @@ def test_two_ranks_give_what_one_gives(
     with running_engine(tiny_population, **options, **additional) as sharded:
         held = sharded.collective_rpc("held_members")
         assert held == ([[0, 2], [1, 3]] if whole_members else [[0, 1, 2, 3]] * 2)
-        tiers = [TIERS[idx % 3] for idx in range(4)]
-        outputs = sharded.generate(prompts(4), [greedy(tier) for tier in tiers], use_tqdm=False)
-        for tier, output in zip(tiers, outputs, strict=True):
-            check_against_reference(tiny_population, tier, output)
+        check_mixed(sharded, tiny_population, [TIERS[idx % 3] for idx in range(4)])
 
 
 def test_the_isolation_test_fails_without_isolation(tiny_population: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from chorus.population import manifest
-from chorus.serve.gateway.cards import model_cards
-from chorus.serve.gateway.figures import summarise
-from chorus.serve.gateway.loadtest import Plan, Sent, run
+from chorus.serve.gateway.request.offer import model_cards
+from chorus.serve.loadtest.load import Plan, Sent, run
+from chorus.serve.loadtest.summary import summarise
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gateway import chorus_serve

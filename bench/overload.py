@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from chorus.serve.gateway.loadtest import Plan, Sent, run
+from chorus.serve.loadtest.load import Plan, Sent, run
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gateway import chorus_serve

@@ -18,7 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from chorus.serve.gateway.connections import Connection, ConnectionLimits, Connections
+from chorus.serve.gateway.transport.connections import Connection, ConnectionLimits, Connections
 
 NUM_EVENTS = 200
 EVENT = b"data: " + b"x" * 150 + b"\n\n"

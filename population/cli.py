@@ -18,7 +18,7 @@ _COMMANDS = {
     "prior": ("chorus.prior.command:prior", "Fit the weights and members for every budget."),
     "serve": ("chorus.serve.gateway.command:serve", "Serve a population over HTTP, with a budget per request."),
     "engine": ("chorus.serve.engine.command:engine", "Run an engine by itself, for gateways elsewhere."),
-    "bench": ("chorus.serve.gateway.bench_command:bench", "Put load on a gateway and print what became of it."),
+    "bench": ("chorus.serve.loadtest.command:bench", "Put load on a gateway and print what became of it."),
     "population": ("chorus.population.command:population", "Look at a population, or make one from checkpoints."),
 }
 

@@ -7,10 +7,10 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from chorus.population.assemble import chorus_version
-from chorus.serve.gateway import document, errors, playground, routes
+from chorus.serve.gateway.api import document, failures, playground, routes
 from chorus.serve.gateway.gateway import Gateway
-from chorus.serve.gateway.proxy import TIER_HEADER
-from chorus.serve.gateway.records import REQUEST_ID, RecordMiddleware
+from chorus.serve.gateway.observe.record import REQUEST_ID, RecordMiddleware
+from chorus.serve.gateway.relay.relay import TIER_HEADER
 
 
 def create_app(gateway: Gateway) -> FastAPI:
@@ -47,7 +47,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         is_draining=lambda: gateway.is_draining,
         begin_trace=None if gateway.tracing is None else gateway.tracing.begin,
     )
-    errors.add_handlers(app)
+    failures.add_handlers(app)
     app.include_router(routes.relays)
     app.include_router(routes.router)
     app.include_router(playground.router)

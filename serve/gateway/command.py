@@ -153,8 +153,8 @@ def serve(
     `vllm serve` takes it: `chorus serve DIR -- --dtype float32`.
     """
     from chorus.serve.gateway import launch
-    from chorus.serve.gateway.admission import Limits
-    from chorus.serve.gateway.connections import ConnectionLimits
+    from chorus.serve.gateway.admission.admission import Limits
+    from chorus.serve.gateway.transport.connections import ConnectionLimits
 
     if engine_urls and engine_arguments:
         raise click.UsageError("arguments after -- are for an engine of our own; with --engine there is none.")

@@ -8,23 +8,23 @@ from functools import partial
 
 import aiohttp
 
-from chorus.serve.gateway import upstream
-from chorus.serve.gateway.admission import Admission
-from chorus.serve.gateway.aside import Turns
+from chorus.serve.gateway.admission.admission import Admission
+from chorus.serve.gateway.admission.slots import Slots
 from chorus.serve.gateway.background import Background
-from chorus.serve.gateway.bodies import Bodies
-from chorus.serve.gateway.calibration import calibrate
-from chorus.serve.gateway.discovery import Discovery, changes
-from chorus.serve.gateway.echoes import Echoes
-from chorus.serve.gateway.engines import Engine
-from chorus.serve.gateway.metrics import Metrics
-from chorus.serve.gateway.offer import LiveOffer, Offer
-from chorus.serve.gateway.pool import Pool
-from chorus.serve.gateway.settings import Settings, Supervision
-from chorus.serve.gateway.sharing import seed, share
-from chorus.serve.gateway.store import MemoryStore, Store
-from chorus.serve.gateway.supervisor import EngineFailedError, Supervisor, engine_command
-from chorus.serve.gateway.tracing import Tracing
+from chorus.serve.gateway.engines import upstream
+from chorus.serve.gateway.engines.discovery import Discovery, changes
+from chorus.serve.gateway.engines.engine import Engine
+from chorus.serve.gateway.engines.pool import Pool
+from chorus.serve.gateway.engines.supervisor import EngineFailedError, Supervision, Supervisor, engine_command
+from chorus.serve.gateway.observe.drift import DriftSampler
+from chorus.serve.gateway.observe.metrics import Metrics
+from chorus.serve.gateway.observe.tracing import Tracing
+from chorus.serve.gateway.relay.calibration import calibrate
+from chorus.serve.gateway.request.offer import LiveOffer, Offer
+from chorus.serve.gateway.settings import Settings
+from chorus.serve.gateway.shared.store import MemoryStore, Store
+from chorus.serve.gateway.sync import seed, share
+from chorus.serve.gateway.transport.bodies import Bodies
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Gateway:
             settings.population, settings.default_tier_name, settings.manifest, lambda: self.pool.context_length
         )
         self.admission = Admission(settings.limits, self.pool.candidates)
-        self.turns = Turns()
+        self.slots = Slots()
         self.keys = settings.keys
         self._watches: dict[str, asyncio.Task[None]] = {}
         """Of the engines that others run, by address."""
@@ -57,7 +57,7 @@ class Gateway:
         )
         self.store: Store = MemoryStore()
         if settings.redis is not None:
-            from chorus.serve.gateway.redis_store import RedisStore  # only those who share need the client
+            from chorus.serve.gateway.shared.redis_store import RedisStore  # only those who share need the client
 
             self.store = RedisStore(settings.redis, self.population_name)
         self.is_draining = False
@@ -65,7 +65,7 @@ class Gateway:
         shared = self.store if settings.redis is not None else None
         self.metrics = Metrics(self.pool, self.admission, self._offer.current, shared)
         self.background = Background(self.metrics.count_background_failure)
-        self.echoes = Echoes(self.pool, settings.echo_part, self.metrics.observe_echo)
+        self.drift = DriftSampler(self.pool, settings.echo_part, self.metrics.observe_echo)
         self.tracing: Tracing | None = None
         if settings.otlp_traces_endpoint is not None:
             self.tracing = Tracing(settings.otlp_traces_endpoint, population=self.population_name)
@@ -97,7 +97,7 @@ class Gateway:
                 begin("the queue", self.admission.keep)
                 if settings.echo_part:
                     is_busy = lambda: self.admission.num_waiting > 0  # noqa: E731
-                    begin("the sampling of prompts", partial(self.echoes.keep, self.session, is_busy))
+                    begin("the sampling of prompts", partial(self.drift.keep, self.session, is_busy))
                 if settings.redis is not None:
                     begin("the count of gateways", self.store.keep)
                     begin("sharing", self._share)

@@ -22,13 +22,14 @@ from chorus.population.errors import ChorusError
 from chorus.population.live import LiveManifest
 from chorus.population.manifest import Population
 from chorus.serve.gateway import logs
-from chorus.serve.gateway.admission import Limits
+from chorus.serve.gateway.admission.admission import Limits
 from chorus.serve.gateway.app import create_app
-from chorus.serve.gateway.connections import ConnectionLimits, server_options
 from chorus.serve.gateway.console import print_example, print_offer, print_ready
+from chorus.serve.gateway.engines.supervisor import Supervision
 from chorus.serve.gateway.gateway import Gateway
-from chorus.serve.gateway.keys import Keys
-from chorus.serve.gateway.settings import Settings, Supervision
+from chorus.serve.gateway.request.keys import Keys
+from chorus.serve.gateway.settings import Settings
+from chorus.serve.gateway.transport.connections import ConnectionLimits, server_options
 
 
 @dataclass(frozen=True, kw_only=True)

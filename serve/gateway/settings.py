@@ -7,41 +7,13 @@ from pathlib import Path
 from chorus.population.errors import ChorusError
 from chorus.population.live import LiveManifest
 from chorus.population.manifest import Population, Tier
-from chorus.serve.gateway.admission import Limits
-from chorus.serve.gateway.discovery import DNS, SHARED
-from chorus.serve.gateway.keys import Keys
-from chorus.serve.gateway.tiers import default_tier
+from chorus.serve.gateway.admission.admission import Limits
+from chorus.serve.gateway.engines.discovery import DNS, SHARED
+from chorus.serve.gateway.engines.supervisor import Supervision
+from chorus.serve.gateway.request.keys import Keys
+from chorus.serve.gateway.request.tiers import default_tier
 
-_LEAST_ASIDE_BYTES = 256 * 1024
-_OURS = ("--model", "--host", "--port", "--uds", "--served-model-name", "--api-key")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Supervision:
-    """How the gateway runs an engine of its own."""
-
-    directory: Path
-    """The population directory, which the engine loads."""
-    arguments: tuple[str, ...] = ()
-    """Further arguments for the engine, as `vllm serve` takes them."""
-    log: Path | None = None
-    """Where the engine's output goes; None passes it through to ours."""
-    start_timeout_s: float = 1800.0
-    """Longest time from launch until the engine must answer."""
-    stop_timeout_s: float = 10.0
-    """Longest time from being asked to stop until the engine is killed."""
-    max_quick_failures: int = 5
-    """Failures in a row, each soon after a start, after which the gateway gives up."""
-    steady_after_s: float = 60.0
-    """An engine that served this long before it died has not failed quickly."""
-
-    def __post_init__(self) -> None:
-        for argument in self.arguments:
-            if argument.split("=")[0].replace("_", "-") in _OURS:
-                raise ChorusError(
-                    f"engine argument {argument!r} is set by the gateway itself. "
-                    "To run an engine of your own, start it with `vllm serve` and give its address with --engine."
-                )
+_MIN_AUXILIARY_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +84,9 @@ class Settings:
             raise ChorusError(f"redis {self.redis!r} is not an address such as redis://127.0.0.1:6379/0.")
 
     @property
-    def max_aside_bytes(self) -> int:
+    def max_auxiliary_bytes(self) -> int:
         """Longest body of a request beside completions: more than fits a context as text or as token ids."""
-        return min(self.max_body_bytes, max(_LEAST_ASIDE_BYTES, 8 * self.population.context_length))
+        return min(self.max_body_bytes, max(_MIN_AUXILIARY_BYTES, 8 * self.population.context_length))
 
     @property
     def sources(self) -> tuple[str, ...]:

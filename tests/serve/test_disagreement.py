@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chorus.population import manifest
-from chorus.serve.gateway.disagreement import jensen_gaps
+from chorus.serve.gateway.api.disagreement import jensen_gaps
 from tests.reference import member_log_probs, mixture_log_probs
 
 TOKENS = list(range(5, 45))

@@ -7,7 +7,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from chorus.population import manifest
-from chorus.serve.gateway.costs import read_costs
+from chorus.serve.gateway.engines.costs import read_costs
 from tests.live import wait_for
 
 BODY = {"prompt": [5, 6, 7, 8, 9, 10, 11, 12, 13, 14], "max_tokens": 9, "ignore_eos": True, "temperature": 0}

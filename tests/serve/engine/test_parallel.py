@@ -13,7 +13,7 @@ from torch import Tensor
 
 from chorus.population import manifest
 from chorus.population.errors import ChorusError
-from chorus.serve.engine.mixing import Exchange, make_headers, mix, mix_alike
+from chorus.serve.engine.mixing import Wait, make_headers, mix, mix_alike
 from chorus.serve.engine.mixture import Mixture
 from chorus.serve.engine.parallel import SWITCH, place, settle
 from tests.serve.engine.test_mixing import mixtures
@@ -70,7 +70,7 @@ def test_parts_from_all_ranks_make_the_mixture(batch: list[Mixture], num_ranks: 
             assert member in here
             return logits_of(member, rows)
 
-        exchange = Exchange(members=here, gather=gather, vocab_size=23)
+        exchange = Wait(members=here, gather=gather, vocab_size=23)
         if is_alike:
             return mix_alike(batch[0], len(batch), logits_here, exchange)
         return mix(make_headers(batch, 5), logits_here, exchange)

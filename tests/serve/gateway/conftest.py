@@ -11,10 +11,10 @@ import pytest
 from chorus.population import manifest
 from chorus.population.manifest import Population
 from chorus.serve.gateway.app import create_app
-from chorus.serve.gateway.connections import ConnectionLimits, server_options
+from chorus.serve.gateway.engines.latency import LatencyModel, Load, Work
 from chorus.serve.gateway.gateway import Gateway
-from chorus.serve.gateway.latency import LatencyModel, Load, Work
 from chorus.serve.gateway.settings import Settings
+from chorus.serve.gateway.transport.connections import ConnectionLimits, server_options
 from tests.live import Served, serving, wait_for
 from tests.serve.gateway.scripted import ScriptedEngine
 

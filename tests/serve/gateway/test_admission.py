@@ -12,13 +12,13 @@ import httpx
 import pytest
 
 from chorus.population.manifest import Population
-from chorus.serve.gateway.admission import Admission, Grant, Limits
-from chorus.serve.gateway.calls import Call, read_call
-from chorus.serve.gateway.engines import Engine
-from chorus.serve.gateway.errors import ApiError
-from chorus.serve.gateway.plans import Wish, plan
-from chorus.serve.gateway.tenants import ANYONE, Tenant
-from chorus.serve.gateway.tiers import default_tier, tiers_between
+from chorus.serve.gateway.admission.admission import Admission, Grant, Limits
+from chorus.serve.gateway.admission.placement import Job, plan
+from chorus.serve.gateway.engines.engine import Engine
+from chorus.serve.gateway.request.call import Call, read_call
+from chorus.serve.gateway.request.errors import ApiError
+from chorus.serve.gateway.request.keys import ANYONE, Tenant
+from chorus.serve.gateway.request.tiers import default_tier, tiers_between
 from tests.serve.gateway.conftest import gateway_before, known
 from tests.serve.gateway.scripted import WHOLE, ScriptedEngine
 
@@ -73,7 +73,7 @@ def test_the_earliest_deadline_goes_first_and_those_without_go_last(tiny: Popula
         door.admission.release(grant)
         assert order == ["soon", "late", "none"]
         assert door.admission.num_waiting == 0
-        assert door.engine.flights.num_sequences == 0
+        assert door.engine.traffic.num_sequences == 0
 
     at_the_door(tiny, story, max_sequences=1)
 
@@ -188,7 +188,7 @@ def test_who_leaves_the_queue_leaves_no_trace(tiny: Population) -> None:
         waiting[1].cancel()  # in the moment in which it is let in
         await settle()
         door.admission.release(await waiting[2])
-        assert door.engine.flights.num_sequences == 0
+        assert door.engine.traffic.num_sequences == 0
 
     at_the_door(tiny, story, max_sequences=1)
 
@@ -240,9 +240,9 @@ def test_planning_beside_a_full_engine_is_quick_enough(tiny: Population) -> None
         door.engine.model = known()
         for _ in range(200):
             await door.ask(latency_budget_ms=80_000_000)
-        wish = Wish(tiers=tiny.tiers[::-1], size=read(tiny).size, finish_by=time.perf_counter() + 3600)
+        job = Job(tiers=tiny.tiers[::-1], size=read(tiny).size, finish_by=time.perf_counter() + 3600)
         began_at = time.process_time()
-        plan(wish, door.engine.flights, door.engine.model, now=time.perf_counter(), probability=0.9, max_sequences=999)
+        plan(job, door.engine.traffic, door.engine.model, now=time.perf_counter(), probability=0.9, max_sequences=999)
         assert time.process_time() - began_at < 0.1
 
     at_the_door(tiny, story, max_sequences=999)
@@ -268,7 +268,7 @@ def test_odd_requests_do_not_change_what_others_get(tiny: Population, others: di
             await settle()
             grant = await task
             if idx % 2:
-                assert grant.flight.work.members == 4
+                assert grant.in_flight.work.members == 4
             door.admission.release(grant)
 
     at_the_door(tiny, story)

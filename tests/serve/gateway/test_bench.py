@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from chorus.population.manifest import Population
-from chorus.serve.gateway.bench_command import bench
-from chorus.serve.gateway.figures import summarise
-from chorus.serve.gateway.loadtest import Arrivals, Sent, arrivals
+from chorus.serve.loadtest.command import bench
+from chorus.serve.loadtest.load import Arrivals, Sent, arrivals
+from chorus.serve.loadtest.summary import summarise
 from tests.serve.gateway.conftest import Pair, gateway_before
 from tests.serve.gateway.scripted import DONE, USAGE, WHOLE, ScriptedEngine, event
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from chorus.population.manifest import Population
-from chorus.serve.gateway.calibration import calibrate
-from chorus.serve.gateway.engines import Engine
-from chorus.serve.gateway.upstream import open_session
+from chorus.serve.gateway.engines.engine import Engine
+from chorus.serve.gateway.engines.upstream import open_session
+from chorus.serve.gateway.relay.calibration import calibrate
 from tests.live import serving
 from tests.serve.gateway.scripted import DONE, USAGE, ScriptedEngine, event
 
@@ -40,12 +40,12 @@ def test_an_engine_that_leaves_in_the_middle_is_left_to_its_traffic(
             engine.mark_up()
             calibrating = asyncio.create_task(calibrate(session, engine, tiny))
             async with asyncio.timeout(20):
-                while len(leaving.bodies) <= num_answers or not engine.flights.running:
+                while len(leaving.bodies) <= num_answers or not engine.traffic.in_flight:
                     await asyncio.sleep(0.01)
             engine.mark_down()
             async with asyncio.timeout(5):
                 await calibrating
-            assert not engine.flights.running
+            assert not engine.traffic.in_flight
             gc.collect()
             await asyncio.sleep(0)
 

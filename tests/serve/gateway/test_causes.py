@@ -2,7 +2,7 @@
 
 import pytest
 
-from chorus.serve.gateway.causes import root_cause
+from chorus.serve.gateway.engines.causes import root_cause
 
 CORE, SERVER = "(EngineCore pid=812) ", "(APIServer pid=790) "
 LOGGED = CORE + "ERROR 11-27 09:12:01 [core.py:1136] "

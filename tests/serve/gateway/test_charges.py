@@ -12,10 +12,10 @@ import httpx
 import pytest
 
 from chorus.population.manifest import Population
-from chorus.serve.gateway import aside
-from chorus.serve.gateway.admission import Limits
-from chorus.serve.gateway.keys import Keys
-from chorus.serve.gateway.store import Bucket, MemoryStore
+from chorus.serve.gateway.admission.admission import Limits
+from chorus.serve.gateway.api import auxiliary
+from chorus.serve.gateway.request.keys import Keys
+from chorus.serve.gateway.shared.store import Bucket, MemoryStore
 from tests.live import wait_for
 from tests.serve.gateway.conftest import Pair, gateway_before
 from tests.serve.gateway.scripted import DONE, USAGE, WHOLE, ScriptedEngine, event
@@ -68,7 +68,7 @@ def leave(pair: Pair, until: bytes, **fields: Any) -> None:
             heard += part
     assert pair.engine.client_left.wait(10)
     (engine,) = pair.gateway.pool.engines
-    wait_for("the request to be over", lambda: engine.flights.num_sequences == 0, timeout_s=10)
+    wait_for("the request to be over", lambda: engine.traffic.num_sequences == 0, timeout_s=10)
 
 
 def test_a_stream_that_is_left_costs_what_was_generated_until_then(metered: Pair) -> None:
@@ -112,7 +112,7 @@ def test_who_takes_nothing_of_a_stream_pays_for_all_of_it(metered: Pair) -> None
         client.sendall(head.encode() + body)
         wait_for("the request", lambda: bool(metered.engine.bodies), timeout_s=10)
         time.sleep(1.0)
-    wait_for("the request to be over", lambda: engine.flights.num_sequences == 0, timeout_s=10)
+    wait_for("the request to be over", lambda: engine.traffic.num_sequences == 0, timeout_s=10)
     assert charged(metered) >= 240
 
 
@@ -207,22 +207,22 @@ def test_a_few_at_once_run_and_clients_that_leave_take_theirs_with_them(pair: Pa
     body = json.dumps({"prompt": [1, 2, 3] if "v1" in route else "a", "tokens": [1]}).encode()
     head = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (route.encode(), len(body))
     port = httpx.URL(pair.url).port or 0
-    lines = pair.gateway.turns._lines
+    lines = pair.gateway.slots._tenants
     clients = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(32)]
     for client in clients:
         client.sendall(head + body)
-    wait_for("all to wait", lambda: bool(lines) and lines["anyone"].num == 32, timeout_s=10)
+    wait_for("all to wait", lambda: bool(lines) and lines["anyone"].num_requests == 32, timeout_s=10)
     refused = httpx.post(pair.url + route, content=body)
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
     for client in clients:
         client.close()
     wait_for("all to have left", lambda: not lines, timeout_s=10)
     (engine,) = pair.gateway.pool.engines
-    assert (engine.flights.num_sequences, pair.gateway.admission.num_waiting) == (0, 0)
+    assert (engine.traffic.num_sequences, pair.gateway.admission.num_waiting) == (0, 0)
 
 
 def test_an_engine_that_never_answers_is_not_waited_for_for_ever(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(aside.serve.__kwdefaults__, "longest_s", 0.3)
+    monkeypatch.setitem(auxiliary.serve.__kwdefaults__, "timeout_s", 0.3)
     pair.engine.is_stuck = True
     late = httpx.post(f"{pair.url}/tokenize", json={"prompt": "a"})
     assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")

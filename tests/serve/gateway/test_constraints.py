@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from chorus.population.manifest import Population
-from chorus.serve.gateway.constraints import check_constraints, repetitions
-from chorus.serve.gateway.errors import ApiError
+from chorus.serve.gateway.request.constraints import check_constraints, repetitions
+from chorus.serve.gateway.request.errors import ApiError
 from tests.serve.gateway.conftest import gateway_before
 from tests.serve.gateway.scripted import ScriptedEngine
 from tests.serve.gateway.test_keys import ALICE, ask, entry, guarded

@@ -10,12 +10,11 @@ import pytest
 
 from chorus.population.errors import ChorusError
 from chorus.population.manifest import Population
-from chorus.serve.gateway.admission import Limits
-from chorus.serve.gateway.calls import Call, Kind, read_call
-from chorus.serve.gateway.errors import ApiError
-from chorus.serve.gateway.keys import Keys
-from chorus.serve.gateway.tenants import Tenant
-from chorus.serve.gateway.tiers import default_tier
+from chorus.serve.gateway.admission.admission import Limits
+from chorus.serve.gateway.request.call import Call, Kind, read_call
+from chorus.serve.gateway.request.errors import ApiError
+from chorus.serve.gateway.request.keys import Keys, Tenant
+from chorus.serve.gateway.request.tiers import default_tier
 from tests.live import wait_for
 from tests.serve.gateway.conftest import Pair, gateway_before
 from tests.serve.gateway.scripted import WHOLE, ScriptedEngine
@@ -106,7 +105,7 @@ def test_more_sequences_than_run_at_once_are_refused_and_leave_no_trace(pair: Pa
     assert "at most 64" in refused.json()["error"]["message"]
     assert not pair.engine.bodies
     (engine,) = pair.gateway.pool.engines
-    assert (engine.flights.num_sequences, pair.gateway.admission.num_waiting) == (0, 0)
+    assert (engine.traffic.num_sequences, pair.gateway.admission.num_waiting) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +135,7 @@ def test_a_request_that_cannot_be_planned_fails_alone(tiny: Population, monkeypa
         monkeypatch.setattr(door.admission, "_charge", overflow)
         with pytest.raises(OverflowError):
             await door.ask(Tenant(name="poison"))
-        assert door.engine.flights.num_sequences == 0
+        assert door.engine.traffic.num_sequences == 0
         first = await door.ask()
         poison, behind = door.ask(Tenant(name="poison")), door.ask()
         await settle()
@@ -144,7 +143,7 @@ def test_a_request_that_cannot_be_planned_fails_alone(tiny: Population, monkeypa
         with pytest.raises(OverflowError):
             await poison
         door.admission.release(await behind)
-        assert (door.engine.flights.num_sequences, door.admission.num_waiting) == (0, 0)
+        assert (door.engine.traffic.num_sequences, door.admission.num_waiting) == (0, 0)
 
     at_the_door(tiny, story, max_sequences=1)
 
@@ -155,9 +154,9 @@ def test_leave_is_given_back_however_a_request_ends(tiny: Population, error: typ
         found = call(tiny)
         with pytest.raises(error):  # noqa: PT012
             async with door.admission.admitted(found, Tenant(name="a"), [found.choice.tier], arrived_at=0.0) as grant:
-                assert grant.engine.flights.num_sequences == 1
+                assert grant.engine.traffic.num_sequences == 1
                 raise error
-        assert door.engine.flights.num_sequences == 0
+        assert door.engine.traffic.num_sequences == 0
 
     at_the_door(tiny, story)
 
@@ -168,7 +167,7 @@ def test_what_an_engine_refuses_does_not_count_for_whose_turn_it_is(tiny: Popula
     async def story(door: Door) -> None:
         for _ in range(10):
             grant = await door.ask(refused, n=4, max_tokens=250)
-            grant.flight.generated = 0
+            grant.in_flight.generated = 0
             door.admission.release(grant)
         grant = await door.ask(modest, max_tokens=20)
         asks = {each.name: door.ask(each, n=4) for each in (modest, refused)}
@@ -192,10 +191,10 @@ def test_the_places_of_sequences_that_ended_are_free_before_the_others_end(tiny:
         assert not waiting.done()
         door.admission.end_sequences(batch, 1)
         grant = await waiting
-        assert door.engine.flights.num_sequences == 4
+        assert door.engine.traffic.num_sequences == 4
         for each in (batch, grant):
             door.admission.release(each)
-        assert (door.engine.flights.num_sequences, door.engine.flights.load().rows) == (0, 0)
+        assert (door.engine.traffic.num_sequences, door.engine.traffic.load().rows) == (0, 0)
 
     at_the_door(tiny, story, max_sequences=4)
 

@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from chorus.population.manifest import Population
-from chorus.serve.gateway.assembly import Assembly
-from chorus.serve.gateway.splice import Usage
+from chorus.serve.gateway.relay.assembly import Assembly
+from chorus.serve.gateway.request.size import Usage
 from tests.live import wait_for
 from tests.serve.gateway.conftest import Pair, gateway_before, known
 from tests.serve.gateway.scripted import DONE, USAGE, WHOLE, ScriptedEngine, event

@@ -18,9 +18,9 @@ import pytest
 
 from chorus.population.errors import ChorusError
 from chorus.population.manifest import Population
-from chorus.serve.gateway import connections
-from chorus.serve.gateway.connections import MAX_HEAD_BYTES, MAX_HEAD_FIELDS, ConnectionLimits
-from chorus.serve.gateway.keys import Keys
+from chorus.serve.gateway.request.keys import Keys
+from chorus.serve.gateway.transport import connections
+from chorus.serve.gateway.transport.connections import MAX_HEAD_BYTES, MAX_HEAD_FIELDS, ConnectionLimits
 from tests.live import wait_for
 from tests.serve.gateway.conftest import Pair, gateway_before
 from tests.serve.gateway.scripted import DONE, USAGE, WHOLE, ScriptedEngine, event
@@ -529,7 +529,7 @@ def test_a_client_that_reads_nothing_holds_little_and_not_for_ever(
         assert not held
         assert peak < 60  # of 240 MB, the engine's own buffers included
         engines = pair.gateway.engines
-        wait_for("its seat to be free", lambda: not any(each.flights.num_sequences for each in engines), timeout_s=10)
+        wait_for("its seat to be free", lambda: not any(each.traffic.num_sequences for each in engines), timeout_s=10)
 
 
 @pytest.mark.usefixtures("hurried")

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from chorus.population.manifest import Population
-from chorus.serve.gateway.keys import Keys
+from chorus.serve.gateway.request.keys import Keys
 from tests.serve.gateway.conftest import Pair, gateway_before
 from tests.serve.gateway.scripted import ScriptedEngine
 from tests.serve.gateway.test_keys import ALICE, BOB, entry, text

@@ -11,7 +11,7 @@ import pytest
 
 from chorus.population.errors import ChorusError
 from chorus.population.manifest import Population
-from chorus.serve.gateway.keys import Keys
+from chorus.serve.gateway.request.keys import Keys
 from tests.live import wait_for
 from tests.serve.gateway.conftest import Pair, gateway_before
 from tests.serve.gateway.scripted import DONE, USAGE, WHOLE, ScriptedEngine, event

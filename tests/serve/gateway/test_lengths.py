@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from chorus.population.manifest import Population
-from chorus.serve.gateway.admission import Limits
-from chorus.serve.gateway.calls import EXPECTED_ARGUMENT
-from chorus.serve.gateway.lengths import PRIOR_TOKENS, AnswerLengths
-from chorus.serve.gateway.tenants import Tenant
-from chorus.serve.gateway.terms import Size
+from chorus.serve.gateway.admission.admission import Limits
+from chorus.serve.gateway.admission.lengths import PRIOR_TOKENS, AnswerLengths
+from chorus.serve.gateway.request.call import EXPECTED_ARGUMENT
+from chorus.serve.gateway.request.keys import Tenant
+from chorus.serve.gateway.request.size import Size
 from tests.serve.gateway.conftest import Pair, known
 from tests.serve.gateway.scripted import DONE, event
 from tests.serve.gateway.test_deadlines import ask_chat

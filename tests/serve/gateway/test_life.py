@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 
-from chorus.serve.gateway.life import Life, Processes
+from chorus.serve.gateway.engines.life import Life, Processes
 
 STALL_S = 60.0
 
@@ -22,7 +22,7 @@ class Clock:
         self.others = 0.0
         """Part that each of twenty others uses."""
         self._used_s = dict.fromkeys(range(21), 0.0)
-        monkeypatch.setattr("chorus.serve.gateway.life.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("chorus.serve.gateway.engines.life.time.monotonic", lambda: self.now)
 
     def life(self, *, is_ours: bool = True, has_worked: bool = True) -> Life:
         processes = SimpleNamespace(core_s=self._used_s.copy, server_s=self._used_s.copy) if is_ours else None

@@ -129,7 +129,7 @@ def test_a_client_that_leaves_takes_short_requests_with_it(pair: Pair, path: str
         wait_for("the engine to get the request", lambda: pair.engine.bodies, timeout_s=10)
         assert not pair.engine.client_left.wait(0.2)
     assert pair.engine.client_left.wait(5.0)
-    wait_for("nothing in flight", lambda: not pair.gateway.pool.engines[0].flights.running, timeout_s=5)
+    wait_for("nothing in flight", lambda: not pair.gateway.pool.engines[0].traffic.in_flight, timeout_s=5)
 
 
 @pytest.mark.parametrize("path", ROUTES)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from chorus.serve.gateway.offsets import Offsets
+from chorus.serve.gateway.relay.offsets import Offsets
 from tests.serve.gateway.conftest import Pair
 from tests.serve.gateway.scripted import DONE, USAGE, event
 from tests.serve.gateway.test_deadlines import ask, events

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from chorus.population.manifest import Population
-from chorus.serve.gateway.keys import Keys
+from chorus.serve.gateway.request.keys import Keys
 from tests.live import wait_for
 from tests.serve.gateway.conftest import gateway_before
 from tests.serve.gateway.scripted import DONE, USAGE, ScriptedEngine, event

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from chorus.population.manifest import Loss, Population
-from chorus.serve.gateway.admission import Limits
+from chorus.serve.gateway.admission.admission import Limits
 from tests.serve.gateway.virtual import Costs, Outcome, World, in_virtual_time
 
 BARS = {0.5: 0.99, 1.0: 0.95, 2.0: 0.90}

@@ -16,11 +16,11 @@ import pytest
 
 from chorus.population.manifest import Population
 from chorus.serve.gateway.app import create_app
-from chorus.serve.gateway.breaker import Breaker
-from chorus.serve.gateway.discovery import Discovery
+from chorus.serve.gateway.engines.breaker import Breaker
+from chorus.serve.gateway.engines.discovery import Discovery
 from chorus.serve.gateway.gateway import Gateway
 from chorus.serve.gateway.settings import Settings
-from chorus.serve.gateway.store import MemoryStore
+from chorus.serve.gateway.shared.store import MemoryStore
 from tests.live import chorus_serve, serving, wait_for
 from tests.serve.gateway.scripted import DONE, USAGE, WHOLE, ScriptedEngine, event
 
@@ -123,7 +123,7 @@ def test_an_engine_that_keeps_failing_gets_nothing_for_a_while(cluster: Cluster)
 
 def test_the_breaker_opens_after_failures_in_a_row_and_closes_after_a_success(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("chorus.serve.gateway.breaker.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("chorus.serve.gateway.engines.breaker.time.monotonic", lambda: now[0])
     breaker = Breaker()
     for _ in range(2):
         breaker.note_failure()
@@ -258,7 +258,7 @@ def test_engines_stay_known_while_their_name_cannot_be_resolved(
             raise answer
         return answer
 
-    monkeypatch.setattr("chorus.serve.gateway.discovery._resolve", resolve)
+    monkeypatch.setattr("chorus.serve.gateway.engines.discovery._resolve", resolve)
 
     async def looks() -> list[list[str]]:
         discovery = Discovery(("dns+http://engines:1",), MemoryStore())
@@ -274,7 +274,7 @@ def test_engines_that_come_and_go_are_followed(tiny: Population, monkeypatch: py
     async def resolve(url: str) -> list[str]:
         return list(known)
 
-    monkeypatch.setattr("chorus.serve.gateway.discovery._resolve", resolve)
+    monkeypatch.setattr("chorus.serve.gateway.engines.discovery._resolve", resolve)
     first, second = ScriptedEngine([WHOLE]), ScriptedEngine([WHOLE])
     first.content_type = second.content_type = "application/json"
     options: dict[str, Any] = {"discovery_interval_s": 0.1, "probe_interval_s": 0.1, "calibrates": False}

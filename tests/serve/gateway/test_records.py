@@ -16,18 +16,18 @@ from tests.serve.gateway.scripted import DONE, USAGE, ScriptedEngine, event
 
 def test_a_request_is_logged_as_one_object(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
     pair.engine.steps = [event("a"), event("b"), USAGE, DONE]
-    with caplog.at_level(logging.INFO, logger="chorus.serve.gateway.records"):
+    with caplog.at_level(logging.INFO, logger="chorus.serve.gateway.observe.record"):
         body = {"prompt": "a secret prompt", "stream": True, "model": "tiny:standard", "latency_budget_ms": 9000}
         httpx.post(f"{pair.url}/v1/completions", json=body, headers={"x-request-id": "mine"})
         httpx.post(f"{pair.url}/v1/completions", content=b"")
         # A line is written when the answer has been sent, in the server's own time.
         wait_for(
             "both lines",
-            lambda: sum(each.name == "chorus.serve.gateway.records" for each in caplog.records) == 2,
+            lambda: sum(each.name == "chorus.serve.gateway.observe.record" for each in caplog.records) == 2,
             timeout_s=10,
         )
     lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
-    first, second = (line for line in lines if line["logger"] == "chorus.serve.gateway.records")
+    first, second = (line for line in lines if line["logger"] == "chorus.serve.gateway.observe.record")
     expected = {"request_id": "mine", "route": "/v1/completions", "status": 200, "tier_asked": "standard"}
     expected |= {"tier_served": "standard", "tenant": "anyone", "completion_tokens": 3, "deadline_met": True}
     assert first.items() >= expected.items()

@@ -21,14 +21,14 @@ from chorus.population import manifest
 from chorus.population.live import LiveManifest
 from chorus.population.manifest import Population
 from chorus.serve.gateway.app import create_app
-from chorus.serve.gateway.engines import Engine
+from chorus.serve.gateway.engines.engine import Engine
+from chorus.serve.gateway.engines.latency import LatencyModel
 from chorus.serve.gateway.gateway import Gateway
-from chorus.serve.gateway.keys import Keys
-from chorus.serve.gateway.latency import LatencyModel
-from chorus.serve.gateway.redis_store import RedisStore
+from chorus.serve.gateway.request.keys import Keys
 from chorus.serve.gateway.settings import Settings
-from chorus.serve.gateway.sharing import _agree_on_prior, seed
-from chorus.serve.gateway.store import Bucket, MemoryStore
+from chorus.serve.gateway.shared.redis_store import RedisStore
+from chorus.serve.gateway.shared.store import Bucket, MemoryStore
+from chorus.serve.gateway.sync import _agree_on_prior, seed
 from tests.live import Served, free_port, serving, wait_for
 from tests.serve.gateway.conftest import known
 from tests.serve.gateway.scripted import WHOLE, ScriptedEngine
@@ -172,7 +172,7 @@ def test_a_bucket_with_garbage_in_it_counts_as_full(redis: RedisServer, level: s
 def test_engines_are_known_on_while_redis_is_away_and_until_they_had_time_to_announce_themselves(
     redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("chorus.serve.gateway.redis_store._FRESH_S", 3.0)
+    monkeypatch.setattr("chorus.serve.gateway.shared.redis_store._FRESH_S", 3.0)
 
     async def story(store: RedisStore) -> None:
         await store.announce("http://e:80")

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chorus.serve.gateway.splice import Additions, EventSplicer, Usage, read_usage
+from chorus.serve.gateway.relay.splice import Additions, EventSplicer, read_usage
+from chorus.serve.gateway.request.size import Usage
 from tests.serve.gateway.scripted import DONE, USAGE, WHOLE, event
 
 POPULATION = {"tier": "max", "members": ["a", "b"], "weights": [0.25, 0.75], "prior_version": 3}

@@ -20,10 +20,10 @@ from chorus.population.errors import ChorusError
 from chorus.population.manifest import Population
 from chorus.serve.gateway import gateway as gateway_module
 from chorus.serve.gateway.app import create_app
-from chorus.serve.gateway.engines import Engine
+from chorus.serve.gateway.engines.engine import Engine
+from chorus.serve.gateway.engines.supervisor import Supervision, engine_command, tail
 from chorus.serve.gateway.gateway import Gateway
-from chorus.serve.gateway.settings import Settings, Supervision
-from chorus.serve.gateway.supervisor import engine_command, tail
+from chorus.serve.gateway.settings import Settings
 from tests.live import serving, wait_for
 
 SCRIPTED = str(Path(__file__).with_name("scripted.py"))
@@ -298,7 +298,7 @@ def test_no_engine_outlives_its_gateway(tmp_path: Path, how: signal.Signals) -> 
     owner = tmp_path / "owner.py"
     owner.write_text(
         "import subprocess, sys, time\n"
-        "guard = [sys.executable, '-P', '-m', 'chorus.serve.gateway.guard', '2', sys.executable, sys.argv[1]]\n"
+        "guard = [sys.executable, '-P', '-m', 'chorus.serve.gateway.engines.guard', '2', sys.executable, sys.argv[1]]\n"
         "subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True)\n"
         "time.sleep(600)\n"
     )

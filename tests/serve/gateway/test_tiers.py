@@ -3,8 +3,9 @@
 import pytest
 
 from chorus.population.manifest import Population
-from chorus.serve.gateway.errors import ApiError
-from chorus.serve.gateway.tiers import choose, default_tier, expected_loss, model_names
+from chorus.serve.expected_loss import expected_loss
+from chorus.serve.gateway.request.errors import ApiError
+from chorus.serve.gateway.request.tiers import choose, default_tier, model_names
 
 
 def pick(population: Population, model: str | None = None, budget: str | int | None = None) -> tuple[str, str, str]:

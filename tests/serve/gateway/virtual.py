@@ -1,7 +1,7 @@
 """Time that passes only where it is waited for, and an engine in it: minutes of load in a second, and the same each time.
 
 The engine takes steps as a real one does (a fixed part for each member that runs, and a part for each row), batches whatever has
-come, and drops members from what will be late. What decides is the gateway's own: admission, plans, the learned model, the squeeze.
+come, and drops members from what will be late. What decides is the gateway's own: admission, plans, the learned model, the reserve.
 """
 
 import asyncio
@@ -17,15 +17,15 @@ import pytest
 
 from chorus.population.manifest import Population
 from chorus.serve.engine.deadline import Deadline, Runner, StepCost, StepLoad, StepTally, choose_drops
-from chorus.serve.gateway.admission import Admission, Grant, Limits
-from chorus.serve.gateway.calls import Call, Kind, read_call
-from chorus.serve.gateway.costs import StepCosts
-from chorus.serve.gateway.engines import Engine
-from chorus.serve.gateway.errors import ApiError
-from chorus.serve.gateway.exchange import Exchange
-from chorus.serve.gateway.splice import Usage
-from chorus.serve.gateway.tenants import ANYONE, Tenant
-from chorus.serve.gateway.tiers import default_tier, tiers_between
+from chorus.serve.gateway.admission.admission import Admission, Grant, Limits
+from chorus.serve.gateway.engines.costs import StepCosts
+from chorus.serve.gateway.engines.engine import Engine
+from chorus.serve.gateway.relay.wait import Wait
+from chorus.serve.gateway.request.call import Call, Kind, read_call
+from chorus.serve.gateway.request.errors import ApiError
+from chorus.serve.gateway.request.keys import ANYONE, Tenant
+from chorus.serve.gateway.request.size import Usage
+from chorus.serve.gateway.request.tiers import default_tier, tiers_between
 
 
 class _Idle(selectors.SelectSelector):
@@ -247,27 +247,27 @@ class World:
         return outcome
 
     def _run(self, grant: Grant, characters: int, max_tokens: int, call: Call) -> Run:
-        flight = grant.flight
+        in_flight = grant.in_flight
         finish_at = None
-        if flight.finish_by is not None:
-            left_s = flight.finish_by - time.perf_counter()
-            finish_at = time.perf_counter() + self.known.squeeze.told_s(left_s)
+        if in_flight.finish_by is not None:
+            left_s = in_flight.finish_by - time.perf_counter()
+            finish_at = time.perf_counter() + self.known.reserve.after_reserve_s(left_s)
         return Run(
-            members=flight.work.members,
-            floor=flight.floor.budget,
+            members=in_flight.work.members,
+            floor=in_flight.floor.budget,
             prompt_tokens=characters // 2,
             max_tokens=max_tokens,
             most_tokens=max(max_tokens, call.size.max_tokens),
-            expected_tokens=flight.work.max_tokens if call.size.is_open else None,
+            expected_tokens=in_flight.work.max_tokens if call.size.is_open else None,
             finish_at=finish_at,
         )
 
     def _learn(self, grant: Grant, run: Run, *, is_met: bool, had_budget: bool) -> None:
         if had_budget and grant.is_promised:
-            self.known.squeeze.observe(late=not is_met)
+            self.known.reserve.observe(late=not is_met)
             self.known.model.observe_promise(kept=is_met, probability=self.admission.limits.probability)
         usage = Usage(prompt_tokens=run.prompt_tokens, completion_tokens=run.max_tokens)
-        Exchange(grant, deadline=None, stall_s=60).teach(usage, streamed=False, characters=2 * run.prompt_tokens)
+        Wait(grant, deadline=None, stall_s=60).teach(usage, streamed=False, characters=2 * run.prompt_tokens)
 
     async def crowd(self, num_streams: int, seconds: float, **ask: Any) -> list[Outcome]:
         """So many at once, one after the other, for so long."""

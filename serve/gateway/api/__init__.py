@@ -1,0 +1,1 @@
+"""The HTTP API: routes, how requests are read, the OpenAPI document, the playground."""

@@ -1,0 +1,141 @@
+"""How much the members of a tier disagree about each token of a text.
+
+Each member is asked alone for its log-probabilities of the text, through an echoed prompt: of a text that the tier has just written
+most is in the members' caches.
+
+M members, N tokens
+"""
+
+import asyncio
+import json
+import math
+from collections.abc import Coroutine, Iterable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from chorus.serve.gateway.admission.quotas import Bill
+from chorus.serve.gateway.engines import upstream
+from chorus.serve.gateway.engines.engine import Engine
+from chorus.serve.gateway.relay.relay import RequestContext
+from chorus.serve.gateway.request.call import Call
+from chorus.serve.gateway.request.errors import ApiError, bad_gateway, bad_request
+from chorus.serve.gateway.request.size import NO_USAGE, Size, Usage
+from chorus.serve.gateway.transport.disconnects import cancel
+
+T = TypeVar("T")
+
+MEMBER_ARGUMENT = "chorus_member"
+"""Key of an engine's extra arguments that names one member, to be asked alone."""
+_LOWEST = -1e4
+"""Stands for the logarithm of nothing, which JSON has no number for."""
+
+
+def jensen_gaps(log_p_MN: list[list[float]], weights_M: list[float]) -> list[float]:
+    """log sum_m w_m p_m - sum_m w_m log p_m of each token (N), in nats, at least 0: by how much mixing beats its members there.
+
+    Zero where all members give the token the same probability. Its mean over a text is the members' mean loss less the loss of
+    their linear mixture (the ambiguity of Krogh and Vedelsby 1995, for the logarithmic loss).
+    """
+    gaps = []
+    for log_p_M in zip(*log_p_MN, strict=True):
+        top = max(log_p_M)
+        mixed = top + math.log(
+            sum(weight * math.exp(log_p - top) for weight, log_p in zip(weights_M, log_p_M, strict=True))
+        )
+        mean = sum(weight * log_p for weight, log_p in zip(weights_M, log_p_M, strict=True))
+        gaps.append(max(0.0, mixed - mean))
+    return gaps
+
+
+def size_of(call: Call) -> Size:
+    """What is computed for a call, as one prompt for each member of its tier.
+
+    Raises:
+        ApiError: the prompt is something else than token ids.
+    """
+    num_members = len(call.choice.tier.members)
+    return Size(
+        num_sequences=num_members,
+        num_prompts=num_members,
+        prompt_tokens=len(_token_ids(call)) * num_members,
+        max_tokens=1,
+    )
+
+
+async def find(call: Call, context: RequestContext, bill: Bill) -> dict[str, Any]:
+    """The gaps of a prompt of token ids, under the tier that the call asks for; the first token has none.
+
+    Takes its turn among the requests, and is charged as so many prompts as the tier has members.
+
+    Raises:
+        ApiError: the prompt is something else than token ids, or as `Relay`.
+    """
+    tokens, tier = _token_ids(call), call.choice.tier
+    size = size_of(call)
+    most = context.admission.limits.max_sequences
+    call = replace(call, size=replace(size, num_sequences=min(size.num_sequences, most)))
+    async with context.admission.admitted(call, context.tenant, [tier], arrived_at=context.record.began_at) as grant:
+        bill.used = None
+        try:
+            log_p_MN = await _together([_ask(context, grant.engine, member, tokens) for member in tier.members])
+        except ApiError:
+            bill.used = NO_USAGE
+            raise
+        bill.used = Usage(prompt_tokens=size.prompt_tokens, completion_tokens=len(tier.members))
+    return {
+        "tier": tier.name,
+        "members": tier.members,
+        "weights": tier.weights,
+        "disagreement_nats": [None, *jensen_gaps(log_p_MN, list(tier.weights))],
+        "logprobs": [[None, *log_p_N] for log_p_N in log_p_MN],
+    }
+
+
+async def _together(asked: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All answers; if one fails, the others are not waited for."""
+    tasks = [asyncio.ensure_future(each) for each in asked]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            await cancel(task)
+
+
+def _token_ids(call: Call) -> list[int]:
+    prompt = json.loads(call.fields)["prompt"]
+    if isinstance(prompt, list) and len(prompt) >= 2 and all(type(token) is int for token in prompt):
+        return prompt
+    raise bad_request(
+        "the text is expected as `prompt`, a list of two or more token ids: as /tokenize gives them, or an answer that was asked "
+        "for with `return_token_ids`.",
+        code="invalid_value",
+        param="prompt",
+    )
+
+
+async def _ask(context: RequestContext, engine: Engine, member: str, tokens: list[int]) -> list[float]:
+    """A member's log-probabilities of all tokens but the first.
+
+    An engine takes prompts shorter than its context only, so the last token is not echoed but generated, as the only one allowed.
+    """
+    body = {
+        "model": context.offer.population.name,
+        "prompt": tokens[:-1],
+        "echo": True,
+        "logprobs": 0,
+        "max_tokens": 1,
+        "allowed_token_ids": tokens[-1:],
+        "ignore_eos": True,
+        "temperature": 0,
+        "vllm_xargs": {MEMBER_ARGUMENT: member},
+    }
+    data, path = json.dumps(body).encode(), "/v1/completions"
+    answer = await upstream.fetch(context.session, engine, path, data, context.headers, limit_s=context.stall_timeout_s)
+    try:
+        found = json.loads(answer)["choices"][0]["logprobs"]["token_logprobs"][1:]
+        if len(found) != len(tokens) - 1:
+            raise ValueError(f"{len(found)} log-probabilities")
+        return [min(0.0, max(_LOWEST, float(log_p))) for log_p in found]
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
+        message = f"the engine did not answer with log-probabilities of {len(tokens) - 1} tokens ({error})."
+        raise bad_gateway(message) from None

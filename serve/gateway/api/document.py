@@ -1,0 +1,281 @@
+"""The OpenAPI document: what routes take and answer, in the words of the population that is on offer.
+
+Bodies are read by `calls` and `assembly` as bytes, so FastAPI cannot know their form; it is said here. What JSON Schema cannot say
+(that a model's name and a budget mean the same tier, that a prompt fits the context) is in docs/gateway.md.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from chorus.serve.gateway.request.call import CallFields
+from chorus.serve.gateway.request.offer import Offer
+
+Schema = dict[str, Any]
+
+_ERROR: Schema = {"$ref": "#/components/schemas/Error"}
+_POPULATION: Schema = {"$ref": "#/components/schemas/Population"}
+_MODEL: Schema = {"$ref": "#/components/schemas/Model"}
+_USAGE: Schema = {"$ref": "#/components/schemas/Usage"}
+TOKEN_IDS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_NAMES: dict[str, Schema] = {
+    "model": {"anyOf": [{"$ref": "#/components/schemas/ModelName"}, {"type": "null"}]},
+    "budget": {"$ref": "#/components/schemas/Budget"},
+    "min_budget": {"$ref": "#/components/schemas/Budget"},
+}
+_SAMPLING = {
+    "max_tokens": "Longest answer, in tokens of each choice.",
+    "n": "Number of choices.",
+    "temperature": "Of the mixture; 0 takes its most likely token.",
+    "top_p": "Of the mixture.",
+    "stop": "A text, or several, at which the answer ends.",
+    "seed": "Makes sampling repeatable.",
+    "presence_penalty": "On the mixture's log-probabilities.",
+    "frequency_penalty": "On the mixture's log-probabilities.",
+    "logit_bias": "By token id.",
+    "logprobs": "Whether, or of how many tokens, the mixture's log-probabilities are returned.",
+    "response_format": "Structured output: `json_object` or `json_schema`.",
+    "user": "Is not read.",
+}
+COMPLETION_FIELDS = {**_SAMPLING, "echo": "Whether the prompt comes back, too.", "suffix": "Is not supported."}
+CHAT_FIELDS = {
+    **_SAMPLING,
+    "max_completion_tokens": "As `max_tokens`, and goes before it.",
+    "top_logprobs": "Number of tokens at each position.",
+    "tools": "Functions that may be called.",
+    "tool_choice": "Which of them.",
+}
+RESPONSE_FIELDS = {
+    **{name: _SAMPLING[name] for name in ("temperature", "top_p", "stop", "seed", "logit_bias", "user")},
+    "instructions": "Goes before the input.",
+    "max_output_tokens": "Longest answer.",
+    "tools": "Functions that may be called.",
+    "tool_choice": "Which of them.",
+    "text": "Structured output: `format`.",
+    "store": "Is not read: answers are not kept.",
+}
+MESSAGE_FIELDS = {
+    **{name: _SAMPLING[name] for name in ("max_tokens", "temperature", "top_p")},
+    "system": "Goes before the messages.",
+    "stop_sequences": "Texts at which the answer ends.",
+    "tools": "Functions that may be called.",
+    "tool_choice": "Which of them.",
+}
+_CAUSES = {
+    400: "A field, or the engine's own refusal.",
+    401: "An API key is needed, or is not known.",
+    403: "The tier, or structured output, is not for this API key.",
+    404: "No such model, tier or route.",
+    405: "The route has other methods.",
+    408: "The body did not come in time.",
+    413: "The body is too long.",
+    415: "The body's content-encoding is not known.",
+    422: "The body is not JSON.",
+    429: "Too much for the engines, or for the key.",
+    500: "The engine failed on this request.",
+    502: "The engine's answer cannot be passed on.",
+    503: "No engine answers.",
+    504: "The time budget cannot be kept, and the request wants to fail then; or an engine took too long.",
+}
+_EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+"""The data is a part of the answer as JSON, or `[DONE]`."""
+_RETRY: Schema = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
+
+
+def answers(
+    body: Schema, *statuses: int, streams: bool = False, error: Schema = _ERROR
+) -> dict[int | str, dict[str, Any]]:
+    """What a route answers: `body` if all is well, else an `error` with one of `statuses`."""
+    content: Schema = {"application/json": {"schema": body}}
+    if streams:
+        content["text/event-stream"] = {"schema": _EVENT}
+    found: dict[int | str, dict[str, Any]] = {200: {"description": "As asked.", "content": content}}
+    for status in statuses:
+        found[status] = {"description": _CAUSES[status], "content": {"application/json": {"schema": error}}}
+        if status in (429, 503):
+            found[status]["headers"] = _RETRY
+    return found
+
+
+def takes(own: Schema, *, required: str | None = None, engines: dict[str, str] | None = None) -> dict[str, Any]:
+    """The description of a body that a route reads itself, so that its bytes pass with little work.
+
+    `own` are the fields of this route beside those that all have; `engines` the engine's, which checks them, with a word on each.
+    """
+    known = _without_references(CallFields.model_json_schema())["properties"] if engines else {}
+    known |= {
+        name: {"description": known.get(name, {}).get("description", ""), **names} for name, names in _NAMES.items()
+    }
+    kept = known if engines else {"model": known["model"]}
+    schema = {
+        "type": "object",
+        "properties": {**kept, **own, **{name: {"description": text} for name, text in (engines or {}).items()}},
+        "required": [required] if required else [],
+        "additionalProperties": True,
+    }
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def describe(app: FastAPI, offer: Callable[[], Offer], *, keys_are_needed: bool) -> None:
+    """Make `app`'s document that of what is on offer when it is asked for."""
+
+    def document() -> dict[str, Any]:
+        found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        components = found.setdefault("components", {})
+        components["schemas"] = {**_schemas(), **_names(offer())}
+        if keys_are_needed:
+            components["securitySchemes"] = {
+                "key": {"type": "http", "scheme": "bearer"},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            }
+        for path, methods in found["paths"].items():
+            for operation in methods.values():
+                if keys_are_needed and (path.startswith("/v1/") or path in ("/tokenize", "/detokenize")):
+                    operation["security"] = [{"key": []}, {"x-api-key": []}]
+                elif not keys_are_needed:
+                    operation["responses"].pop("401", None)
+        return found
+
+    app.openapi = document  # type: ignore[method-assign]
+
+
+def _names(offer: Offer) -> dict[str, Schema]:
+    tiers = [tier.name for tier in offer.population.tiers]
+    sizes = {
+        "type": "integer",
+        "minimum": min(t.budget for t in offer.population.tiers),
+        "maximum": len(offer.population.members),
+    }
+    return {
+        "ModelName": {"type": "string", "enum": list(offer.cards)},
+        "Budget": {"anyOf": [{"type": "string", "enum": tiers}, sizes, {"type": "null"}]},
+    }
+
+
+def _schemas() -> dict[str, Schema]:
+    text: Schema = {"type": "string"}
+    number: Schema = {"type": "number"}
+    natural: Schema = {"type": "integer", "minimum": 0}
+    return {
+        "Error": _object(
+            {
+                "error": _object(
+                    {
+                        "message": text,
+                        "type": {"type": "string", "enum": ["invalid_request_error", "server_error"]},
+                        "param": {"type": ["string", "null"]},
+                        "code": {"type": ["string", "null"]},
+                    }
+                )
+            }
+        ),
+        "Population": _object(
+            {
+                "tier": text,
+                "members": {"type": "array", "items": text},
+                "weights": {"type": "array", "items": number},
+                "prior_version": natural,
+            },
+            {
+                "tier_asked": text,
+                "most_members": natural,
+                "latency_budget_ms": number,
+                "elapsed_ms": number,
+                "deadline": {"type": "string", "enum": ["met", "missed"]},
+                "truncated": {"type": "boolean"},
+                "members_per_token": {"type": "array", "items": {"type": "array", "items": natural}},
+                "drops": {"type": "array", "items": {"type": "object"}},
+                "decoding": _object(
+                    {"passes_per_token": number, "drafts": natural, "accepted": natural, "caught_up_rows": natural}
+                ),
+            },
+        ),
+        "Usage": _object({"prompt_tokens": natural, "total_tokens": natural}, {"completion_tokens": natural}),
+        "Model": _object(
+            {"id": text, "object": {"type": "string", "const": "model"}, "created": natural, "owned_by": text},
+            {
+                "root": text,
+                "parent": {"type": ["string", "null"]},
+                "max_model_len": natural,
+                "population": {"type": "object"},
+            },
+        ),
+    }
+
+
+def _object(required: dict[str, Schema], optional: dict[str, Schema] | None = None) -> Schema:
+    return {"type": "object", "required": list(required), "properties": {**required, **(optional or {})}}
+
+
+def _answer() -> Schema:
+    usage = {"anyOf": [_USAGE, {"type": "null"}]}
+    choices = {"type": "array", "items": {"type": "object"}}
+    return _object(
+        {"object": {"type": "string"}, "model": {"type": "string"}, "choices": choices, "population": _POPULATION},
+        {"usage": usage},
+    )
+
+
+ANSWER = _answer()
+"""A completion or a chat's answer."""
+MODELS = _object({"object": {"type": "string", "const": "list"}, "data": {"type": "array", "items": _MODEL}})
+MODEL = _MODEL
+TOKENS = _object({"tokens": {"type": "array", "items": {"type": "integer"}}})
+TEXT = _object({"prompt": {"type": "string"}})
+_NUMBERS: Schema = {"type": "array", "items": {"type": ["number", "null"]}}
+DISAGREEMENT = _object(
+    {
+        "tier": {"type": "string"},
+        "members": {"type": "array", "items": {"type": "string"}},
+        "weights": {"type": "array", "items": {"type": "number"}},
+        "disagreement_nats": _NUMBERS,
+        "logprobs": {"type": "array", "items": _NUMBERS},
+    }
+)
+"""What mixing gains at each token, and each member's log-probability of it."""
+PROMPT: Schema = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        TOKEN_IDS,
+        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+        {"type": "array", "items": TOKEN_IDS, "minItems": 1},
+    ]
+}
+_MESSAGE = _object(
+    {"role": {"type": "string"}}, {"content": {"anyOf": [{"type": "string"}, {"type": "array"}, {"type": "null"}]}}
+)
+
+
+MESSAGES: Schema = {"type": "array", "items": _MESSAGE, "minItems": 1}
+INPUT: Schema = {
+    "anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "object"}, "minItems": 1}]
+}
+_PARTS: Schema = {"type": "array", "items": {"type": "object"}}
+RESPONSE = _object(
+    {"id": {"type": "string"}, "model": {"type": "string"}, "output": _PARTS, "population": _POPULATION},
+    {"status": {"type": "string"}, "usage": {"type": ["object", "null"]}},
+)
+MESSAGE = _object(
+    {"id": {"type": "string"}, "model": {"type": "string"}, "content": _PARTS, "population": _POPULATION},
+    {"stop_reason": {"type": ["string", "null"]}, "usage": {"type": "object"}},
+)
+COUNT = _object({"input_tokens": {"type": "integer"}})
+ANTHROPIC_ERROR = _object(
+    {
+        "type": {"type": "string", "const": "error"},
+        "error": _object({"type": {"type": "string"}, "message": {"type": "string"}}),
+    }
+)
+
+
+def _without_references(schema: Any) -> Any:
+    """Pydantic's schema without its own definitions, which nothing in the document could find: they all mean any JSON."""
+    if isinstance(schema, list):
+        return [_without_references(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if str(schema.get("$ref", "")).startswith("#/$defs/"):
+        return {}
+    return {key: _without_references(value) for key, value in schema.items() if key != "$defs"}

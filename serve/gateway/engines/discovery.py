@@ -1,0 +1,67 @@
+"""Where engines are: a fixed list, the addresses behind a DNS name, or what gateways announced in the shared store."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from chorus.serve.gateway.shared.store import Store
+
+logger = logging.getLogger(__name__)
+
+DNS = "dns+"
+SHARED = "redis"
+_LOOKUP_TIMEOUT_S = 30.0
+
+
+def changes(sources: Sequence[str]) -> bool:
+    """Whether the engines behind these sources can change while the gateway runs."""
+    return any(source == SHARED or source.startswith(DNS) for source in sources)
+
+
+class Discovery:
+    """Looks for engines again and again. A source that cannot be asked keeps what was found there before, and holds up no other."""
+
+    def __init__(self, sources: Sequence[str], store: Store) -> None:
+        self._sources = sources
+        self._store = store
+        self._known: dict[str, list[str]] = {}
+        self._failing: set[str] = set()
+
+    async def look(self) -> list[str]:
+        """Addresses of all engines, in a stable order."""
+        for source in self._sources:
+            self._known[source] = await self._ask(source)
+        return list(dict.fromkeys(url for source in self._sources for url in self._known[source]))
+
+    async def _ask(self, source: str) -> list[str]:
+        if source == SHARED:
+            return sorted(await self._store.engines())
+        if not source.startswith(DNS):
+            return [source.rstrip("/")]
+        try:
+            found = await _resolve(source.removeprefix(DNS))
+        except (OSError, ValueError) as error:  # no answer, or no name that could have one
+            if source not in self._failing:
+                logger.warning("the engines' name in %s cannot be resolved, what is known stays: %s", source, error)
+            self._failing.add(source)
+            return self._known.get(source, [])
+        if source in self._failing:
+            logger.warning("the engines' name in %s is resolved again", source)
+            self._failing.remove(source)
+        return found
+
+
+async def _resolve(url: str) -> list[str]:
+    """`http://NAME:PORT`, once for each address of the name. A headless service of Kubernetes has one for each pod.
+
+    Raises:
+        OSError, ValueError: it cannot be resolved.
+    """
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    async with asyncio.timeout(_LOOKUP_TIMEOUT_S):
+        found = await asyncio.get_running_loop().getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+    hosts = sorted({str(address[0]) for *_, address in found})
+    return [f"{parts.scheme}://{f'[{host}]' if ':' in host else host}:{port}" for host in hosts]

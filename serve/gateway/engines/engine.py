@@ -1,0 +1,255 @@
+"""An engine as the gateway sees it: where it listens, whether it answers, and when one that does not will be back.
+
+What it runs (`traffic`) and how long it takes (`model`) are noted beside it; what is known of its process alone is its `life`.
+"""
+
+import asyncio
+import json
+import logging
+import math
+import re
+import time
+from collections.abc import Callable
+
+import aiohttp
+
+from chorus.serve.gateway.engines.breaker import Breaker
+from chorus.serve.gateway.engines.costs import StepCosts, read_costs
+from chorus.serve.gateway.engines.latency import LatencyModel, Work
+from chorus.serve.gateway.engines.life import Life, Processes
+from chorus.serve.gateway.engines.reserve import Reserve
+from chorus.serve.gateway.engines.traffic import Traffic
+
+logger = logging.getLogger(__name__)
+
+_FIRST_START_S = 30.0
+"""What a start is taken to need before one was measured; a small population on two cores needs about this."""
+
+_PROGRESS = re.compile(
+    rb"^(?:vllm:(?:prompt|generation)_tokens|chorus_engine_steps)_total(?:\{[^}]*\})? ([0-9.e+]+)$", re.MULTILINE
+)
+"""What moves with every step: vLLM counts a prompt when the last of its chunks has been read, the plugin counts steps."""
+
+_METRICS_EVERY_S = 2.0
+
+_SHARE_OF_LATENESS = 0.25
+"""An engine that is late is expected after so much of the time by which it is late already."""
+_NOTICE_S = 5.0
+"""An engine whose core died answers "unhealthy" for up to this long (vLLM's watchdog) before its process ends."""
+
+
+class Engine:
+    """One engine's address and health. Times are those of `time.monotonic`, in seconds."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        *,
+        url: str,
+        is_supervised: bool,
+        probe_interval_s: float,
+        probe_timeout_s: float,
+        stall_timeout_s: float = 60.0,
+    ) -> None:
+        self.is_supervised = is_supervised
+        self.stall_timeout_s = stall_timeout_s
+        self.life = Life(url, stall_timeout_s=stall_timeout_s)
+        self.num_restarts = 0
+        self.on_restart: Callable[[], None] = lambda: None
+        self.traffic = Traffic()
+        self.model = LatencyModel()
+        self.costs: StepCosts | None = None
+        """What its steps cost by its own account, as far as it says so."""
+        self.context_length: int | None = None
+        """The longest that it takes, prompt and answer together, by its own account: it may be started with less than its members
+        have."""
+        self.reserve = Reserve()
+        self.waiting: set[asyncio.Timeout] = set()
+        """Waits for its words, which end when it goes down."""
+        self._session = session
+        self._probe_interval_s = probe_interval_s
+        self._probe_timeout = aiohttp.ClientTimeout(total=probe_timeout_s)
+        self._is_up = False
+        self._expected_at: float | None = None
+        self._last_start_s = _FIRST_START_S
+        self._look_now = asyncio.Event()
+        self._metrics_at = -math.inf
+
+    @property
+    def url(self) -> str:
+        """Without a path. A supervised engine listens elsewhere in each life."""
+        return self.life.url
+
+    @property
+    def breaker(self) -> Breaker:
+        """Of this life."""
+        return self.life.breaker
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it answered when last looked at."""
+        return self._is_up
+
+    def begin_life(self, url: str, processes: Processes | None = None) -> Life:
+        """A process has been launched that will answer at `url`."""
+        self.life = Life(url, stall_timeout_s=self.stall_timeout_s, processes=processes)
+        return self.life
+
+    def mark_up(self, *, start_s: float | None = None) -> None:
+        """It answers; it took `start_s` to start, where that was measured."""
+        if not self._is_up and not self.is_supervised:
+            self.begin_life(self.url)
+        self._is_up = True
+        self._expected_at = None
+        if start_s is not None:
+            self._last_start_s = start_s
+
+    def mark_down(self, *, launch_in_s: float | None = None) -> None:
+        """It does not answer; it will be launched in `launch_in_s`, where that is known."""
+        if self._is_up:
+            self._is_up = False
+            now = asyncio.get_running_loop().time()
+            for wait in [wait for wait in self.waiting if not wait.expired()]:
+                wait.reschedule(now)
+        if launch_in_s is None and self.is_supervised:
+            launch_in_s = _NOTICE_S
+        self._expected_at = None if launch_in_s is None else time.monotonic() + launch_in_s + self._last_start_s
+
+    def retry_after_s(self) -> int:
+        """Whole seconds until it should answer again, at least one: from when it is launched and how long its last start took; when
+        that has passed, the longer the later it is.
+
+        For an engine that others run nothing is known, and the answer is a few of our looks at it.
+        """
+        if self._expected_at is None:
+            return max(1, math.ceil(3 * self._probe_interval_s))
+        left_s = self._expected_at - time.monotonic()
+        return max(1, math.ceil(left_s if left_s > 0 else _SHARE_OF_LATENESS * -left_s))
+
+    def suspect(self) -> None:
+        """A request to it failed: look at its health now, not at the next turn."""
+        self._look_now.set()
+
+    async def answers(self) -> bool:
+        """Ask for its health, and wait for the answer."""
+        try:
+            async with self._session.get(
+                f"{self.url}/health", timeout=self._probe_timeout, allow_redirects=False
+            ) as response:
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    def longest_silence_s(self) -> float:
+        """How long a stream of it may be silent, as things are now."""
+        return self.life.longest_silence_s(self._longest_step_s())
+
+    async def check(self) -> bool:
+        """Ask for its health and note the answer."""
+        life = self.life
+        is_well = await self._is_well(life)
+        if life is not self.life:  # it was started anew meanwhile, and whoever did that knows better
+            return self._is_up
+        if is_well != self._is_up:
+            level = logging.INFO if is_well else logging.WARNING
+            logger.log(level, "engine %s %s", life.url, "answers" if is_well else "does not answer")
+            self.mark_up() if is_well else self.mark_down()
+        return is_well
+
+    async def _is_well(self, life: Life) -> bool:
+        if await self.answers():
+            life.answered()
+            return await self._gets_on(life)
+        if self.is_supervised and await life.is_deaf():
+            logger.warning("engine %s has not answered for too long: it is ended", life.url)
+            life.froze.set()
+        return False
+
+    async def _gets_on(self, life: Life) -> bool:
+        """Whether it computes, where it has work: a process behind the one that answers the probe may hang."""
+        if life.froze.is_set():
+            if self.is_supervised or not await self._completes():
+                return False
+            life.froze.clear()
+            life.rests()
+            return True
+        has_work = bool(self.traffic.in_flight)
+        if life.is_quiet or (
+            time.monotonic() - self._metrics_at >= _METRICS_EVERY_S and (has_work or self.costs is None)
+        ):
+            await self._read_metrics(life)
+        if not has_work:
+            life.rests()
+        elif await life.is_stuck(self._longest_step_s()):
+            then = "is ended" if self.is_supervised else "counts as gone until it completes a request"
+            logger.warning("engine %s has work and computes nothing: it %s", life.url, then)
+            life.froze.set()
+        return not life.froze.is_set()
+
+    async def _read_metrics(self, life: Life) -> None:
+        """What its steps cost, which changes slowly, and whether it takes any."""
+        self._metrics_at = time.monotonic()
+        try:
+            async with self._session.get(
+                f"{self.url}/metrics", timeout=self._probe_timeout, allow_redirects=False
+            ) as response:
+                metrics = await response.read()
+        except (aiohttp.ClientError, TimeoutError):
+            metrics = b""
+        try:
+            self.costs = read_costs(metrics) or self.costs
+            counts = [float(count) for count in _PROGRESS.findall(metrics)]
+        except ValueError:
+            logger.warning("the metrics of engine %s cannot be read", life.url)
+            counts = []
+        life.counted(sum(counts) if counts else None)
+
+    def _longest_step_s(self) -> float:
+        """Expected seconds of a step that reads all prompts whose first token has not come: none takes longer. 0 if unknown."""
+        reading = [in_flight for in_flight in self.traffic.in_flight if in_flight.first_at is None]
+        rows = sum(in_flight.work.members * in_flight.work.prompt_tokens for in_flight in reading)
+        load = self.traffic.load()
+        members = max(1, round(load.members))
+        expected_s = self.model.first_s(load, Work(members=members, prompt_tokens=rows / members, max_tokens=1))
+        if (costs := self.costs) is not None:
+            by_costs_s = costs.step + costs.request * len(self.traffic.in_flight) + costs.member * members
+            expected_s = max(expected_s, by_costs_s + costs.row * (rows + load.rows))
+        return expected_s
+
+    async def learn_context(self) -> None:
+        """Ask how long a context it was started with. Where it does not say, what was known stays."""
+        try:
+            async with self._session.get(
+                f"{self.url}/v1/models", timeout=self._probe_timeout, allow_redirects=False
+            ) as response:
+                lengths = [card["max_model_len"] for card in json.loads(await response.read())["data"]]
+        except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError):
+            return
+        lengths = [length for length in lengths if type(length) is int and length > 0]
+        self.context_length = min(lengths, default=self.context_length)
+
+    async def _completes(self) -> bool:
+        """Whether it can generate a token."""
+        body = {"prompt": [0], "max_tokens": 1}
+        try:
+            url = f"{self.url}/v1/completions"
+            async with self._session.post(
+                url, json=body, timeout=self._probe_timeout, allow_redirects=False
+            ) as response:
+                await response.read()
+                return response.status < 500
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    async def watch(self, on_up: Callable[[], None] = lambda: None) -> None:
+        """Look at its health forever, calling `on_up` whenever it begins to answer."""
+        while True:
+            was_up = self._is_up
+            if await self.check() and not was_up:
+                on_up()
+            self._look_now.clear()
+            try:
+                async with asyncio.timeout(self._probe_interval_s):
+                    await self._look_now.wait()
+            except TimeoutError:
+                pass

@@ -1,0 +1,65 @@
+"""A process between the gateway and its engine, so that no engine outlives its gateway, however that one ends.
+
+It runs a command as its child, in a process group of its own, and holds the read end of a pipe whose other end only the gateway
+has. When the pipe closes (the gateway asked for it, or was killed), or when the child ends, everything in the group is ended: an
+engine is several processes, and the loss of one is the loss of all. If the guard itself is killed, the kernel kills the child, and
+the gateway, which sees the guard end, kills the rest of the group.
+
+Usage: python -m chorus.serve.gateway.engines.guard STOP_TIMEOUT_S COMMAND [ARGUMENT...], with the pipe as standard input.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_NICENESS = 10
+
+
+def main(stop_timeout_s: float, command: list[str]) -> None:
+    """Run `command` until it ends or standard input closes, then kill the whole group, this process included."""
+    if os.getpgrp() != os.getpid():
+        os.setsid()
+    _give_way()
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
+    threading.Thread(target=_end_with_owner, args=(child, stop_timeout_s), daemon=True).start()
+    status = child.wait()
+    print(f"engine process ended with status {status}", flush=True)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _give_way() -> None:
+    """Let everybody else on this machine have the processor first: the gateway needs little of it, but at once.
+
+    An engine on CPUs keeps all of them busy even while it waits (OpenMP's threads spin). A gateway beside it waited milliseconds
+    for each of its events, and most of the throughput was lost (bench/LOG.md). Where sessions are scheduled as groups, niceness
+    counts only within each, and the group has its own.
+    """
+    os.nice(_NICENESS)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(_NICENESS))
+
+
+def _end_with_owner(child: "subprocess.Popen[bytes]", stop_timeout_s: float) -> None:
+    sys.stdin.buffer.read()
+    child.terminate()
+    try:
+        child.wait(stop_timeout_s)
+    except subprocess.TimeoutExpired:
+        print(f"engine process did not stop within {stop_timeout_s:g} s and is killed", flush=True)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _die_with_parent() -> None:
+    """Linux only; elsewhere the pipe and the process group must do."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,1 @@
+"""What operators see: a record of each request, metrics, traces, drift."""

@@ -1,0 +1,121 @@
+"""What the mixture makes of the text that clients send: on a sample of requests, the loss of the prompt at the tier that served it.
+
+Beside the test losses in the manifest this shows drift: traffic that the members were not trained for, or a prior that no longer
+fits. Prompts are asked for again with their log-probabilities, one at a time, only while an engine has nothing else to do; what
+cannot be asked soon is forgotten. Nothing but the loss is kept.
+"""
+
+import asyncio
+import json
+import logging
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from chorus.population.manifest import Tier
+from chorus.serve.gateway.engines import upstream
+from chorus.serve.gateway.engines.engine import Engine
+from chorus.serve.gateway.engines.latency import Work
+from chorus.serve.gateway.engines.pool import Pool
+from chorus.serve.gateway.engines.traffic import InFlight
+from chorus.serve.gateway.request.call import TIER_ARGUMENT, Call
+
+logger = logging.getLogger(__name__)
+
+_MOST_WAITING = 8
+_LOOK_S = 0.1
+_PATIENCE_S = 30.0
+_INPUT = ("model", "prompt", "messages", "tools", "chat_template", "chat_template_kwargs", "add_special_tokens")
+"""Fields that say what the members read. The others are about what they write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A prompt to be asked for again."""
+
+    path: str
+    call: Call
+    tier: Tier
+    headers: Mapping[str, str]
+
+
+class DriftSampler:
+    """Draws requests at random, and asks for their prompts again in quiet moments."""
+
+    def __init__(self, pool: Pool, part: float, observe: Callable[[str, float], None]) -> None:
+        self._pool = pool
+        self._part = part
+        self._observe = observe
+        self._waiting: asyncio.Queue[Sample] = asyncio.Queue(_MOST_WAITING)
+
+    def draw(self, echo: Sample) -> None:
+        """A request was answered: perhaps it is taken as a sample."""
+        if (
+            self._part
+            and random.random() < self._part
+            and echo.call.size.num_sequences == 1
+            and not self._waiting.full()
+        ):
+            self._waiting.put_nowait(echo)
+
+    async def keep(self, session: aiohttp.ClientSession, is_busy: Callable[[], bool]) -> None:
+        """Work until cancelled, while `is_busy` does not say that requests wait."""
+        while True:
+            echo = await self._waiting.get()
+            engine = await self._idle_engine(is_busy)
+            if engine is None:
+                continue
+            try:
+                nats = await self._ask(session, engine, echo)
+            except (*upstream.BROKEN, TimeoutError, ValueError, KeyError, TypeError) as error:
+                logger.info("the loss of a prompt could not be had from engine %s: %s", engine.url, error)
+            else:
+                if nats is not None:
+                    self._observe(echo.tier.name, nats)
+
+    async def _idle_engine(self, is_busy: Callable[[], bool]) -> Engine | None:
+        """An engine without any request, as soon as there is one; None if there was none for long."""
+        for _ in range(round(_PATIENCE_S / _LOOK_S)):
+            idle = [each for each in self._pool.engines if each.is_up and not each.traffic.in_flight]
+            if idle and not is_busy():
+                return idle[0]
+            await asyncio.sleep(_LOOK_S)
+        return None
+
+    async def _ask(self, session: aiohttp.ClientSession, engine: Engine, echo: Sample) -> float | None:
+        in_flight = InFlight(
+            tier=echo.tier,
+            floor=echo.tier,
+            num_sequences=1,
+            work=Work(members=len(echo.tier.members), prompt_tokens=0, max_tokens=1),
+            finish_by=None,
+        )
+        engine.traffic.begin(in_flight)
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                answer = await upstream.send(session, engine, echo.path, _body(echo), echo.headers)
+                async with answer:
+                    body = await answer.read()
+        finally:
+            engine.traffic.end(in_flight)
+        if answer.status != 200:
+            raise ValueError(f"status {answer.status}")
+        return mean_loss(json.loads(body))
+
+
+def mean_loss(answer: dict[str, Any]) -> float | None:
+    """Mean loss in nats over the tokens of the prompt after the first; None if there is none."""
+    found = answer.get("prompt_logprobs") or answer["choices"][0]["prompt_logprobs"]
+    # Of each position the engine gives the token's own entry; the first has none.
+    losses = [-float(next(iter(entry.values()))["logprob"]) for entry in found if entry]
+    return sum(losses) / len(losses) if losses else None
+
+
+def _body(echo: Sample) -> bytes:
+    fields = json.loads(echo.call.fields)
+    kept = {key: fields[key] for key in _INPUT if key in fields}
+    asks = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0, "vllm_xargs": {TIER_ARGUMENT: echo.tier.name}}
+    return json.dumps({**kept, **asks}).encode()

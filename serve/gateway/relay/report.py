@@ -1,0 +1,122 @@
+"""The `population` object of an answer: which members gave it, what that took, and what became of its time budget."""
+
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from chorus.population.manifest import Tier
+from chorus.serve.gateway.request.call import Terms
+from chorus.serve.gateway.request.offer import Offer
+
+_KEY = re.compile(rb'"kv_transfer_params"\s*:\s*')
+_STOP_REASON = re.compile(rb'"stop_reason"\s*:\s*(?=")')
+_FIELDS = ("decoding", "members_per_token", "drops")
+
+
+def new_mark() -> str:
+    """How a report may begin in the place of a stop reason: nobody can guess it, so no stop text of a client's looks like it."""
+    return f"chorus:{secrets.token_hex(8)}:"
+
+
+@dataclass(kw_only=True)
+class Report:
+    """One answer's report, completed while the answer is given."""
+
+    offer: Offer
+    tier: Tier
+    """With which it began."""
+    tiers: Sequence[Tier] = ()
+    """Those that may stand in for it, from the largest on."""
+    most_members: int | None
+    """How many of the tier's members it began with, if not with all."""
+    asked: str
+    terms: Terms
+    mark: str | None = None
+    """How a stop reason begins that is the engine's report, empty for a whole answer; None where no report was asked for."""
+    computed: dict[str, Any] = field(default_factory=dict)
+    """What the engine reports, where it does: passes for each token, and members that left on the way."""
+    is_truncated: bool = False
+    num_drops: int = 0
+    """Members that left on the way, of all choices, as far as the engine says so."""
+    _num_tokens: int = 0
+    _num_member_tokens: int = 0
+    """Tokens of all choices whose members are known, and the same counted once for each of these."""
+
+    @property
+    def served(self) -> Tier:
+        """The tier that the answer amounts to: the smallest with as many members as its tokens had on average."""
+        if not self._num_tokens:
+            return self.tier
+        members = round(self._num_member_tokens / self._num_tokens)
+        fitting = [tier for tier in self.tiers if members <= tier.budget <= self.tier.budget]
+        return min(fitting, key=lambda tier: tier.budget, default=self.tier)
+
+    def begin(self) -> bytes:
+        """The object as far as it is known when the answer begins."""
+        return self._object(self._choice())
+
+    def end(self, elapsed_s: float) -> bytes:
+        """The object when the answer is complete, `elapsed_s` after the request arrived."""
+        extra = self._choice()
+        if self.terms.budget_s is not None:
+            is_met = elapsed_s <= self.terms.budget_s
+            extra |= {"elapsed_ms": round(1000 * elapsed_s, 1), "deadline": "met" if is_met else "missed"}
+            extra |= {"truncated": self.is_truncated}
+        return self._object(extra | self.computed)
+
+    def _object(self, extra: dict[str, Any]) -> bytes:
+        known = self.offer.population_json[self.served.name]
+        return known[:-1] + b"," + _dumps(extra)[1:] if extra else known
+
+    def take(self, body: bytes) -> bytes:
+        """Take the engine's report out of its answer, where vLLM carries it in a field for other purposes."""
+        matches = list(_KEY.finditer(body))
+        if not matches or not body.startswith(b"{", start := matches[-1].end()):
+            return body
+        found, rest = _read(body[start:])
+        self._note(found)
+        return body[:start] + b"null" + rest
+
+    def take_from_event(self, event: bytes) -> bytes:
+        """The same for the event in which a choice ends: there the report came as its stop reason, and holds the real one."""
+        self.computed = {}  # of the choice that ended before
+        if not self.mark or not (match := _STOP_REASON.search(event)):
+            return event
+        text, rest = _read(event[match.end() :])
+        if not text.startswith(self.mark):
+            return event
+        found = json.loads(text.removeprefix(self.mark))
+        self._note(found)
+        return event[: match.end()] + json.dumps(found["stop_reason"]).encode() + rest
+
+    def _note(self, found: dict[str, Any]) -> None:
+        self.computed = {key: found[key] for key in _FIELDS if key in found}
+        at_start = 0 if self.most_members is None else len(self.tier.members) - self.most_members
+        for members, tokens in self.computed.get("members_per_token", ()):
+            self._num_tokens += tokens
+            self._num_member_tokens += members * tokens
+        self.num_drops += max(0, len(self.computed.get("drops", ())) - at_start)
+
+    def _choice(self) -> dict[str, Any]:
+        extra: dict[str, Any] = {}
+        if self.terms.budget_s is not None or (self.asked != "default" and self.asked != self.served.name):
+            extra["tier_asked"] = self.asked
+        if self.terms.budget_s is not None:
+            if self.most_members is not None:
+                extra["most_members"] = self.most_members
+            extra["latency_budget_ms"] = round(1000 * self.terms.budget_s, 3)
+        return extra
+
+
+def _read(data: bytes) -> tuple[Any, bytes]:
+    """The JSON value with which `data` begins, and what follows it."""
+    text = data.decode()
+    found, length = json.JSONDecoder().raw_decode(text)
+    return found, text[length:].encode()
+
+
+def _dumps(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()

@@ -1,0 +1,170 @@
+"""Adding to an engine's answer without parsing it: bytes are spliced in at the front, the rest passes through.
+
+Inside a JSON string every quote is escaped, so `"model":"` can only be a key and its value, never generated text. The engine
+writes `model` before `choices`; the first match is therefore the answer's own.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from chorus.serve.gateway.request.errors import engine_error, error_status
+from chorus.serve.gateway.request.size import Usage
+
+DONE = b"data: [DONE]"
+ERROR = b'data: {"error"'
+"""How an engine begins the event that says it refused or failed."""
+_OBJECT = b"data: {"
+_COMMENT = b":"
+"""An event that keeps a connection alive."""
+_MODEL = re.compile(rb'"model"\s*:\s*"(?:[^"\\]|\\.)*"')
+_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
+_INDEX = re.compile(rb'"choices"\s*:\s*\[\s*\{\s*"index"\s*:\s*(\d{1,15})')
+_USAGE_SO_FAR = re.compile(
+    rb',\s*"usage"\s*:\s*\{\s*"prompt_tokens"\s*:\s*(\d{1,15}),\s*"total_tokens"\s*:\s*\d+,\s*"completion_tokens"\s*:\s*(\d{1,15})'
+    rb"(?:[^{}]|\{[^{}]*\})*\}"
+)
+_PROMPT_TOKENS = re.compile(rb'"usage"\s*:\s*\{.*?"prompt_tokens"\s*:\s*(\d{1,15})(?!\d)', re.DOTALL)
+_COMPLETION_TOKENS = re.compile(rb'"usage"\s*:\s*\{.*?"completion_tokens"\s*:\s*(\d{1,15})(?!\d)', re.DOTALL)
+
+
+def read_usage(body: bytes) -> Usage | None:
+    """The engine's `usage` in a JSON object; None if there is none."""
+    start = max(body.rfind(b'"usage":'), 0)
+    prompt, completion = _PROMPT_TOKENS.search(body, start), _COMPLETION_TOKENS.search(body, start)
+    if not prompt:
+        return None
+    return Usage(prompt_tokens=int(prompt[1]), completion_tokens=int(completion[1]) if completion else 0)
+
+
+def check_answer(body: bytes, key: str = "choices") -> None:
+    """That it is an answer, or an event of one, with a list under its `key`.
+
+    Raises:
+        ValueError, KeyError, TypeError, RecursionError: it is something else.
+    """
+    if not isinstance(json.loads(body)[key], list):
+        raise TypeError(f"{key} that are no list")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Additions:
+    """What the gateway adds to an answer."""
+
+    population: bytes
+    """The `population` object, as JSON."""
+    model: str | None
+    """The model name to write in place of the engine's; None to leave it."""
+
+    def splice(self, body: bytes, *, first: bool = True) -> bytes:
+        """A JSON object (or an event that holds one) with the additions; `population` only if it is the first."""
+        if self.model is not None:
+            name = b'"model":' + json.dumps(self.model).encode()
+            body = _MODEL.sub(lambda match: name, body, count=1)
+        if first:
+            brace = body.index(b"{") + 1
+            comma = b"" if body[brace:].lstrip().startswith(b"}") else b","
+            body = body[:brace] + b'"population":' + self.population + comma + body[brace:]
+        return body
+
+
+class EventSplicer:
+    """Server-sent events in, in pieces cut anywhere; whole events out, the first with the additions.
+
+    Only whole events leave, so that an error event can follow at any time and be read. `at_end`, if given, gets each event in which
+    a choice ends, and returns it as it is to be and the `population` object made anew for it. With `counts`, the
+    engine counts in each event; with `hides_counts`, only for us.
+    """
+
+    def __init__(
+        self,
+        additions: Additions,
+        *,
+        keep_usage: bool,
+        at_end: Callable[[bytes], tuple[bytes, bytes]] | None = None,
+        counts: bool = False,
+        hides_counts: bool = True,
+    ) -> None:
+        self._additions = additions
+        self._keep_usage = keep_usage
+        self._at_end = at_end
+        self._counts = counts
+        self._hides_counts = hides_counts
+        self._used: dict[int, tuple[int, int]] = {}
+        """Tokens of its prompt and of itself, by choice."""
+        self._rest = b""
+        self._saw_first = False
+        self._first = b""
+        self.usage: Usage | None = None
+        self.done = False
+        """Whether the engine ended the stream itself."""
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """What the events of this stream have in common: its id and date; nothing before the first event."""
+        known = json.loads(self._first[6:]) if self._first else {}
+        return {key: known[key] for key in ("id", "created") if key in known}
+
+    def usage_so_far(self, num_choices: int) -> Usage | None:
+        """What the events that came have used, of so many choices for each prompt; None before the first that counts."""
+        if not self._used:
+            return None
+        # The choices of a prompt follow each other, and each has the prompt's tokens in its count.
+        prompts = {idx // num_choices: prompt_tokens for idx, (prompt_tokens, _) in self._used.items()}
+        completion_tokens = sum(tokens for _, tokens in self._used.values())
+        return Usage(prompt_tokens=sum(prompts.values()), completion_tokens=completion_tokens)
+
+    def feed(self, data: bytes) -> bytes:
+        """The events that `data` completes; often exactly one, sometimes none.
+
+        Raises:
+            ValueError, or what else reading JSON of another shape raises: this is no engine's stream.
+        """
+        if self._rest:
+            data = self._rest + data
+        end = data.rfind(b"\n\n") + 2
+        if end == 1:
+            self._rest = data
+            return b""
+        self._rest = data[end:]
+        events = data[:end] if self._rest else data
+        if DONE in events:
+            self.done = events.startswith(DONE) or b"\n" + DONE in events
+        is_last = self._at_end is not None and FINISHED.search(events)
+        has_more = self._counts or is_last or ERROR in events or _NO_CHOICES.search(events)
+        if self._saw_first and self._additions.model is None and not has_more:
+            return events  # the common case: nothing to add, nothing to take out
+        return b"".join([self._splice(event + b"\n\n") for event in events[:-2].split(b"\n\n")])
+
+    def _splice(self, event: bytes) -> bytes:
+        if event.startswith(_COMMENT) or (event.startswith(DONE) and self._saw_first):
+            return event
+        if event.startswith(ERROR):  # the first of all is for the caller to answer with its status
+            first, self._saw_first = not self._saw_first, True
+            return event if first else engine_error(error_status(event[6:]), event[6:]).event()
+        if not self._saw_first:
+            check_answer(event.removeprefix(b"data: "))
+        elif not event.startswith(_OBJECT):
+            raise ValueError(f"an event that begins with {event[:40]!r}")
+        if _NO_CHOICES.search(event) and (usage := read_usage(event)):
+            self.usage = usage
+            if not self._keep_usage:
+                return b""
+        elif self._counts:
+            event = self._count(event)
+        first, self._saw_first = not self._saw_first, True
+        self._first = self._first or event
+        if self._at_end is not None and FINISHED.search(event):
+            event, population = self._at_end(event)
+            return replace(self._additions, population=population).splice(event)
+        return self._additions.splice(event, first=first)
+
+    def _count(self, event: bytes) -> bytes:
+        if (used := _USAGE_SO_FAR.search(event, max(0, event.rfind(b'"usage"') - 8))) is None:
+            return event
+        if index := _INDEX.search(event):
+            self._used[int(index[1])] = int(used[1]), int(used[2])
+        return event[: used.start()] + event[used.end() :] if self._hides_counts else event

@@ -1,0 +1,462 @@
+"""From the bytes a client sent to a call that an engine can be given: our fields read, checked and taken out."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
+
+from chorus.population.manifest import Decoding, Population, Tier
+from chorus.serve.gateway.request.constraints import check_constraints
+from chorus.serve.gateway.request.errors import ApiError, bad_request
+from chorus.serve.gateway.request.size import Size, read_size, read_text
+from chorus.serve.gateway.request.tiers import Choice, at_least, choose
+
+OnDeadline = Literal["degrade", "truncate", "fail"]
+"""At the deadline: let a smaller mixture finish late, return what there is, or answer 504."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """The terms of one request. Without a budget it takes the time it takes."""
+
+    budget_s: float | None = None
+    """Seconds from the request's arrival in which the answer should be complete."""
+    on_deadline: OnDeadline = "degrade"
+
+    @property
+    def stops_at_deadline(self) -> bool:
+        """Whether nothing is generated after the deadline."""
+        return self.budget_s is not None and self.on_deadline != "degrade"
+
+
+Kind = Literal["completion", "chat", "responses", "messages", "tokens"]
+"""What is asked of the engine: to complete, to chat (in one of three APIs), or to cut text into tokens (or join them), which no
+member does."""
+INPUTS: dict[Kind, str] = {"completion": "prompt", "chat": "messages", "responses": "input", "messages": "messages"}
+"""The field with what the members read."""
+RESERVED_PREFIX = "chorus_"
+"""Extra arguments of the engine that only the gateway sets: they say which members answer, and by when."""
+TIER_ARGUMENT = "chorus_tier"
+BUDGET_ARGUMENT = "chorus_time_budget_ms"
+FLOOR_ARGUMENT = "chorus_floor"
+MOST_ARGUMENT = "chorus_most_members"
+EXPECTED_ARGUMENT = "chorus_expected_tokens"
+REPORT_ARGUMENT = "chorus_report_in_stop_reason"
+DECODING_ARGUMENT = "chorus_decoding"
+MOST_TOKENS_PER_EVENT = 64
+"""A stream that says nothing for much longer than that looks like one of an engine that hangs."""
+MOST_NESTED = 100
+"""Objects and lists in one another: a body is walked by many functions that call themselves, here and in the engine."""
+MIN_BUDGET_MS, MAX_BUDGET_MS = 1, 24 * 3600 * 1000
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_OURS = ("budget", "latency_budget_ms", "on_deadline", "min_budget", "decoding")
+_MOST = 2**31 - 1
+"""Largest count that a request may give."""
+_LARGE = re.compile(rb"[0-9]{19}")
+"""Digits of what may be an integer beyond 64 bits."""
+
+
+def _to_whole(value: object) -> object:
+    """JSON has one kind of number: 16.0 is as whole as 16."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[StrictInt, BeforeValidator(_to_whole)]
+
+
+_COUNTS = ("n", "best_of", "max_tokens", "max_completion_tokens", "max_output_tokens")
+
+
+class CallFields(BaseModel):
+    """The fields of a request that the gateway reads. All others go to the engine as they are.
+
+    Null is as good as nothing, for all of them.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    model: StrictStr | None = Field(None, description="The population's name, or `NAME:TIER`.")
+    budget: StrictStr | StrictInt | None = Field(
+        None, description="A tier's name, or the largest number of members that may run for each token."
+    )
+    latency_budget_ms: float | None = Field(
+        None,
+        ge=MIN_BUDGET_MS,
+        le=MAX_BUDGET_MS,
+        strict=True,
+        description="Milliseconds from the request's arrival in which the answer should be complete. The largest tier that "
+        "is predicted to keep it answers, at most the one asked for.",
+    )
+    on_deadline: OnDeadline | None = Field(
+        None,
+        description="If the budget cannot be kept all the same: `degrade` finishes late with fewer members, `truncate` "
+        "returns what there is with finish_reason `length`, `fail` answers 504.",
+    )
+    min_budget: StrictStr | StrictInt | None = Field(
+        None,
+        description="The tier (or number of members) below which neither a deadline nor a full house takes this request.",
+    )
+    decoding: Decoding | None = Field(
+        None,
+        description="How tokens are computed, always by the same law: `plain` by all of the tier's members at each token, "
+        "`sampled` by one, drawn by its weight, at temperature 1, `speculative` by drafts of one that all verify; `auto` in the "
+        "fastest of these ways. One that would not be exact is refused. By default as the tier prefers, or `auto`.",
+    )
+    stream: StrictBool | None = None
+    stream_options: dict[str, JsonValue] | None = None
+    stream_interval: StrictInt | None = Field(
+        None,
+        ge=1,
+        description=f"Tokens in each event of a stream, {MOST_TOKENS_PER_EVENT} at most; by default as many as are generated in a "
+        "thirtieth of a second. The first and the last event never wait.",
+    )
+    n: Count | None = Field(None, ge=1, le=_MOST, description="Number of choices.")
+    best_of: Count | None = Field(None, ge=1, le=_MOST, description="Counts as so many sequences, where it is above n.")
+    max_tokens: Count | None = Field(None, ge=0, le=_MOST, description="Longest answer, in tokens of each choice.")
+    max_completion_tokens: Count | None = Field(
+        None, ge=0, le=_MOST, description="As `max_tokens`, and goes before it."
+    )
+    max_output_tokens: Count | None = Field(None, ge=0, le=_MOST, description="As `max_tokens`, of Responses.")
+    messages: list[Any] | None = None
+    tools: list[Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    vllm_xargs: dict[str, JsonValue] | None = Field(
+        None, description=f"Extra arguments for the engine. Keys that begin with `{RESERVED_PREFIX}` are refused."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A request, checked, and what to send to an engine for it."""
+
+    kind: Kind = "completion"
+    choice: Choice
+    floor: Tier
+    """The smallest tier that may serve it."""
+    terms: Terms = field(default_factory=Terms)
+    size: Size = field(default_factory=Size)
+    fields: bytes
+    """The engine's fields as a JSON object, without the extra arguments."""
+    extra: dict[str, JsonValue]
+    """The client's extra arguments."""
+    is_served_by_a_tier: bool = True
+    is_constrained: bool = False
+    """Whether the answer is to follow a schema or a grammar, which may be what an engine fails on."""
+    streams: bool = False
+    """Whether the client gets a stream."""
+    streams_from_engine: bool = False
+    """Whether the engine is asked for one: also where a whole answer may end at a deadline, to know what was computed by then."""
+    tokens_per_event: int | None = 1
+    """Of a stream; None if that is the gateway's to choose."""
+    wants_usage: bool = True
+    """False if the client streams without asking for usage: the event that carries it is then ours alone."""
+    wants_counts: bool = False
+    """Whether the client wants the usage so far in each event of its stream."""
+    has_offsets: bool = False
+    """Whether the answer echoes the prompt and says where its tokens begin in it."""
+    affinity: bytes = b""
+    """The beginning of the prompt: requests that share it are best served by the same engine."""
+
+    def body(
+        self,
+        tier: Tier | None = None,
+        *,
+        budget_s: float | None = None,
+        floor: Tier | None = None,
+        most_members: int | None = None,
+        expected_tokens: int | None = None,
+        tokens_per_event: int = 1,
+        report_mark: str | None = None,
+    ) -> bytes:
+        """The engine's request: answered by `tier`, in `budget_s` from its arrival there, with no fewer members than `floor`.
+
+        With a budget it may begin with no more than `most_members` of the tier's, and the engine expects `expected_tokens` where
+        the request names no length. `report_mark` asks for a report; a stream's stop reason begins with it.
+        """
+        if not self.is_served_by_a_tier:
+            return self.fields
+        extra = {**self.extra, TIER_ARGUMENT: (tier or self.choice.tier).name}
+        if budget_s is not None:
+            extra[BUDGET_ARGUMENT] = max(1, round(1000 * budget_s))
+            extra[FLOOR_ARGUMENT] = (floor or self.floor).name
+            if most_members is not None:
+                extra[MOST_ARGUMENT] = most_members
+            if expected_tokens is not None and self.size.is_open:
+                extra[EXPECTED_ARGUMENT] = expected_tokens
+        if report_mark is not None:
+            extra[REPORT_ARGUMENT] = report_mark
+        ours: dict[str, JsonValue] = {"vllm_xargs": extra}
+        if tokens_per_event > 1:
+            ours["stream_interval"] = tokens_per_event
+        return _to_json(ours)[:-1] + b"," + self.fields[1:]
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    """The JSON object in a request's body.
+
+    Raises:
+        ApiError: 422 if the body is not JSON (NaN and Infinity are not), 400 if it is not an object, nests too deeply, or holds
+            half characters.
+    """
+    try:
+        parse_int = _parse_int if _LARGE.search(body) else None
+        text = body.decode(json.detect_encoding(body))
+        parsed = json.loads(text, parse_constant=_refuse_constant, parse_int=parse_int)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(422, f"the body is not JSON: {error}.", code="malformed_json") from None
+    if not isinstance(parsed, dict):
+        raise bad_request(
+            f"the body is a JSON {_json_type(parsed)}; an object with the request's fields is expected.",
+            code="body_not_an_object",
+        )
+    if text.count("[") + text.count("{") > MOST_NESTED and _nests_deeper(parsed, MOST_NESTED):
+        raise bad_request(f"the body nests more than {MOST_NESTED} objects and lists.", code="nested_too_deeply")
+    if _SURROGATE.search(text):
+        _to_json(parsed)
+    return parsed
+
+
+def _nests_deeper(value: object, most: int) -> bool:
+    level = [value]
+    for _ in range(most):
+        inside = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        level = [part for parts in inside for part in parts if isinstance(part, dict | list)]
+    return bool(level)
+
+
+def read_call(
+    body: bytes,
+    kind: Kind,
+    population: Population,
+    default: Tier,
+    tenant_floor: str | None = None,
+    *,
+    may_constrain: bool = True,
+) -> Call:
+    """Check a request's body and make it the engine's. `tenant_floor` is the smallest tier that its key may be taken down to, and
+    it `may_constrain` answers to a schema or a grammar.
+
+    Raises:
+        ApiError: what the client must change, as 400, 403, 404 or 422.
+    """
+    fields = {key: value for key, value in parse(body).items() if value is not None}
+    is_constrained = check_constraints(fields, is_allowed=may_constrain)
+    if kind != "tokens":
+        _check_input(fields, kind)
+    ours = _validate(fields)
+    choice = choose(population, default, model=ours.model, budget=ours.budget)
+    _check_extra_arguments(ours.vllm_xargs)
+
+    for key in (*_OURS, "vllm_xargs", "stream_interval"):
+        fields.pop(key, None)
+    fields |= {key: getattr(ours, key) for key in _COUNTS if key in fields}  # the engine gets what is counted here
+    fields["model"] = population.name
+    if kind == "tokens":
+        extra: dict[str, JsonValue] = {}
+        return Call(
+            kind=kind,
+            choice=choice,
+            floor=choice.tier,
+            size=read_text(fields),
+            fields=_to_json(fields),
+            extra=extra,
+            is_served_by_a_tier=False,
+        )
+    terms = _read_terms(ours)
+    streams = bool(ours.stream)
+    has_tools = bool(fields.get("tools") or fields.get("functions"))
+    # Of a whole answer that fails nothing is shown: where vLLM reads a stream less well, or not at all, it stays whole.
+    is_cut = terms.stops_at_deadline and not fields.get("use_beam_search")
+    if streams_from_engine := streams or (is_cut and (terms.on_deadline == "truncate" or not has_tools)):
+        fields["stream"] = True
+    splices = kind in ("completion", "chat")
+    if streams_from_engine and splices:
+        # Whatever is cut short, or left, has no last event: what it used is counted on the way.
+        fields["stream_options"] = {
+            **{key: value for key, value in (ours.stream_options or {}).items() if value is not None},
+            "include_usage": True,
+            "continuous_usage_stats": True,
+        }
+    wants_usage = not streams or not splices or bool((ours.stream_options or {}).get("include_usage"))
+    wants_counts = wants_usage and bool((ours.stream_options or {}).get("continuous_usage_stats"))
+    return Call(
+        kind=kind,
+        choice=choice,
+        floor=_choose_floor(population, choice, ours, tenant_floor),
+        terms=terms,
+        size=read_size(fields, kind, population.context_length),
+        fields=_to_json(fields),
+        extra={**(ours.vllm_xargs or {}), **({DECODING_ARGUMENT: ours.decoding} if ours.decoding else {})},
+        is_constrained=is_constrained,
+        streams=streams,
+        streams_from_engine=streams_from_engine,
+        tokens_per_event=_tokens_per_event(ours, terms, joins=not has_tools) if splices else 1,
+        wants_usage=wants_usage,
+        wants_counts=wants_counts,
+        has_offsets=kind == "completion" and bool(fields.get("echo")) and "logprobs" in fields,
+        affinity=_beginning(fields, kind),
+    )
+
+
+def _read_terms(ours: CallFields) -> Terms:
+    if ours.latency_budget_ms is None:
+        if ours.on_deadline is not None:
+            raise bad_request(
+                f"on_deadline is {ours.on_deadline!r} but there is no deadline; give latency_budget_ms with it.",
+                code="invalid_value",
+                param="on_deadline",
+            )
+        return Terms()
+    return Terms(budget_s=ours.latency_budget_ms / 1000, on_deadline=ours.on_deadline or "degrade")
+
+
+def _choose_floor(population: Population, choice: Choice, ours: CallFields, tenant_floor: str | None) -> Tier:
+    """A tier that was asked for by name is a promise, unless the request also names a time budget or a smallest tier."""
+    named = choice.asked != "default"
+    if ours.min_budget is not None:
+        floor = at_least(population, ours.min_budget)
+        if floor.budget > choice.tier.budget:
+            raise bad_request(
+                f"min_budget {ours.min_budget!r} means tier {floor.name!r}, which is larger than the tier to serve this "
+                f"request, {choice.tier.name!r}.",
+                code="contradictory_budget",
+                param="min_budget",
+            )
+    elif named and ours.latency_budget_ms is None:
+        return choice.tier
+    else:
+        floor = min(population.tiers, key=lambda tier: tier.budget)
+    limit = next((tier for tier in population.tiers if tier.name == tenant_floor), floor)
+    floor = max(floor, limit, key=lambda tier: tier.budget)
+    return min(floor, choice.tier, key=lambda tier: tier.budget)
+
+
+def _validate(fields: dict[str, Any]) -> CallFields:
+    try:
+        return CallFields.model_validate({key: fields[key] for key in CallFields.model_fields if key in fields})
+    except ValidationError as error:
+        first = error.errors()[0]
+        param = str(first["loc"][0])
+        expected = {
+            "model": "a string",
+            "budget": "a tier's name or a whole number of members, at least 1",
+            "latency_budget_ms": f"a number of milliseconds from {MIN_BUDGET_MS} to {MAX_BUDGET_MS}",
+            "on_deadline": "degrade, truncate or fail",
+            "min_budget": "a tier's name or a whole number of members, at least 1",
+            "decoding": "auto, plain, sampled or speculative",
+            "stream": "true or false",
+            "stream_options": "an object",
+            "stream_interval": "a whole number of tokens, at least 1",
+            "vllm_xargs": "an object",
+            "messages": "a list",
+            "tools": "a list",
+            "structured_outputs": "an object",
+            "n": f"a whole number of choices, from 1 to {_MOST}",
+            "best_of": f"a whole number of sequences, from 1 to {_MOST}",
+            "max_tokens": f"a whole number of tokens, from 0 to {_MOST}",
+            "max_completion_tokens": f"a whole number of tokens, from 0 to {_MOST}",
+            "max_output_tokens": f"a whole number of tokens, from 0 to {_MOST}",
+        }[param]
+        raise bad_request(
+            f"{param} is {_shorten(fields[param])}; {expected} is expected.", code="invalid_value", param=param
+        ) from None
+
+
+def _check_input(fields: dict[str, Any], kind: Kind) -> None:
+    if kind in ("chat", "messages"):
+        if not fields.get("messages"):
+            raise bad_request("messages is empty: at least one message is expected.", code="empty", param="messages")
+        return
+    if kind == "responses":
+        _check_response(fields)
+        return
+    if fields.get("prompt_embeds") is not None:
+        return  # another form of the prompt, which the engine accepts or refuses by itself
+    prompt = fields.get("prompt")
+    parts = prompt if isinstance(prompt, list) and prompt else [prompt]
+    are_token_ids = isinstance(parts[0], int)
+    if not are_token_ids and any(part is None or part in ("", []) for part in parts):
+        raise bad_request(
+            "prompt is empty: a text, a list of texts, or token ids are expected.", code="empty", param="prompt"
+        )
+
+
+def _check_response(fields: dict[str, Any]) -> None:
+    if not fields.get("input"):
+        raise bad_request("input is empty: a text or a list of items is expected.", code="empty", param="input")
+    for name in ("previous_response_id", "conversation", "background"):
+        if fields.get(name):
+            raise bad_request(
+                f"{name} is {_shorten(fields[name])}: answers are not kept here, nor made in the background. Send the whole "
+                "conversation as input, and wait for the answer.",
+                code="not_stored",
+                param=name,
+            )
+
+
+def _check_extra_arguments(extra: dict[str, JsonValue] | None) -> None:
+    if reserved := sorted(key for key in extra or {} if key.lower().startswith(RESERVED_PREFIX)):
+        raise bad_request(
+            f"vllm_xargs holds {', '.join(reserved)}: keys that begin with {RESERVED_PREFIX!r} are the gateway's. "
+            "Choose the members that answer with budget, and the time with latency_budget_ms.",
+            code="reserved_argument",
+            param="vllm_xargs",
+        )
+
+
+def _tokens_per_event(ours: CallFields, terms: Terms, *, joins: bool) -> int | None:
+    """As the client wants it, or one where joining tokens would lose something: text at a deadline, and parts of a tool's
+    arguments, which not all of vLLM's parsers find again in large pieces (vllm issue 31501).
+    """
+    if ours.stream and ours.stream_interval is not None:
+        return min(ours.stream_interval, MOST_TOKENS_PER_EVENT)
+    return None if ours.stream and joins and not terms.stops_at_deadline else 1
+
+
+def _beginning(fields: dict[str, Any], kind: Kind) -> bytes:
+    """The first kilobyte or so of what the members will read."""
+    found = fields.get(INPUTS[kind])
+    if isinstance(found, list):
+        found = found[:256] if found and isinstance(found[0], int) else found[:1]
+    return str(found)[:1024].encode(errors="replace")
+
+
+def _to_json(fields: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(fields, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        raise bad_request("a string holds an unpaired surrogate, which is no text.", code="invalid_value") from None
+    except ValueError:
+        raise ApiError(422, "the body is not JSON: a number in it is out of range.", code="malformed_json") from None
+
+
+def _parse_int(digits: str) -> int:
+    if abs(value := int(digits)) >= 2**64:
+        raise ValueError(f"a number of {len(digits)} digits is out of range")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _json_type(value: object) -> str:
+    names = {list: "array", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
+    return names[type(value)]
+
+
+def _shorten(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,153 @@
+"""Errors as an OpenAI client expects them: `{"error": {"message", "type", "param", "code"}}`, whatever went wrong."""
+
+import http
+import json
+import logging
+import re
+from collections.abc import Mapping
+
+from starlette.responses import JSONResponse
+
+logger = logging.getLogger(__name__)
+
+MESSAGES = "/v1/messages"
+"""Anthropic's API: all below it has errors of its own shape."""
+_CONTEXT = re.compile(r"maximum context length is (\d+) tokens\. However, your prompt")
+_NO_ROOM = "max_tokens must be at least 1, got 0"
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a client that left; nobody receives it, but logs and metrics show it."""
+
+
+class ApiError(Exception):
+    """An answer other than the one asked for. The message says what to change, or when to come back."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The error in OpenAI's shape."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The error as a whole HTTP response."""
+        return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
+
+    def event(self) -> bytes:
+        """The error as a server-sent event, for a stream that has begun."""
+        return b"data: " + json.dumps(self.body(), separators=(",", ":")).encode() + b"\n\n"
+
+
+_ANTHROPIC = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def anthropic_body(error: ApiError) -> dict[str, object]:
+    """The error in Anthropic's shape."""
+    kind = _ANTHROPIC.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
+def respond(error: ApiError, path: str) -> JSONResponse:
+    """The error as a whole response, in the shape of the API that `path` belongs to."""
+    if path.startswith(MESSAGES):
+        return JSONResponse(anthropic_body(error), status_code=error.status, headers=error.headers)
+    return error.response()
+
+
+def bad_request(message: str, *, code: str, param: str | None = None) -> ApiError:
+    """A 400: the request is understood and cannot be served as it stands."""
+    return ApiError(400, message, code=code, param=param)
+
+
+def unavailable(message: str, *, retry_after_s: int) -> ApiError:
+    """A 503: the same request will be served once the engine answers again."""
+    return ApiError(503, message, code="engine_unavailable", headers={"Retry-After": str(retry_after_s)})
+
+
+def engine_error(status: int, body: bytes) -> ApiError:
+    """An engine's answer other than 200, in the gateway's shape.
+
+    A refusal keeps its message and parameter. Of a failure only the log has the engine's words, which may tell of its insides.
+    """
+    if not 400 <= status < 500:
+        logger.warning("an engine answered %d: %r", status, body[:500])
+        if status == 503:
+            return unavailable("the engine cannot take this request now; send it again.", retry_after_s=1)
+        return bad_gateway("the engine failed on this request.", status=500 if status == 500 else 502)
+    try:
+        error = json.loads(body)["error"]
+        message, param = _as_text(error["message"]), error.get("param")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        message, param = phrase(status), None
+    param = _as_text(param).removeprefix("body.") if isinstance(param, str) else None
+    return ApiError(status, message, code="rejected_by_engine", param=param)
+
+
+def bad_gateway(message: str, *, status: int = 502) -> ApiError:
+    """A 502: the engine's answer is none that can be passed on. A 500 if the engine said that it failed."""
+    return ApiError(status, message, code="engine_error")
+
+
+def explain_length(error: ApiError, *, max_tokens: int | None, context_length: int) -> ApiError:
+    """The engine's refusal of a prompt that leaves no room for an answer, in words that say what has to fit; others as they are.
+
+    The engine reads such a prompt only as far as its limit, and then speaks of that length as the prompt's, or of an answer of 0
+    tokens that nobody asked for.
+    """
+    known = _CONTEXT.search(error.message)
+    is_full = max_tokens != 0 and _NO_ROOM in error.message
+    if error.status != 400 or not (known or is_full):
+        return error
+    context_length = int(known[1]) if known else context_length
+    asked = 1 if max_tokens is None else max_tokens
+    rest = f"an answer of at least {asked}" if max_tokens is None else f"max_tokens, which is {asked}"
+    return bad_request(
+        f"the prompt is too long: it may have {max(0, context_length - asked)} tokens, as the context of {context_length} has to "
+        f"hold it and {rest}. Shorten the prompt{'' if max_tokens is None else ' or ask for fewer tokens'}; "
+        "POST /tokenize counts them.",
+        code="context_length_exceeded",
+        param=error.param,
+    )
+
+
+def error_status(body: bytes) -> int:
+    """The HTTP status that an engine gave as `code` in an error's body; 500 if it gave none."""
+    try:
+        code = json.loads(body)["error"]["code"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return 500
+    return code if isinstance(code, int) and 400 <= code < 600 else 500
+
+
+def _as_text(value: object) -> str:
+    """What an engine wrote, without the half characters that no answer can hold."""
+    return str(value).encode(errors="replace").decode()
+
+
+def phrase(status: int) -> str:
+    """The reason phrase of an HTTP status."""
+    try:
+        return http.HTTPStatus(status).phrase
+    except ValueError:
+        return f"status {status}"

@@ -1,0 +1,174 @@
+"""API keys: who may ask, for what, and how much. Keys are kept as digests; the file that holds them may change at any time.
+
+    {"keys": [{"name": "search", "sha256": "9f86...", "tiers": ["economy", "standard"], "floor": "economy",
+               "requests_per_s": 5, "tokens_per_min": 20000, "share": 2}]}
+
+A plain digest is enough for keys of high entropy, which cannot be guessed however fast the digest is.
+"""
+
+import hashlib
+import hmac
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from chorus.population.errors import ChorusError
+from chorus.population.manifest import Name
+from chorus.serve.gateway.request.errors import ApiError
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_KEY = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tenant:
+    """The holder of an API key. Without keys there is one, who may do everything."""
+
+    name: str
+    tiers: frozenset[str] | None = None
+    """Tiers that may be asked for; None for all."""
+    floor: str | None = None
+    """The tier below which a full house does not take its requests."""
+    structured_outputs: bool = True
+    """Whether answers may be made to follow a schema or a grammar, which costs an engine time to compile."""
+    requests_per_s: float | None = None
+    tokens_per_min: float | None = None
+    share: float = 1.0
+    """Its part of a full house, relative to others'."""
+
+
+ANYONE = Tenant(name="anyone")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Key(_Record):
+    """One key's holder and rights."""
+
+    name: Name
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    tiers: tuple[Name, ...] | None = Field(None, min_length=1)
+    floor: Name | None = None
+    structured_outputs: bool = True
+    requests_per_s: float | None = Field(None, ge=1e-5, le=1e6)
+    tokens_per_min: float | None = Field(None, ge=1, le=1e12)
+    share: float = Field(1.0, ge=1e-3, le=1e3)
+
+    def tenant(self) -> Tenant:
+        """Its holder, without the digest."""
+        return Tenant(
+            name=self.name,
+            tiers=None if self.tiers is None else frozenset(self.tiers),
+            floor=self.floor,
+            structured_outputs=self.structured_outputs,
+            requests_per_s=self.requests_per_s,
+            tokens_per_min=self.tokens_per_min,
+            share=self.share,
+        )
+
+
+class KeyFile(_Record):
+    """All keys."""
+
+    keys: tuple[Key, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> "KeyFile":
+        for what in ("name", "sha256"):
+            values = [getattr(key, what) for key in self.keys]
+            if len(set(values)) != len(values):
+                raise ValueError(f"two keys share a {what}")
+        return self
+
+
+class Keys:
+    """The keys as they stand now. Several keys of one holder need several names."""
+
+    def __init__(self, *, path: Path | None = None, text: str | None = None) -> None:
+        """From a file that is read again when it changes, or from `text`; from neither, everybody may do everything.
+
+        Raises:
+            ChorusError: the keys cannot be read. The message holds none of them.
+        """
+        self._path = path
+        self._stamp = self._look()
+        self._keys: list[tuple[bytes, Tenant]] | None = None
+        if path is not None:
+            self._keys = _read(_load(path), str(path))
+        elif text is not None:
+            self._keys = _read(text, "CHORUS_API_KEYS")
+
+    @property
+    def are_needed(self) -> bool:
+        """Whether a request without a key is refused."""
+        return self._keys is not None
+
+    def tenant(self, authorization: str | None) -> Tenant:
+        """Who sends this `Authorization` header.
+
+        Raises:
+            ApiError: 401, if there is no such key.
+        """
+        self._read_again()
+        if self._keys is None:
+            return ANYONE
+        scheme, _, key = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not key.strip():
+            raise _unauthorized(
+                "an API key is expected, as `Authorization: Bearer KEY` or `x-api-key: KEY`.", code="missing_api_key"
+            )
+        digest = hashlib.sha256(key.strip()[:_LONGEST_KEY].encode(errors="replace")).hexdigest().encode()
+        found = None
+        for known, tenant in self._keys:  # all of them, whichever it is: how long it takes tells nothing
+            if hmac.compare_digest(known, digest):
+                found = tenant
+        if found is None:
+            raise _unauthorized("this API key is not known here.", code="invalid_api_key")
+        return found
+
+    def _read_again(self) -> None:
+        if self._path is None or (stamp := self._look()) == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._keys = _read(_load(self._path), str(self._path))
+            logger.info("%d API keys are in force now", len(self._keys))
+        except ChorusError as error:
+            logger.error("the API keys changed and cannot be used; the ones before stay in force: %s", error)
+
+    def _look(self) -> tuple[int, int, int]:
+        if self._path is None:
+            return (0, 0, 0)
+        try:
+            status = self._path.stat()  # through links: a mounted secret is replaced by turning a link
+        except OSError:
+            return (0, 0, 0)
+        return (status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _load(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # editors and shells of Windows write a byte order mark
+    except UnicodeDecodeError:
+        raise ChorusError(f"the API keys in {path} cannot be read: the file is not UTF-8. Save it as UTF-8.") from None
+    except OSError as error:
+        raise ChorusError(f"the API keys in {path} cannot be read: {type(error).__name__}.") from None
+
+
+def _read(text: str, source: str) -> list[tuple[bytes, Tenant]]:
+    try:
+        found = KeyFile.model_validate_json(text)
+    except ValidationError as error:
+        # Without the input: it may hold what should be secret.
+        problems = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'file'}: {each['msg']}" for each in error.errors())
+        raise ChorusError(f"the API keys in {source} do not follow the schema: {problems}") from None
+    return [(key.sha256.encode(), key.tenant()) for key in found.keys]
+
+
+def _unauthorized(message: str, *, code: str) -> ApiError:
+    return ApiError(401, message, code=code, headers={"WWW-Authenticate": "Bearer"})

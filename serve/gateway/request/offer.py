@@ -1,0 +1,146 @@
+"""What is on offer now: the population's tiers as the manifest has them, in the forms in which answers speak of them."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from chorus.population.live import LiveManifest
+from chorus.population.manifest import Population, Tier
+from chorus.serve.gateway.request.errors import ApiError
+from chorus.serve.gateway.request.keys import Tenant
+from chorus.serve.gateway.request.tiers import SEPARATOR, default_tier
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """The tiers of one prior. A request is chosen for, and answered in the words of, one offer."""
+
+    population: Population
+    """With at least one tier."""
+    default_tier: Tier
+    cards: dict[str, dict[str, Any]]
+    """OpenAI's model objects by id."""
+    population_json: dict[str, bytes]
+    """What an answer's `population` object says about its tier, by tier."""
+
+    parts: dict[tuple[str, ...], Self] = field(default_factory=dict)
+    """Offers of some of these tiers, by their names, as they were asked for."""
+
+    def restricted(self, names: tuple[str, ...]) -> Self:
+        """The same population with only these of its tiers; at least one."""
+        if names not in self.parts:
+            tiers = tuple(tier for tier in self.population.tiers if tier.name in names)
+            population = self.population.model_copy(update={"tiers": tiers})
+            default = self.default_tier.name if self.default_tier in tiers else None
+            self.parts[names] = self.of(population, default)
+        return self.parts[names]
+
+    @classmethod
+    def of(cls, population: Population, default_tier_name: str | None) -> Self:
+        """The offer of a population; under uniform tiers if it has none. The largest tier is the default without a name."""
+        population = population if population.tiers else population.with_uniform_tiers()
+        default = default_tier(population)
+        if default_tier_name is not None:
+            named = [tier for tier in population.tiers if tier.name == default_tier_name]
+            if not named:
+                logger.warning("tier %s is gone; requests that ask for none get %s", default_tier_name, default.name)
+            default = named[0] if named else default
+        return cls(
+            population=population,
+            default_tier=default,
+            cards=model_cards(population, default),
+            population_json={
+                tier.name: json.dumps(population_object(population, tier), separators=(",", ":")).encode()
+                for tier in population.tiers
+            },
+        )
+
+
+class LiveOffer:
+    """The offer now: made anew when a prior fitted again appears in the manifest, or engines take another length of context."""
+
+    def __init__(
+        self,
+        population: Population,
+        default_tier_name: str | None,
+        manifest: LiveManifest | None,
+        context_length: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        """`context_length` is what engines take, where they say so; else it is the population's."""
+        self._default_tier_name = default_tier_name
+        self._manifest = manifest
+        self._context_length = context_length
+        self._given = population
+        self._made_of: tuple[Population, int | None] | None = None
+        self._offer: Offer
+
+    @property
+    def population(self) -> Population:
+        """The population as its manifest has it."""
+        return self._given if self._manifest is None else self._manifest.current()
+
+    def current(self) -> Offer:
+        """Costs one look at the manifest's date while nothing changed."""
+        population, length = self.population, self._context_length()
+        known = self._made_of
+        if known is None or population is not known[0] or length != known[1]:
+            self._made_of = population, length
+            shown = population if length is None else population.model_copy(update={"context_length": length})
+            self._offer = Offer.of(shown, self._default_tier_name)
+        return self._offer
+
+
+def offer_to(tenant: Tenant, offer: Offer) -> Offer:
+    """The offer without the tiers that the tenant may not have.
+
+    Raises:
+        ApiError: 403, if nothing is left.
+    """
+    if tenant.tiers is None:
+        return offer
+    names = tuple(tier.name for tier in offer.population.tiers if tier.name in tenant.tiers)
+    if not names:
+        raise ApiError(403, "this API key may use none of the tiers on offer now.", code="tier_not_allowed")
+    return offer.restricted(names)
+
+
+def population_object(population: Population, tier: Tier) -> dict[str, Any]:
+    """What an answer says about who gave it."""
+    return {
+        "tier": tier.name,
+        "members": list(tier.members),
+        "weights": list(tier.weights),
+        "prior_version": population.prior_version,
+    }
+
+
+def model_cards(population: Population, default: Tier) -> dict[str, dict[str, Any]]:
+    """OpenAI's model objects by id: the population under its own name, as its default tier, then each tier."""
+    tiers = {population.name: default}
+    tiers |= {f"{population.name}{SEPARATOR}{tier.name}": tier for tier in population.tiers}
+    return {model: _card(model, population, tier) for model, tier in tiers.items()}
+
+
+def _card(model: str, population: Population, tier: Tier) -> dict[str, Any]:
+    return {
+        "id": model,
+        "object": "model",
+        "created": int(population.provenance.created_at.timestamp()),
+        "owned_by": "chorus",
+        "root": population.name,
+        "parent": None if model == population.name else population.name,
+        "max_model_len": population.context_length,
+        "population": {
+            **population_object(population, tier),
+            "budget": tier.budget,
+            "pool": tier.pool,
+            "temperature": tier.temperature,
+            "decoding": tier.decoding,
+            "relative_cost": tier.relative_cost,
+            "test_loss": None if tier.test_loss is None else tier.test_loss.model_dump(),
+        },
+    }

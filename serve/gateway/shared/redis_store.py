@@ -1,0 +1,220 @@
+"""The shared store in Redis. Redis may go away at any time: service goes on, with this gateway's share of every quota.
+
+Nothing that is read there is trusted: a key of the wrong type is removed, a number out of bounds counts as unknown.
+"""
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.exceptions import RedisError, ResponseError
+
+from chorus.population.manifest import LAST_PRIOR_VERSION
+from chorus.serve.gateway.shared.store import Bucket, MemoryStore
+
+logger = logging.getLogger(__name__)
+
+_TIMEOUT_S = 0.5
+_PAUSE_S = 1.0
+_FRESH_S = 10.0
+_MODEL_S = 24 * 3600
+_MOST_BYTES = 2**24
+"""Longest value that is read."""
+_MOST_ENGINES = 1024
+
+# All by Redis' own clock: gateways need not agree on the time, and theirs may jump. Each begins with `now`.
+_NOW = """
+local now = redis.call('TIME')
+now = now[1] + now[2] / 1e6
+local function finite(text, most)
+  local number = tonumber(text)
+  if number and number >= -most and number <= most then return number end
+end
+"""
+# Atomic. A bucket that is full again is forgotten.
+_TAKE = (
+    _NOW
+    + """
+local known = redis.call('HMGET', KEYS[1], 'level', 'at')
+local rate, burst, amount = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local level = math.min(burst, finite(known[1], 1e12) or burst)
+level = math.min(burst, level + math.max(0, now - (finite(known[2], 1e12) or now)) * rate)
+local wait = 0
+if ARGV[4] == '1' or level >= amount then level = math.min(burst, level - amount) else wait = (amount - level) / rate end
+redis.call('HSET', KEYS[1], 'level', string.format('%.6f', level), 'at', string.format('%.6f', now))
+redis.call('PEXPIRE', KEYS[1], string.format('%.0f', math.min(1e12, math.ceil((burst - level) / rate * 1000) + 1000)))
+return string.format('%.6f', wait)
+"""
+)
+# A member of a set is there while it says so again and again; what is dated in the future would never go.
+_SAY = _NOW + "redis.call('ZADD', KEYS[1], now, ARGV[1]) return now"
+_HEAR = (
+    _NOW
+    + """
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[1])
+redis.call('ZREMRANGEBYSCORE', KEYS[1], now + ARGV[1], '+inf')
+return redis.call('ZREVRANGE', KEYS[1], 0, ARGV[2] - 1)
+"""
+)
+# Newer than a version that can be one, or instead of what cannot be used.
+_PUBLISH = (
+    _NOW
+    + """
+local known = finite(redis.call('HGET', KEYS[1], 'version'), tonumber(ARGV[3])) or -1
+local is_useless = ARGV[4] ~= '' and redis.call('HGET', KEYS[1], 'manifest') == ARGV[4]
+if tonumber(ARGV[1]) > known or is_useless then redis.call('HSET', KEYS[1], 'version', ARGV[1], 'manifest', ARGV[2]) end
+return 1
+"""
+)
+_PRIOR = """
+if redis.call('HSTRLEN', KEYS[1], 'manifest') > tonumber(ARGV[1]) then redis.call('DEL', KEYS[1]) end
+return redis.call('HMGET', KEYS[1], 'version', 'manifest')
+"""
+
+
+class RedisStore:
+    """State that all gateways of one population share."""
+
+    def __init__(self, url: str, population: str) -> None:
+        pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=32,
+            timeout=_TIMEOUT_S,
+            socket_timeout=_TIMEOUT_S,
+            socket_connect_timeout=_TIMEOUT_S,
+            decode_responses=True,
+            encoding_errors="replace",
+        )
+        self._redis = Redis.from_pool(pool)
+        self._take = self._redis.register_script(_TAKE)
+        self._say = self._redis.register_script(_SAY)
+        self._hear = self._redis.register_script(_HEAR)
+        self._publish = self._redis.register_script(_PUBLISH)
+        self._prior = self._redis.register_script(_PRIOR)
+        self._prefix = f"chorus:{population}:"
+        self._local = MemoryStore()
+        self._id = uuid.uuid4().hex
+        self._num_gateways = 1
+        self._is_up = True
+        self._try_again_at = 0.0
+        self._seen_engines: dict[str, float] = {}
+        """When each was last found there, or could not be looked for."""
+
+    @property
+    def is_up(self) -> bool:
+        """Whether Redis answered when last asked."""
+        return self._is_up
+
+    async def take(self, bucket: Bucket, amount: float) -> float:
+        """See `Store`. Without Redis: from this gateway's share."""
+        amount = min(amount, bucket.burst)
+        wait_s = await self._ask(self._take, f"quota:{bucket.name}", *_terms(bucket), amount, 0)
+        if wait_s is None:
+            share = self._share(bucket)
+            return await self._local.take(share, min(amount, share.burst))
+        return float(wait_s)
+
+    async def settle(self, bucket: Bucket, amount: float) -> None:
+        """See `Store`."""
+        if await self._ask(self._take, f"quota:{bucket.name}", *_terms(bucket), amount, 1) is None:
+            await self._local.settle(self._share(bucket), amount)
+
+    async def announce(self, url: str) -> None:
+        """See `Store`."""
+        await self._ask(self._say, "engines", url)
+
+    async def engines(self) -> list[str]:
+        """See `Store`. Those known before stay while Redis is away, and until they had time to announce themselves to one that
+        comes back empty; their own health says whether they live."""
+        found = await self._ask(self._hear, "engines", _FRESH_S, _MOST_ENGINES)
+        now = time.monotonic()
+        for url in self._seen_engines if found is None else filter(_is_address, found):
+            self._seen_engines[url] = now
+        self._seen_engines = {url: seen for url, seen in self._seen_engines.items() if now - seen < _FRESH_S}
+        return list(self._seen_engines)
+
+    async def save_model(self, url: str, state: dict[str, Any]) -> None:
+        """See `Store`."""
+        key, text = f"model:{url}", json.dumps(state)
+        await self._ask(lambda keys, args: self._redis.set(keys[0], text, ex=_MODEL_S), key)
+
+    async def load_model(self, url: str) -> dict[str, Any] | None:
+        """See `Store`."""
+        found = await self._ask(lambda keys, args: self._redis.getrange(keys[0], 0, _MOST_BYTES), f"model:{url}")
+        try:
+            state = json.loads(found) if found else None
+        except (ValueError, RecursionError):
+            logger.warning("what others learned about engine %s is not JSON and left aside", url)
+            return None
+        return state if isinstance(state, dict) else None
+
+    async def publish_prior(self, version: int, manifest: str, *, instead_of: str = "") -> None:
+        """See `Store`."""
+        await self._ask(self._publish, "prior", version, manifest, LAST_PRIOR_VERSION, instead_of)
+
+    async def live_prior(self) -> tuple[int, str] | None:
+        """See `Store`."""
+        version, text = await self._ask(self._prior, "prior", _MOST_BYTES) or (None, None)
+        if text is None or version is None or not (version.isascii() and version.isdecimal() and len(version) < 20):
+            return None
+        return int(version), text
+
+    async def keep(self) -> None:
+        """Say that this gateway lives, and count the others, whose shares of a quota it would have to leave to them."""
+        while True:
+            await self._ask(self._say, "gateways", self._id)
+            others = await self._ask(self._hear, "gateways", _FRESH_S, _MOST_ENGINES)
+            self._num_gateways = max(1, len(others)) if others is not None else self._num_gateways
+            await asyncio.sleep(_FRESH_S / 5)
+
+    async def close(self) -> None:
+        """Let go of all connections."""
+        await self._redis.aclose()
+
+    def _share(self, bucket: Bucket) -> Bucket:
+        count = self._num_gateways
+        burst = max(1.0, bucket.burst / count)
+        return Bucket(name=bucket.name, rate_per_s=bucket.rate_per_s / count, burst=burst)
+
+    async def _ask(self, command: Callable[..., Awaitable[Any]], key: str, *args: object) -> Any:
+        """The command's answer for one of our keys; None while Redis is away, which is found out at most once a second."""
+        if time.monotonic() < self._try_again_at:
+            return None
+        keys = [self._prefix + key]
+        try:
+            try:
+                found = await command(keys=keys, args=args)
+            except ResponseError as error:
+                if "WRONGTYPE" not in str(error):
+                    raise
+                logger.warning("Redis' key %s is of another type and is removed: whoever wrote it is no gateway", *keys)
+                await self._redis.delete(*keys)
+                found = await command(keys=keys, args=args)
+        except (RedisError, OSError, TimeoutError, ValueError) as error:
+            self._try_again_at = time.monotonic() + _PAUSE_S
+            if self._is_up:
+                logger.warning("Redis is away; quotas fall back to a share of %d: %s", self._num_gateways, error)
+            self._is_up = False
+            return None
+        if not self._is_up:
+            logger.warning("Redis is back")
+        self._is_up, self._try_again_at = True, 0.0
+        return found
+
+
+def _terms(bucket: Bucket) -> tuple[float, float]:
+    return bucket.rate_per_s, bucket.burst
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname and parts.port) and parts.path in ("", "/")
+    except ValueError:
+        return False

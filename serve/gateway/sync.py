@@ -1,0 +1,83 @@
+"""What a gateway says and hears in the shared store while it runs: its engine, what it learned, and the live prior."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from chorus.population import manifest
+from chorus.population.errors import ChorusError
+from chorus.population.manifest import Population
+from chorus.serve.gateway.engines.engine import Engine
+from chorus.serve.gateway.engines.pool import Pool
+from chorus.serve.gateway.shared.store import Store
+
+logger = logging.getLogger(__name__)
+
+_MOST_FITS = 1000
+"""So many versions may be fitted while a gateway looks away; a later one was not counted up."""
+
+
+async def share(
+    store: Store, pool: Pool, current: Callable[[], Population], directory: Path | None, *, interval_s: float
+) -> None:
+    """Share until cancelled."""
+    said: dict[str, int] = {}
+    while True:
+        try:
+            for engine in pool.engines:
+                if engine.is_up and engine.is_supervised:
+                    await store.announce(engine.url)
+                if engine.is_up and engine.model.is_seeded and said.get(engine.url) != engine.model.count:
+                    said = {each.url: said.get(each.url, 0) for each in pool.engines}
+                    said[engine.url] = engine.model.count
+                    await store.save_model(engine.url, engine.model.state())
+            await _agree_on_prior(store, current(), directory)
+        except Exception:  # whatever it is, it must not end the sharing
+            logger.exception("sharing with other gateways failed, and is tried again")
+        await asyncio.sleep(interval_s)
+
+
+async def seed(store: Store, engine: Engine) -> bool:
+    """Begin with what other gateways learned about an engine; whether they had learned anything."""
+    state = await store.load_model(engine.url)
+    if state is None:
+        return False
+    try:
+        engine.model.restore(state)
+    except (KeyError, TypeError, ValueError) as error:
+        logger.warning("what others learned about engine %s cannot be used: %s", engine.url, error)
+        return False
+    return engine.model.is_seeded
+
+
+async def _agree_on_prior(store: Store, ours: Population, directory: Path | None) -> None:
+    """The newest prior wins. It is written where the engine and the offer look for it, and nothing else needs to be told.
+
+    Only what a fit decides is taken over, never what is on disk. What no gateway of this population can use is replaced.
+    """
+    live = await store.live_prior()
+    if live is None or live[0] < ours.prior_version:
+        await store.publish_prior(ours.prior_version, ours.model_dump_json())
+        return
+    version, text = live
+    if version == ours.prior_version:
+        return
+    try:
+        theirs = Population.model_validate_json(text)
+        taken = ours.taking_prior_of(theirs)
+        if taken is None:
+            raise ChorusError("it was fitted to other members")
+        if taken.prior_version != version or version > ours.prior_version + _MOST_FITS:
+            raise ChorusError(f"no version after {ours.prior_version} is expected to be called {version}")
+    except (ValidationError, ChorusError) as error:
+        logger.error("prior version %d was published, cannot be taken over and is replaced by ours: %s", version, error)
+        await store.publish_prior(ours.prior_version, ours.model_dump_json(), instead_of=text)
+        return
+    if directory is not None:
+        try:
+            await asyncio.to_thread(manifest.save_newer, taken, directory)  # a fit may hold the manifest for seconds
+        except OSError as error:
+            logger.error("prior version %d was published and cannot be written: %s", version, error)

@@ -1,0 +1,93 @@
+"""Bodies of requests: read whole, decoded, and bounded in length, time and in what all of them hold."""
+
+import asyncio
+import zlib
+
+from fastapi import Request
+
+from chorus.serve.gateway.request.errors import ApiError, bad_request
+
+_IDENTITY = ("", "identity")
+_ZLIB = ("gzip", "x-gzip", "deflate")
+_EITHER_HEADER = 32 + zlib.MAX_WBITS
+"""zlib finds out by itself whether a stream is gzip's or zlib's (`deflate`)."""
+
+
+class Bodies:
+    """Reads bodies. Where those that are still on their way hold too much, the one that began first is given up."""
+
+    def __init__(self, *, max_bytes: int, max_bytes_together: int, timeout_s: float) -> None:
+        self._max_bytes = max_bytes
+        self._max_bytes_together = max_bytes_together
+        self._timeout_s = timeout_s
+        self._held_bytes = 0
+        self._reading: dict[asyncio.Timeout, int] = {}
+        """What each of them holds; one that is given up holds nothing from then on."""
+
+    async def read(self, request: Request, max_bytes: int | None = None) -> bytes:
+        """The request's body, refused as soon as it is known to be longer than `max_bytes`, or than any may be.
+
+        Raises:
+            ApiError: 413, 408 if it does not come in time, 415 for an unknown coding, 400 if it does not follow its coding.
+        """
+        max_bytes = self._max_bytes if max_bytes is None else max_bytes
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > max_bytes:
+            raise _too_long(max_bytes)
+        coding = request.headers.get("content-encoding", "").strip().lower()
+        if coding not in (*_IDENTITY, *_ZLIB):
+            raise ApiError(
+                415,
+                f"the body's content-encoding is {coding[:40]!r}; gzip, deflate or none is expected.",
+                code="unsupported_content_encoding",
+                headers={"Accept-Encoding": "gzip, deflate"},
+            )
+        body = await self._collect(request, max_bytes)
+        return _decode(body, coding, max_bytes) if coding in _ZLIB else body
+
+    async def _collect(self, request: Request, max_bytes: int) -> bytes:
+        parts, length = [], 0
+        try:
+            async with asyncio.timeout(self._timeout_s) as patience:
+                self._reading[patience] = 0
+                try:
+                    async for part in request.stream():
+                        parts.append(part)
+                        length += len(part)
+                        if length > max_bytes:
+                            raise _too_long(max_bytes)
+                        if patience in self._reading:
+                            self._reading[patience] += len(part)
+                            self._held_bytes += len(part)
+                        while self._held_bytes > self._max_bytes_together:
+                            self._give_up_oldest()
+                finally:
+                    self._held_bytes -= self._reading.pop(patience, 0)
+        except TimeoutError:
+            message = f"the body did not come within {self._timeout_s:g} s, or had to make room for others; send the request again."
+            raise ApiError(408, message, code="body_timeout", headers={"Connection": "close"}) from None
+        return b"".join(parts)
+
+    def _give_up_oldest(self) -> None:
+        oldest = next(iter(self._reading))
+        self._held_bytes -= self._reading.pop(oldest)
+        if not oldest.expired():
+            oldest.reschedule(asyncio.get_running_loop().time())
+
+
+def _decode(body: bytes, coding: str, max_bytes: int) -> bytes:
+    decoder = zlib.decompressobj(_EITHER_HEADER)
+    try:
+        decoded = decoder.decompress(body, max_bytes + 1)
+    except zlib.error as error:
+        raise bad_request(f"the body is not {coding}: {error}.", code="malformed_encoding") from None
+    if len(decoded) > max_bytes:
+        raise _too_long(max_bytes)
+    if not decoder.eof or decoder.unused_data:
+        what = "goes on after its end" if decoder.eof else "ends too early"
+        raise bad_request(f"the body's {coding} stream {what}.", code="malformed_encoding")
+    return decoded
+
+
+def _too_long(max_bytes: int) -> ApiError:
+    return ApiError(413, f"the body is longer than {max_bytes} bytes, the most that is accepted.", code="body_too_long")

@@ -1,0 +1,1 @@
+"""`chorus bench`: load on a gateway and what became of it."""

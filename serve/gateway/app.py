@@ -10,7 +10,7 @@ from chorus.population.assemble import chorus_version
 from chorus.serve.gateway.api import document, failures, playground, routes
 from chorus.serve.gateway.gateway import Gateway
 from chorus.serve.gateway.observe.record import REQUEST_ID, RecordMiddleware
-from chorus.serve.gateway.relay.relay import TIER_HEADER
+from chorus.serve.gateway.relay.reply import TIER_HEADER
 
 
 def create_app(gateway: Gateway) -> FastAPI:

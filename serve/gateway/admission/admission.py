@@ -320,6 +320,7 @@ class Admission:
             finish_by=ask.job.finish_by,
             expected_first_s=found.first_s,
             expected_token_s=found.token_s,
+            tokens_per_event=ask.call.event_size(found.token_s),
         )
         grant = Grant(
             engine=engine,
@@ -343,8 +344,8 @@ class Admission:
     def _settle(self, grant: Grant) -> None:
         """What was generated counts for whose turn it is, where that is known, not what might have been."""
         in_flight, tenant = grant.in_flight, grant.tenant
-        if in_flight.generated is not None and tenant.name in self._used:
-            too_many = in_flight.num_sequences * in_flight.work.max_tokens - in_flight.generated
+        if in_flight.num_generated is not None and tenant.name in self._used:
+            too_many = in_flight.num_sequences * in_flight.work.max_tokens - in_flight.num_generated
             self._used[tenant.name] -= in_flight.work.members * too_many / tenant.share
 
     def _pressure(self) -> float:

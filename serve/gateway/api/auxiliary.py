@@ -12,7 +12,7 @@ from starlette.types import Receive
 from chorus.serve.gateway.admission import quotas
 from chorus.serve.gateway.admission.quotas import Bill
 from chorus.serve.gateway.admission.slots import Slots
-from chorus.serve.gateway.relay.relay import RequestContext
+from chorus.serve.gateway.relay.context import RequestContext
 from chorus.serve.gateway.request.errors import ApiError
 from chorus.serve.gateway.transport.disconnects import while_connected
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from chorus.serve.gateway.admission.quotas import Bill
 from chorus.serve.gateway.engines import upstream
 from chorus.serve.gateway.engines.engine import Engine
-from chorus.serve.gateway.relay.relay import RequestContext
+from chorus.serve.gateway.relay.context import RequestContext
 from chorus.serve.gateway.request.call import Call
 from chorus.serve.gateway.request.errors import ApiError, bad_gateway, bad_request
 from chorus.serve.gateway.request.size import NO_USAGE, Size, Usage

@@ -8,7 +8,7 @@ from fastapi import Request
 from chorus.serve.gateway.admission import quotas
 from chorus.serve.gateway.gateway import Gateway
 from chorus.serve.gateway.observe.record import REQUEST_ID, Record
-from chorus.serve.gateway.relay.relay import RequestContext
+from chorus.serve.gateway.relay.context import RequestContext
 from chorus.serve.gateway.request.call import Call, Kind, read_call
 from chorus.serve.gateway.request.errors import ApiError
 from chorus.serve.gateway.request.keys import Tenant

@@ -10,6 +10,7 @@ import math
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import aiohttp
 
@@ -18,7 +19,8 @@ from chorus.serve.gateway.engines.costs import StepCosts, read_costs
 from chorus.serve.gateway.engines.latency import LatencyModel, Work
 from chorus.serve.gateway.engines.life import Life, Processes
 from chorus.serve.gateway.engines.reserve import Reserve
-from chorus.serve.gateway.engines.traffic import Traffic
+from chorus.serve.gateway.engines.traffic import InFlight, Traffic
+from chorus.serve.gateway.request.size import Usage
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +131,27 @@ class Engine:
     def suspect(self) -> None:
         """A request to it failed: look at its health now, not at the next turn."""
         self._look_now.set()
+
+    def learn(self, request: InFlight, usage: Usage, *, streamed: bool, prompt_characters: int) -> None:
+        """Fit the expected times to a complete answer. `prompt_characters` of its prompt came as text, 0 if it came as tokens.
+
+        Answers that members left on the way count as any other: leaving them out was no better (bench/LOG.md).
+        """
+        now = time.perf_counter()
+        if request.num_sequences == 1:
+            self.model.observe_prompt(characters=prompt_characters, tokens=usage.prompt_tokens)
+        tokens = max(1.0, usage.completion_tokens / request.num_sequences)
+        work = replace(request.work, prompt_tokens=usage.prompt_tokens)
+        total_s = now - request.began_at
+        expected_s = request.expected_first_s + (tokens - 1) * request.expected_token_s
+        self.model.observe_total(expected_s=expected_s, seconds=total_s)
+        load = self.traffic.mean_load(request, now)
+        if streamed and request.first_at is not None:
+            self.model.observe_first(request.before, work, request.first_at - request.began_at)
+            if load is not None and tokens >= 4:
+                self.model.observe_tokens(load, (now - request.first_at) / (tokens - 1))
+        elif load is not None:
+            self.model.observe_whole(request.before, load, work, tokens, total_s)
 
     async def answers(self) -> bool:
         """Ask for its health, and wait for the answer."""

@@ -1,8 +1,7 @@
-"""A few short requests to an engine that has just begun to answer, so that the first deadline is not met by luck.
+"""Calibration: a few short requests to an engine that has just begun to answer, so that its first deadlines can be planned.
 
-The smallest and the largest tier, alone and side by side, after a short and a longer prompt: enough to tell apart what a step, a
-member, a row and a prompt cost. An engine that has just started is slow at everything it does for the first time: the first round
-warms it up, and nothing is learned from that.
+The smallest and the largest tier, alone and side by side, after a short and a longer prompt: enough to tell apart the costs of a
+step, a member, a row and a prompt. The first round only warms the engine up, which is slow at whatever it does for the first time.
 """
 
 import asyncio
@@ -14,7 +13,6 @@ from collections.abc import Sequence
 import aiohttp
 
 from chorus.population.manifest import Population, Tier
-from chorus.serve.gateway.admission.admission import Grant
 from chorus.serve.gateway.engines import upstream
 from chorus.serve.gateway.engines.engine import Engine
 from chorus.serve.gateway.engines.latency import Work
@@ -30,7 +28,7 @@ _SIDE_BY_SIDE = (1, 1, 2, 4)
 
 
 async def calibrate(session: aiohttp.ClientSession, engine: Engine, population: Population) -> None:
-    """Teach the engine's model how long it takes. What fails is logged and left to the traffic."""
+    """Fit the engine's expected times. After a failure, which is logged, its traffic has to."""
     small = min(population.tiers, key=lambda tier: tier.budget)
     large = max(population.tiers, key=lambda tier: tier.budget)
     lengths = (4, max(4, min(512, population.context_length - _TOKENS - 1)))
@@ -38,58 +36,56 @@ async def calibrate(session: aiohttp.ClientSession, engine: Engine, population: 
     try:
         for length in lengths:
             for tier in dict.fromkeys((small, large)):
-                await _ask(session, engine, population, tier, length, teaches=False)
+                await _send(session, engine, population, tier, length, is_warm_up=True)
         for count in _SIDE_BY_SIDE:
             for length in lengths:
                 for tier in dict.fromkeys((small, large)):
                     async with asyncio.TaskGroup() as group:
                         for _ in range(count):
-                            group.create_task(_ask(session, engine, population, tier, length))
+                            group.create_task(_send(session, engine, population, tier, length))
     except* (*upstream.BROKEN, StoppedError, RuntimeError) as errors:
         why = errors.exceptions[0]
-        logger.warning("engine %s could not be calibrated, its traffic will teach: %s", engine.url, why)
+        logger.warning("engine %s could not be calibrated, its times are learned from traffic: %s", engine.url, why)
     else:
         logger.info("engine %s calibrated in %.1f s", engine.url, time.perf_counter() - began_at)
 
 
-async def _ask(
+async def _send(
     session: aiohttp.ClientSession,
     engine: Engine,
     population: Population,
     tier: Tier,
     prompt_tokens: int,
     *,
-    teaches: bool = True,
+    is_warm_up: bool = False,
 ) -> None:
-    call = _call(population, tier, prompt_tokens, is_warm_up=not teaches)
-    in_flight = InFlight(
+    call = _call(population, tier, prompt_tokens, is_warm_up=is_warm_up)
+    request = InFlight(
         tier=tier,
         floor=tier,
         num_sequences=1,
         work=Work(members=len(tier.members), prompt_tokens=prompt_tokens, max_tokens=_TOKENS),
         finish_by=None,
     )
-    engine.traffic.begin(in_flight)
-    grant = Grant(engine=engine, in_flight=in_flight, waited_s=0, is_promised=False)
-    exchange = Wait(grant, deadline=None, stall_s=engine.stall_timeout_s)
+    headers = {"Content-Type": "application/json"}
     splicer = EventSplicer(Additions(population=b"{}", model=None), keep_usage=True)
+    engine.traffic.begin(request)
     try:
-        async with exchange:
-            answer = await upstream.send(
-                session, engine, "/v1/completions", call.body(tier), {"Content-Type": "application/json"}
-            )
+        async with Wait(engine, request, deadline=None, stall_s=engine.stall_timeout_s) as wait:
+            answer = await upstream.send(session, engine, "/v1/completions", call.body(tier), headers)
             try:
                 if answer.status != 200:
                     raise RuntimeError(f"status {answer.status}: {(await answer.read())[:200]!r}")
                 async for data in answer.content.iter_any():
                     if events := splicer.feed(data):
-                        exchange.heard(events.count(b"\n\n"))
+                        wait.note_events(events.count(b"\n\n"))
             finally:
                 answer.close()
-        if teaches:
-            exchange.teach(splicer.usage, streamed=True, characters=0)
+            wait.note_complete()
+        if splicer.usage is not None and not is_warm_up:
+            engine.learn(request, splicer.usage, streamed=True, prompt_characters=0)
     finally:
-        engine.traffic.end(in_flight)
+        engine.traffic.end(request)
 
 
 def _call(population: Population, tier: Tier, prompt_tokens: int, *, is_warm_up: bool) -> Call:

@@ -1,4 +1,4 @@
-"""How long the gateway waits for an engine's words, and what a finished answer teaches about the engine."""
+"""How long the gateway waits for an engine's answer: until its deadline, the loss of the engine, or a silence that is too long."""
 
 import asyncio
 import math
@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 
-from chorus.serve.gateway.admission.admission import Grant
-from chorus.serve.gateway.engines.latency import Work
-from chorus.serve.gateway.request.size import Usage
+from chorus.serve.gateway.engines.engine import Engine
+from chorus.serve.gateway.engines.traffic import InFlight
 
 LEAD_S = 0.01
-"""What is cut at a deadline is cut so much before it, so that it arrives in time."""
-_NOTICEABLE_S = 0.05
-_MOMENT_S = 1.0
+"""An answer that is cut at its deadline is cut this much earlier, so that it arrives in time."""
+_BLOCKED_S = 0.05
+"""A client that takes an event no faster is slow: the times of its request say little about the engine."""
+_RECENT_S = 1.0
 
 
 class Stop(Enum):
@@ -35,14 +35,18 @@ class StoppedError(Exception):
 
 
 class Wait:
-    """One request on one engine: the wait for it, and the notes for the model."""
+    """The wait for one answer, as a context around everything that is done with it.
 
-    def __init__(self, grant: Grant, *, deadline: float | None, stall_s: float) -> None:
-        self.grant = grant
+    Raises:
+        StoppedError: on leaving, with the reason.
+    """
+
+    def __init__(self, engine: Engine, request: InFlight, *, deadline: float | None, stall_s: float) -> None:
+        self._engine, self._request = engine, request
         self._deadline = deadline
         self._stall_s = stall_s
-        self._patience = asyncio.Timeout(None)
-        self._life = grant.engine.life
+        self._timeout = asyncio.Timeout(None)
+        self._life = engine.life
         self._is_sending = False
         self._heard_at = 0.0
         self._is_silent = False
@@ -52,95 +56,71 @@ class Wait:
 
     @property
     def is_behind(self) -> bool:
-        """Whether the client is slow to take words, or was a moment ago: a send that waits ends when the client leaves."""
-        return self._is_sending or time.perf_counter() - self._blocked_at < _MOMENT_S
+        """Whether the client is slow to take events, or was a moment ago: a send that waits ends when the client leaves."""
+        return self._is_sending or time.perf_counter() - self._blocked_at < _RECENT_S
+
+    @property
+    def was_blocked(self) -> bool:
+        """Whether the client held the answer up for a noticeable time."""
+        return self._blocked_s > _BLOCKED_S
 
     @contextmanager
     def sending(self) -> Iterator[None]:
-        """Around handing words to the client, who may be slow to take them: that says nothing about the engine."""
+        """Around passing events on: a client that is slow to take them says nothing about the engine."""
         began_at, self._is_sending = time.perf_counter(), True
         yield
         self._is_sending = False
         now = time.perf_counter()
         self._blocked_s += now - began_at
-        if now - began_at > _NOTICEABLE_S:
+        if now - began_at > _BLOCKED_S:
             self._blocked_at = now
 
     async def __aenter__(self) -> "Wait":
-        self._patience = asyncio.timeout(None)
-        await self._patience.__aenter__()
+        self._timeout = asyncio.timeout(None)
+        await self._timeout.__aenter__()
         if self._deadline is not None:
             loop = asyncio.get_running_loop()
-            self._patience.reschedule(loop.time() + self._deadline - LEAD_S - time.perf_counter())
-        self.grant.engine.waiting.add(self._patience)
+            self._timeout.reschedule(loop.time() + self._deadline - LEAD_S - time.perf_counter())
+        self._engine.waiting.add(self._timeout)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self.grant.engine.waiting.discard(self._patience)
+        self._engine.waiting.discard(self._timeout)
         if self._silence is not None:
             self._silence.cancel()
         try:
-            await self._patience.__aexit__(kind, error, trace)  # type: ignore[arg-type]
+            await self._timeout.__aexit__(kind, error, trace)  # type: ignore[arg-type]
         except TimeoutError:
             raise StoppedError(self._why()) from None
 
-    def heard(self, num_events: int) -> None:
-        """The engine sent so many events: the wait begins anew."""
-        in_flight = self.grant.in_flight
-        if in_flight.first_at is None:
-            self.grant.engine.traffic.note_first(in_flight)
-        # Each sequence's first token comes alone.
-        num_first = min(num_events, max(0, in_flight.num_sequences - in_flight.num_tokens))
-        in_flight.num_tokens += num_first + (num_events - num_first) * in_flight.tokens_per_event
+    def note_events(self, num_events: int) -> None:
+        """The engine sent `num_events` events: its silence ends."""
+        self._engine.traffic.note_events(self._request, num_events)
         self._life.heard()
         self._heard_at = self._life.heard_at
         if self._silence is None:
-            self._silence = asyncio.get_running_loop().call_later(self._stall_s, self._look_at_silence)
+            self._silence = asyncio.get_running_loop().call_later(self._stall_s, self._check_silence)
 
-    def teach(self, usage: Usage | None, *, streamed: bool, characters: int) -> None:
-        """The answer is complete: its times go into the engine's model.
-
-        `characters` of its prompt came as text, 0 if it came as tokens. An answer that members left on the way teaches as any
-        other: to leave those out, or to count them as late, was tried and was no better (bench/LOG.md).
-        """
-        now = time.perf_counter()
-        engine, in_flight = self.grant.engine, self.grant.in_flight
+    def note_complete(self) -> None:
+        """The whole answer came."""
         self._life.heard()
-        if usage is None or self._blocked_s > _NOTICEABLE_S:
-            return
-        if in_flight.num_sequences == 1:
-            engine.model.observe_prompt(characters=characters, tokens=usage.prompt_tokens)
-        tokens = max(1.0, usage.completion_tokens / in_flight.num_sequences)
-        work = Work(
-            members=in_flight.work.members, prompt_tokens=usage.prompt_tokens, max_tokens=in_flight.work.max_tokens
-        )
-        total_s = now - in_flight.began_at
-        expected_s = in_flight.expected_first_s + (tokens - 1) * in_flight.expected_token_s
-        engine.model.observe_total(expected_s=expected_s, seconds=total_s)
-        load = engine.traffic.mean_load(in_flight, now)
-        if streamed and in_flight.first_at is not None:
-            engine.model.observe_first(in_flight.before, work, in_flight.first_at - in_flight.began_at)
-            if load is not None and tokens >= 4:
-                engine.model.observe_tokens(load, (now - in_flight.first_at) / (tokens - 1))
-        elif load is not None:
-            engine.model.observe_whole(in_flight.before, load, work, tokens, now - in_flight.began_at)
 
-    def _look_at_silence(self) -> None:
-        """End the wait if it has been silent for too long; where the whole engine is silent, it may be at a long step."""
-        longest_s = self._stall_s if self._is_sending else self.grant.engine.longest_silence_s()
+    def _check_silence(self) -> None:
+        """End the wait after too long a silence; longer if the whole engine is silent, which may be in a long step."""
+        longest_s = self._stall_s if self._is_sending else self._engine.longest_silence_s()
         left_s = self._heard_at + longest_s - time.monotonic()
         loop = asyncio.get_running_loop()
         if left_s > 0:
-            # Soon again, as the reason for a longer silence may go.
-            self._silence = loop.call_later(min(left_s, self._stall_s), self._look_at_silence)
-        elif not self._patience.expired():
+            # Checked again soon, as the reason for a longer silence may go.
+            self._silence = loop.call_later(min(left_s, self._stall_s), self._check_silence)
+        elif not self._timeout.expired():
             self._is_silent = True
-            self._patience.reschedule(loop.time())
+            self._timeout.reschedule(loop.time())
 
     def _why(self) -> Stop:
-        if not self.grant.engine.is_up or self.grant.engine.life is not self._life:
+        if not self._engine.is_up or self._engine.life is not self._life:
             return Stop.LOST
-        # Not by the clock: uvloop's timers have whole milliseconds, so a wait may end more than one before its time.
+        # Not by the clock: uvloop's timers have whole milliseconds, so a wait may end a millisecond before its time.
         if not self._is_silent:
             return Stop.DEADLINE
         return Stop.STUCK if self._is_sending else Stop.STALLED

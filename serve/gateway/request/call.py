@@ -57,6 +57,10 @@ REPORT_ARGUMENT = "chorus_report_in_stop_reason"
 DECODING_ARGUMENT = "chorus_decoding"
 MOST_TOKENS_PER_EVENT = 64
 """A stream that says nothing for much longer than that looks like one of an engine that hangs."""
+_EVENT_INTERVAL_S = 1 / 30
+"""Longest time for which the gateway has a token held back."""
+_MAX_CHOSEN_PER_EVENT = 16
+"""And the most tokens that it has put into one event, where the client does not choose."""
 MOST_NESTED = 100
 """Objects and lists in one another: a body is walked by many functions that call themselves, here and in the engine."""
 MIN_BUDGET_MS, MAX_BUDGET_MS = 1, 24 * 3600 * 1000
@@ -168,6 +172,17 @@ class Call:
     """Whether the answer echoes the prompt and says where its tokens begin in it."""
     affinity: bytes = b""
     """The beginning of the prompt: requests that share it are best served by the same engine."""
+
+    def event_size(self, token_s: float) -> int:
+        """Tokens in each event of its stream, if one is expected to take `token_s` seconds (0 if unknown).
+
+        More than one only where they come faster than a reader could follow: each event costs processor time in the engine's
+        server, in the gateway and at the client (bench/LOG.md). The first and the last tokens are never held back (vLLM's
+        `stream_interval`).
+        """
+        if self.tokens_per_event is not None:
+            return self.tokens_per_event
+        return max(1, min(_MAX_CHOSEN_PER_EVENT, int(_EVENT_INTERVAL_S / token_s))) if token_s > 0 else 1
 
     def body(
         self,

@@ -167,7 +167,7 @@ def test_what_an_engine_refuses_does_not_count_for_whose_turn_it_is(tiny: Popula
     async def story(door: Door) -> None:
         for _ in range(10):
             grant = await door.ask(refused, n=4, max_tokens=250)
-            grant.in_flight.generated = 0
+            grant.in_flight.num_generated = 0
             door.admission.release(grant)
         grant = await door.ask(modest, max_tokens=20)
         asks = {each.name: door.ask(each, n=4) for each in (modest, refused)}

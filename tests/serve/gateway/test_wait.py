@@ -2,41 +2,51 @@
 
 import asyncio
 import time
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from chorus.serve.gateway.admission.admission import Grant
-from chorus.serve.gateway.engines.life import Life
-from chorus.serve.gateway.relay.event_size import tokens_per_event
+from chorus.population.manifest import Population
+from chorus.serve.gateway.engines.engine import Engine
+from chorus.serve.gateway.engines.latency import Work
+from chorus.serve.gateway.engines.traffic import InFlight, Traffic
 from chorus.serve.gateway.relay.wait import LEAD_S, Stop, StoppedError, Wait
+from chorus.serve.gateway.request.call import read_call
+from chorus.serve.gateway.request.tiers import default_tier
 
 
-async def why(*, deadline_s: float | None, stall_s: float, early_s: float = 0.0) -> Stop:
-    """Why a wait ends in which one word comes and then nothing; its timer fires so much early."""
-    traffic = SimpleNamespace(note_first=lambda in_flight: None)
-    engine = SimpleNamespace(
-        is_up=True,
-        waiting=set(),
-        life=Life("http://e", stall_timeout_s=stall_s),
-        longest_silence_s=lambda: stall_s,
-        traffic=traffic,
+def engine_of(stall_s: float) -> Engine:
+    session: Any = None
+    engine = Engine(
+        session, url="http://e", is_supervised=False, probe_interval_s=1, probe_timeout_s=1, stall_timeout_s=stall_s
     )
-    grant = cast(
-        Grant,
-        SimpleNamespace(
-            engine=engine,
-            in_flight=cast(Any, SimpleNamespace(first_at=None, num_tokens=0, num_sequences=1, tokens_per_event=1)),
-        ),
+    engine.mark_up()
+    return engine
+
+
+def in_flight(tiny: Population, *, num_sequences: int = 1, tokens_per_event: int = 1) -> InFlight:
+    return InFlight(
+        tier=tiny.tiers[0],
+        floor=tiny.tiers[0],
+        num_sequences=num_sequences,
+        work=Work(members=1, prompt_tokens=1, max_tokens=99),
+        finish_by=None,
+        tokens_per_event=tokens_per_event,
     )
+
+
+async def why(tiny: Population, *, deadline_s: float | None, stall_s: float, early_s: float = 0.0) -> Stop:
+    """Why a wait ends in which one event comes and then nothing, if its timer fires `early_s` too early."""
+    engine = engine_of(stall_s)
     deadline = None if deadline_s is None else time.perf_counter() + deadline_s
     try:
-        async with Wait(grant, deadline=deadline, stall_s=stall_s) as exchange:
-            exchange.heard(1)
-            (patience,) = engine.waiting
+        async with Wait(engine, in_flight(tiny), deadline=deadline, stall_s=stall_s) as wait:
+            wait.note_events(1)
+            (timeout,) = engine.waiting
             if early_s:
-                patience.reschedule(patience.when() - early_s)
+                when = timeout.when()
+                assert when is not None
+                timeout.reschedule(when - early_s)
             await asyncio.sleep(10)
     except StoppedError as stopped:
         return stopped.why
@@ -44,35 +54,28 @@ async def why(*, deadline_s: float | None, stall_s: float, early_s: float = 0.0)
 
 
 @pytest.mark.parametrize("early_s", [0.0, 0.02])
-def test_a_deadline_is_a_deadline_though_uvloops_timers_end_a_little_early(early_s: float) -> None:
-    assert asyncio.run(why(deadline_s=LEAD_S + 0.03, stall_s=5, early_s=early_s)) is Stop.DEADLINE
+def test_a_deadline_is_a_deadline_though_uvloops_timers_end_a_little_early(tiny: Population, early_s: float) -> None:
+    assert asyncio.run(why(tiny, deadline_s=LEAD_S + 0.03, stall_s=5, early_s=early_s)) is Stop.DEADLINE
 
 
 @pytest.mark.parametrize("deadline_s", [30, None])
-def test_silence_is_a_stall_though_a_deadline_lies_ahead(deadline_s: float | None) -> None:
-    assert asyncio.run(why(deadline_s=deadline_s, stall_s=0.05)) is Stop.STALLED
+def test_silence_is_a_stall_though_a_deadline_lies_ahead(tiny: Population, deadline_s: float | None) -> None:
+    assert asyncio.run(why(tiny, deadline_s=deadline_s, stall_s=0.05)) is Stop.STALLED
 
 
-def test_tokens_are_counted_where_several_come_in_an_event() -> None:
-    async def count(num_sequences: int) -> int:
-        in_flight = cast(
-            Any, SimpleNamespace(first_at=None, num_tokens=0, tokens_per_event=4, num_sequences=num_sequences)
-        )
-        traffic = SimpleNamespace(note_first=lambda in_flight: setattr(in_flight, "first_at", 1.0))
-        life = Life("http://e", stall_timeout_s=5)
-        engine = SimpleNamespace(is_up=True, waiting=set(), life=life, traffic=traffic)
-        grant = cast(Grant, SimpleNamespace(engine=engine, in_flight=in_flight))
-        async with Wait(grant, deadline=None, stall_s=5) as exchange:
-            for num_events in (1, 1, 2):
-                exchange.heard(num_events)
-        return int(in_flight.num_tokens)
-
-    assert asyncio.run(count(1)) == 1 + 3 * 4
-    assert asyncio.run(count(3)) == 3 + 1 * 4
+@pytest.mark.parametrize(("num_sequences", "num_tokens"), [(1, 1 + 3 * 4), (3, 3 + 1 * 4)])
+def test_tokens_are_counted_where_several_come_in_an_event(
+    tiny: Population, num_sequences: int, num_tokens: int
+) -> None:
+    traffic, request = Traffic(), in_flight(tiny, num_sequences=num_sequences, tokens_per_event=4)
+    for num_events in (1, 1, 2):
+        traffic.note_events(request, num_events)
+    assert request.num_tokens == num_tokens
 
 
 @pytest.mark.parametrize(
     ("token_s", "tokens"), [(0.0, 1), (1e-9, 16), (0.003, 11), (0.0101, 3), (0.016, 2), (0.017, 1), (5.0, 1)]
 )
-def test_a_token_waits_a_thirtieth_of_a_second_at_most(token_s: float, tokens: int) -> None:
-    assert tokens_per_event(token_s) == tokens
+def test_a_token_waits_a_thirtieth_of_a_second_at_most(tiny: Population, token_s: float, tokens: int) -> None:
+    call = read_call(b'{"prompt": "a", "stream": true}', "completion", tiny, default_tier(tiny))
+    assert call.event_size(token_s) == tokens

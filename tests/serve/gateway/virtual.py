@@ -20,7 +20,6 @@ from chorus.serve.engine.deadline import Deadline, Runner, StepCost, StepLoad, S
 from chorus.serve.gateway.admission.admission import Admission, Grant, Limits
 from chorus.serve.gateway.engines.costs import StepCosts
 from chorus.serve.gateway.engines.engine import Engine
-from chorus.serve.gateway.relay.wait import Wait
 from chorus.serve.gateway.request.call import Call, Kind, read_call
 from chorus.serve.gateway.request.errors import ApiError
 from chorus.serve.gateway.request.keys import ANYONE, Tenant
@@ -267,7 +266,7 @@ class World:
             self.known.reserve.observe(late=not is_met)
             self.known.model.observe_promise(kept=is_met, probability=self.admission.limits.probability)
         usage = Usage(prompt_tokens=run.prompt_tokens, completion_tokens=run.max_tokens)
-        Wait(grant, deadline=None, stall_s=60).teach(usage, streamed=False, characters=2 * run.prompt_tokens)
+        self.known.learn(grant.in_flight, usage, streamed=False, prompt_characters=2 * run.prompt_tokens)
 
     async def crowd(self, num_streams: int, seconds: float, **ask: Any) -> list[Outcome]:
         """So many at once, one after the other, for so long."""

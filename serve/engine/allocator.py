@@ -8,7 +8,7 @@ what is done in them (bench/LOG.md). A better allocator, preloaded, does the sam
 import ctypes
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGEST_KEPT = 32 * 2**20
+_MAX_KEPT_BYTES = 32 * 2**20
 """Bytes; glibc allows no more."""
 
 
@@ -17,4 +17,4 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(mallopt(_M_MMAP_THRESHOLD, _MAX_KEPT_BYTES) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))

@@ -27,7 +27,7 @@ class CurrentStep(SimpleNamespace):
     """Token ids and positions (num_rows,) of each member that runs catch-up rows in this step."""
     is_merged: bool = False
     """Whether the attention of the first member that runs is told of the rows of all."""
-    takes_any_scale: bool = False
+    allows_unnormalised: bool = False
     """Whether logits may be given as they are: no request of the batch has penalties, which act on normalised log-probabilities."""
 
 
@@ -53,10 +53,10 @@ class MemberLayers:
                 continue
             backend = layer.attn_backend
             if backend not in backends:
-                builder = _narrowing_builder(backend.get_builder_cls(), member, current)
+                builder = _member_builder(backend.get_builder_cls(), member, current)
                 backends[backend] = subclass_attention_backend(f"Member{member}", backend, builder)
             layer.attn_backend = backends[backend]
-            _own_kv_cache(layer, member)
+            _set_member_spec(layer, member)
             unique = layer.layer_name
             layer.layer_name = unique.removeprefix(f"member_{member}.")
             self._layers[layer.layer_name] = layer
@@ -73,25 +73,25 @@ class MemberLayers:
     def in_context(self) -> Iterator[None]:
         """Let vLLM's forward context hold this member's layers, metadata and slots under the shared names."""
         context = get_forward_context()
-        before = context.no_compile_layers, context.attn_metadata, context.slot_mapping
+        saved = context.no_compile_layers, context.attn_metadata, context.slot_mapping
         if self._all_layers is None:
             self._all_layers = {**context.no_compile_layers, **self._layers}
         context.no_compile_layers = self._all_layers
-        context.attn_metadata, context.slot_mapping = self._renamed(before[1]), self._renamed(before[2])
+        context.attn_metadata, context.slot_mapping = self._renamed(saved[1]), self._renamed(saved[2])
         try:
             yield
         finally:
-            context.no_compile_layers, context.attn_metadata, context.slot_mapping = before
+            context.no_compile_layers, context.attn_metadata, context.slot_mapping = saved
 
     def _renamed(self, by_name: Any) -> Any:
         return {shared: by_name[unique] for shared, unique in self._names.items()} if by_name else by_name
 
 
-def _own_kv_cache(layer: Any, member: int) -> None:
-    plain_spec = layer.get_kv_cache_spec
+def _set_member_spec(layer: Any, member: int) -> None:
+    original_get_spec = layer.get_kv_cache_spec
 
     def get_kv_cache_spec(vllm_config: Any) -> MemberAttentionSpec:
-        spec = plain_spec(vllm_config)
+        spec = original_get_spec(vllm_config)
         if type(spec) is not FullAttentionSpec:
             raise ChorusError(
                 f"member {member}, layer {layer.layer_name}: its KV cache is a {type(spec).__name__}, and only full attention can "
@@ -102,7 +102,7 @@ def _own_kv_cache(layer: Any, member: int) -> None:
     layer.get_kv_cache_spec = get_kv_cache_spec
 
 
-def _narrowing_builder(builder: type, member: int, current: CurrentStep) -> type:
+def _member_builder(builder: type, member: int, current: CurrentStep) -> type:
     """A subclass of a backend's metadata builder that builds for the member's rows only."""
 
     class Narrowed(builder):
@@ -113,8 +113,8 @@ def _narrowing_builder(builder: type, member: int, current: CurrentStep) -> type
             if rows is not None:
                 positions = common_attn_metadata.positions
                 if positions is not None:
-                    caught_up = current.catch_up_inputs.get(member)
-                    positions = positions[rows.tokens] if caught_up is None else caught_up[1]
+                    inputs = current.catch_up_inputs.get(member)
+                    positions = positions[rows.tokens] if inputs is None else inputs[1]
                 common_attn_metadata = narrow(common_attn_metadata, rows, positions)
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
@@ -127,7 +127,7 @@ def narrow(
 ) -> CommonAttentionMetadata:
     """The metadata of a batch that holds only `rows`; its slot mapping is that of these rows already."""
 
-    def of_requests(values: Any) -> Any:
+    def select(values: Any) -> Any:
         return None if values is None else values[rows.requests.to(values.device)]
 
     return metadata.replace(
@@ -139,8 +139,8 @@ def narrow(
         seq_lens=metadata.seq_lens[rows.requests],
         block_table_tensor=metadata.block_table_tensor[rows.requests],
         positions=positions,
-        is_prefilling=of_requests(metadata.is_prefilling),
-        seq_lens_cpu_upper_bound=of_requests(metadata.seq_lens_cpu_upper_bound),
+        is_prefilling=select(metadata.is_prefilling),
+        seq_lens_cpu_upper_bound=select(metadata.seq_lens_cpu_upper_bound),
         _num_computed_tokens_cache=None,
         _token_to_req_indices_cache=None,
     )

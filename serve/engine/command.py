@@ -23,8 +23,8 @@ _ENVIRONMENT = {
 _DEFAULT_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; vLLM would take most of the machine's memory. On GPUs it means nothing
 }
-_OURS = ("--model", "--host", "--port", "--uds", "--served-model-name")
-_BUSY = re.compile(rb"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
+_RESERVED_OPTIONS = ("--model", "--host", "--port", "--uds", "--served-model-name")
+_NUM_REQUESTS_METRIC = re.compile(rb"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 _POLL_S = 0.5
 
 
@@ -46,7 +46,7 @@ def serve(directory: Path, host: str, port: int, engine_arguments: tuple[str, ..
     """
     population = manifest.load(directory)
     for argument in engine_arguments:
-        if argument.split("=")[0].replace("_", "-") in _OURS:
+        if argument.split("=")[0].replace("_", "-") in _RESERVED_OPTIONS:
             raise ChorusError(
                 f"engine argument {argument!r} is set by this command itself; see --help for its options."
             )
@@ -87,15 +87,15 @@ def drain(url: str, after_s: float, timeout_s: float) -> None:
     time.sleep(after_s)
     deadline = time.monotonic() + timeout_s
     while True:
-        busy = _num_requests(url)
+        num_requests = _num_requests(url)
         # The engine counts its requests when a step ends: one that came meanwhile shows when a request of our own has gone through.
-        if busy == 0 and _complete_one(url, timeout_s=max(1.0, deadline - time.monotonic())):
+        if num_requests == 0 and _generate_one_token(url, timeout_s=max(1.0, deadline - time.monotonic())):
             time.sleep(_POLL_S)
-            busy = _num_requests(url)
-            if busy == 0:
+            num_requests = _num_requests(url)
+            if num_requests == 0:
                 click.echo("nothing runs on the engine")
                 return
-        if busy is None:
+        if num_requests is None:
             click.echo("the engine is gone")
             return
         if time.monotonic() > deadline:
@@ -107,22 +107,22 @@ def drain(url: str, after_s: float, timeout_s: float) -> None:
 def _num_requests(url: str) -> float | None:
     """Requests that ran or waited on the engine at the end of its latest step; None if it does not answer."""
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/metrics", timeout=15) as answer:
-            return sum(map(float, _BUSY.findall(answer.read())))
+        with urllib.request.urlopen(f"{url.rstrip('/')}/metrics", timeout=15) as response:
+            return sum(map(float, _NUM_REQUESTS_METRIC.findall(response.read())))
     except (OSError, HTTPException):
         return None
 
 
-def _complete_one(url: str, *, timeout_s: float) -> bool:
+def _generate_one_token(url: str, *, timeout_s: float) -> bool:
     """Have the engine generate one token; whether it did."""
     url = url.rstrip("/")
     try:
-        with urllib.request.urlopen(f"{url}/v1/models", timeout=15) as answer:
-            model = json.load(answer)["data"][0]["id"]
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=15) as response:
+            model = json.load(response)["data"][0]["id"]
         body = json.dumps({"model": model, "prompt": [0], "max_tokens": 1}).encode()
         request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-            answer.read()
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            response.read()
     except (OSError, HTTPException, ValueError, LookupError):
         return False
     return True

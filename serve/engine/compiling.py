@@ -40,9 +40,11 @@ class Compiled:
         """Give what was compiled for this member, when it ran for the first time, to all of its configuration."""
         for other in self._compiled - {member} if member in self._compiled else ():
             if self._configs[other] == self._configs[member]:
-                for mine, its in zip(_wrappers(self._members[member]), _wrappers(self._members[other]), strict=True):
-                    if (compiled := getattr(mine, "aot_compiled_fn", None)) is not None:
-                        its.aot_compiled_fn = compiled
+                for source, target in zip(
+                    _wrappers(self._members[member]), _wrappers(self._members[other]), strict=True
+                ):
+                    if (compiled := getattr(source, "aot_compiled_fn", None)) is not None:
+                        target.aot_compiled_fn = compiled
 
 
 def _wrappers(member: nn.Module) -> list[Any]:

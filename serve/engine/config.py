@@ -11,10 +11,10 @@ from vllm.platforms import current_platform
 from chorus.population import manifest
 from chorus.population.checkpoint import check_mixable
 from chorus.population.errors import ChorusError
-from chorus.serve.engine.drafts import drafts_itself, speculative_config
+from chorus.serve.engine.drafts import speculative_config, uses_drafter
 from chorus.serve.engine.loader import LOAD_FORMAT
-from chorus.serve.engine.parallel import settle
-from chorus.serve.engine.requests import check_every_request, try_every_grammar
+from chorus.serve.engine.parallel import fix_placement
+from chorus.serve.engine.requests import install_grammar_trials, install_request_check
 
 logger = init_logger(__name__)
 
@@ -38,11 +38,11 @@ class PopulationConfig(VerifyAndUpdateConfig):
             vllm_config.model_config.enforce_eager = True
         if load.load_format in ("auto", "hf", "safetensors"):
             load.load_format = LOAD_FORMAT
-        settle(vllm_config)
+        fix_placement(vllm_config)
         if parallel.tensor_parallel_size == 1 and not vllm_config.model_config.logits_processors:
             vllm_config.speculative_config = speculative_config(vllm_config)
-        check_every_request(vllm_config.model_config.model)
-        try_every_grammar()
+        install_request_check(vllm_config.model_config.model)
+        install_grammar_trials()
 
 
 def _can_compile() -> bool:
@@ -68,11 +68,11 @@ def _refuse(vllm_config: Any) -> None:
         "KV transfer (--kv-transfer-config) is not supported: connectors do not know that requests hold some members' KV only":
             vllm_config.kv_transfer_config is not None,
         "speculative decoding (--speculative-config) is built in: members draft":
-            vllm_config.speculative_config is not None and not drafts_itself(vllm_config.speculative_config),
+            vllm_config.speculative_config is not None and not uses_drafter(vllm_config.speculative_config),
     }  # fmt: skip
-    for why, applies in refusals.items():
+    for reason, applies in refusals.items():
         if applies:
-            raise ChorusError(f"a population cannot be served like this: {why}.")
+            raise ChorusError(f"a population cannot be served like this: {reason}.")
 
 
 def check_members(directory: Path) -> None:

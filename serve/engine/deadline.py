@@ -29,12 +29,12 @@ A text that is not empty asks for it as the `stop_reason` as well: the text, the
 other field for it. A request with a time budget is reported without being asked for.
 """
 
-_PATIENCE = 0.05
+_LATENESS_TOLERANCE = 0.05
 """Part of what is still to come by which it may be expected late: a member that left does not come back, but a crowd goes away."""
-_NOT_BEHIND = 3.0
+_ON_TIME_DROP_COST = 3.0
 """How much more a member counts that leaves a request which is in time, for the sake of others."""
 _FORGETTING = 0.998
-_PACE_RATE, _MOST_PACE = 0.05, 3.0
+_PACE_RATE, _MAX_PACE_CHANGE = 0.05, 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class StepTally:
 
     def __init__(self) -> None:
         self._requests_of: Counter[int] = Counter()
-        self._requests = self._rows = self._context = self._passes = 0
+        self._requests = self._rows = self._context = self._draft_passes = 0
 
     def add(self, members: Sequence[int], *, rows: int, context: int, caught_up: int = 0, drafts: int = 0) -> None:
         """A request of these members computes so many token rows after a context of so many tokens.
@@ -72,7 +72,7 @@ class StepTally:
 
     def draft(self, passes: int, *, rows: int) -> None:
         """Beside the step, drafting members run so many forwards with so many rows in all."""
-        self._passes += passes
+        self._draft_passes += passes
         self._rows += rows
 
     def drop(self, member: int, *, rows: int, context: int) -> None:
@@ -93,7 +93,7 @@ class StepTally:
         """The load as it is now."""
         return StepLoad(
             requests=self._requests,
-            active_members=len(self._requests_of) + self._passes,
+            active_members=len(self._requests_of) + self._draft_passes,
             member_rows=self._rows,
             member_context=self._context,
         )
@@ -113,7 +113,7 @@ class StepCost:
 
     def __init__(self, *, warm_up: int = 4, min_steps: int = 8) -> None:
         self._members = LeastSquares((1.0, 16.0, 16_384.0), forgetting=_FORGETTING)
-        self._rest = LeastSquares((1.0, 16.0), forgetting=_FORGETTING)
+        self._overhead = LeastSquares((1.0, 16.0), forgetting=_FORGETTING)
         self._pace = 1.0
         """How slow the last steps were, as a multiple of what is learned."""
         self._warm_up = warm_up
@@ -125,11 +125,11 @@ class StepCost:
             self._warm_up -= 1
             return
         if (expected_s := self.expect(load)) > 0:
-            ratio = min(max(seconds / expected_s, self._pace / _MOST_PACE), self._pace * _MOST_PACE)
+            ratio = min(max(seconds / expected_s, self._pace / _MAX_PACE_CHANGE), self._pace * _MAX_PACE_CHANGE)
             self._pace += _PACE_RATE * (ratio - self._pace)
         members_s = min(members_s, seconds)
-        self._members.observe(_of_members(load), members_s)
-        self._rest.observe(_of_the_rest(load), seconds - members_s)
+        self._members.observe(_member_features(load), members_s)
+        self._overhead.observe(_overhead_features(load), seconds - members_s)
 
     @property
     def is_known(self) -> bool:
@@ -147,19 +147,19 @@ class StepCost:
         if not self.is_known:
             return {}
         names = ("member", "row", "context", "step", "request")
-        seconds = self._members.coefficients() + self._rest.coefficients()
+        seconds = self._members.coefficients() + self._overhead.coefficients()
         return {name: self._pace * value for name, value in zip(names, seconds, strict=True)}
 
     def expect(self, load: StepLoad) -> float:
         """Seconds by what is learned, whatever the pace of the last steps."""
-        return self._members.predict(_of_members(load)) + self._rest.predict(_of_the_rest(load))
+        return self._members.predict(_member_features(load)) + self._overhead.predict(_overhead_features(load))
 
 
-def _of_members(load: StepLoad) -> tuple[float, ...]:
+def _member_features(load: StepLoad) -> tuple[float, ...]:
     return load.active_members, load.member_rows, load.member_context
 
 
-def _of_the_rest(load: StepLoad) -> tuple[float, ...]:
+def _overhead_features(load: StepLoad) -> tuple[float, ...]:
     return 1.0, load.requests
 
 
@@ -212,9 +212,9 @@ class Runner:
     """Cached tokens."""
 
     @property
-    def slowest_s(self) -> float:
+    def max_step_s(self) -> float:
         """Seconds of a step with which it still ends in time."""
-        return self.left_s / max(1, self.remaining_tokens) / (1 - _PATIENCE)
+        return self.left_s / max(1, self.remaining_tokens) / (1 - _LATENESS_TOLERANCE)
 
 
 def choose_drops(runners: Sequence[Runner], tally: StepTally, step_s: Callable[[StepLoad], float]) -> list[int]:
@@ -230,20 +230,20 @@ def choose_drops(runners: Sequence[Runner], tally: StepTally, step_s: Callable[[
         tally: everything that runs in it.
         step_s: seconds of a step of that load.
     """
-    if not runners or min(runner.slowest_s for runner in runners) >= step_s(tally.load()):
+    if not runners or min(runner.max_step_s for runner in runners) >= step_s(tally.load()):
         return [0] * len(runners)
     at_floor = tally.copy()
     for runner in runners:
         for member in runner.may_leave:
             at_floor.drop(member, rows=1, context=runner.context)
     fastest_s = step_s(at_floor.load())
-    ways = [_Way(runners, tally, step_s, fastest_s) for _ in range(2)]
-    ways[0].own_down()
-    ways[1].all_down()
-    return max(ways, key=_Way.score).drops
+    plans = [_Plan(runners, tally, step_s, fastest_s) for _ in range(2)]
+    plans[0].drop_from_late()
+    plans[1].drop_from_all()
+    return max(plans, key=_Plan.score).drops
 
 
-class _Way:
+class _Plan:
     """Drops under consideration."""
 
     def __init__(
@@ -253,39 +253,39 @@ class _Way:
         self._runners = runners
         self._tally = tally.copy()
         self._predict = step_s
-        self._step_s = self._step_before_s = step_s(tally.load())
+        self._step_s = self._initial_step_s = step_s(tally.load())
         # From the most urgent on. Who would be late even if everybody were at the floor goes there, and holds nobody else up.
-        order = sorted(range(len(runners)), key=lambda idx: runners[idx].slowest_s)
-        self._order = [idx for idx in order if runners[idx].slowest_s >= fastest_s]
+        order = sorted(range(len(runners)), key=lambda idx: runners[idx].max_step_s)
+        self._order = [idx for idx in order if runners[idx].max_step_s >= fastest_s]
         for idx in order[: len(order) - len(self._order)]:
             while self._can_drop(idx):
                 self._drop(idx)
 
-    def own_down(self) -> None:
+    def drop_from_late(self) -> None:
         """Those who are behind drop, level by level, each until it is in time."""
-        self._down(lambda runner: runner.slowest_s)
+        self._drop_largest(lambda runner: runner.max_step_s)
 
-    def all_down(self) -> None:
+    def drop_from_all(self) -> None:
         """All drop, level by level, until the most urgent is in time."""
-        most_urgent_s = min((self._runners[idx].slowest_s for idx in self._order), default=math.inf)
-        self._down(lambda runner: most_urgent_s)
+        tightest_s = min((self._runners[idx].max_step_s for idx in self._order), default=math.inf)
+        self._drop_largest(lambda runner: tightest_s)
 
     def score(self) -> tuple[int, float]:
         """How many end in time, and less for what is lost for that."""
-        in_time = sum(runner.slowest_s >= self._step_s for runner in self._runners)
-        lost = 0.0
+        in_time = sum(runner.max_step_s >= self._step_s for runner in self._runners)
+        cost = 0.0
         for runner, drops in zip(self._runners, self.drops, strict=True):
-            share = 1.0 if runner.slowest_s < self._step_before_s else _NOT_BEHIND
-            lost += share * math.log(runner.num_members / (runner.num_members - drops))
-        return in_time, -lost
+            weight = 1.0 if runner.max_step_s < self._initial_step_s else _ON_TIME_DROP_COST
+            cost += weight * math.log(runner.num_members / (runner.num_members - drops))
+        return in_time, -cost
 
-    def _down(self, slowest_s: Callable[[Runner], float]) -> None:
-        most = max((self._runners[idx].num_members for idx in self._order), default=0)
-        for level in range(most, 1, -1):
+    def _drop_largest(self, max_step_s: Callable[[Runner], float]) -> None:
+        largest = max((self._runners[idx].num_members for idx in self._order), default=0)
+        for size in range(largest, 1, -1):
             for idx in self._order:
                 runner = self._runners[idx]
-                has_level = runner.num_members - self.drops[idx] == level
-                if has_level and self._can_drop(idx) and slowest_s(runner) < self._step_s:
+                has_size = runner.num_members - self.drops[idx] == size
+                if has_size and self._can_drop(idx) and max_step_s(runner) < self._step_s:
                     self._drop(idx)
 
     def _can_drop(self, idx: int) -> bool:

@@ -20,13 +20,13 @@ from chorus.serve.engine.mixture import Mixture
 
 DECODING_ARGUMENT = "chorus_decoding"
 """Key of a request's `vllm_xargs`: one of `manifest.DECODINGS`, its tier's by default."""
-MOST_DRAFTS = 6
+MAX_DRAFTS = 6
 """Tokens that are drafted for one step at most."""
 
-_GREEDY = 1e-5
+_GREEDY_BELOW = 1e-5
 """vLLM decodes greedily below this temperature."""
-_REMEMBERED, _PRIOR_DRAFTS = 0.98, 4.0
-CLEAR_GAIN = 1.1
+_DECAY, _PRIOR_DRAFTS = 0.98, 4.0
+MIN_GAIN = 1.1
 """Another way than plain steps must promise this much: below it, noise would choose, and changing costs something, too."""
 
 
@@ -58,7 +58,7 @@ def why_not_sampled(parameters: Any, mixture: Mixture) -> str | None:
 
 def why_not_speculative(parameters: Any) -> str | None:
     """Why a request with these `SamplingParams` cannot be answered with drafts exactly; None if it can."""
-    is_greedy = parameters.temperature < _GREEDY
+    is_greedy = parameters.temperature < _GREEDY_BELOW
     reasons = {
         f"min_p is {parameters.min_p:g}, and vLLM does not apply it to drafts": parameters.min_p != 0,
         "vLLM does not apply logit_bias to drafts": bool(parameters.logit_bias),
@@ -73,10 +73,10 @@ def why_not_speculative(parameters: Any) -> str | None:
     return next((reason for reason, applies in reasons.items() if applies), None)
 
 
-def decoding_of(asked_for: Decoding | None, parameters: Any, mixture: Mixture) -> Decoding:
+def decoding_of(requested: Decoding | None, parameters: Any, mixture: Mixture) -> Decoding:
     """How a request with these `SamplingParams` is decoded: as it asks, else as its tier prefers, where that is exact for it."""
-    if asked_for is not None:
-        return asked_for
+    if requested is not None:
+        return requested
     reasons = {"sampled": why_not_sampled(parameters, mixture), "speculative": why_not_speculative(parameters)}
     return "auto" if reasons.get(mixture.decoding) else mixture.decoding
 
@@ -94,27 +94,27 @@ class MemberDraws:
         if self._seed is not None:
             self._random.seed(f"{self._seed}/{token_idx}")
         (member,) = self._random.choices(mixture.members, mixture.weights)
-        return _alone(mixture, member)
+        return _single_member(mixture, member)
 
 
 @lru_cache(maxsize=1024)
-def _alone(mixture: Mixture, member: int) -> Mixture:
+def _single_member(mixture: Mixture, member: int) -> Mixture:
     return Mixture(tier=mixture.tier, members=(member,), weights=(1.0,), pool="linear", temperature=1.0)
 
 
-def members_that_run(sampled: Sequence[Mixture], others: Iterable[Sequence[int]]) -> tuple[float, int]:
+def expected_num_members(sampled: Sequence[Mixture], others: Iterable[Sequence[int]]) -> tuple[float, int]:
     """How many members a step is expected to run if these requests draw one each, and how many if they run all of theirs.
 
     `others`: the members of the requests beside them, which all run. Looking at the draws first would change their law.
     """
     certain = {member for members in others for member in members}
-    plain = certain.union(*(mixture.members for mixture in sampled))
-    left_out = dict.fromkeys(plain - certain, 1.0)
+    all_members = certain.union(*(mixture.members for mixture in sampled))
+    p_idle = dict.fromkeys(all_members - certain, 1.0)
     for mixture in sampled:
         for member, weight in zip(mixture.members, mixture.weights, strict=True):
-            if member in left_out:
-                left_out[member] *= 1 - weight
-    return len(plain) - sum(left_out.values()), len(plain)
+            if member in p_idle:
+                p_idle[member] *= 1 - weight
+    return len(all_members) - sum(p_idle.values()), len(all_members)
 
 
 @lru_cache(maxsize=1024)
@@ -133,8 +133,8 @@ class Acceptance:
 
     def observe(self, drafted: int, accepted: int) -> None:
         """A step verified that many drafts and accepted the first of them."""
-        self.accepted = self.accepted * _REMEMBERED + accepted
-        self.rejected = self.rejected * _REMEMBERED + (accepted < drafted)
+        self.accepted = self.accepted * _DECAY + accepted
+        self.rejected = self.rejected * _DECAY + (accepted < drafted)
 
     def rate(self, prior: float) -> float:
         """The probability that the next draft is accepted; `prior` counts as much as a few that were seen."""
@@ -166,7 +166,7 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Way:
+class DecodingChoice:
     """How the requests that leave it open are decoded now."""
 
     samples: bool = False
@@ -182,7 +182,7 @@ def tokens_per_step(rate: float, drafts: int) -> float:
     return (1 - rate ** (drafts + 1)) / (1 - rate)
 
 
-def best_length(rates: Sequence[float], others: int, step_s: Callable[[int], float]) -> tuple[int, float]:
+def best_draft_length(rates: Sequence[float], others: int, step_s: Callable[[int], float]) -> tuple[int, float]:
     """The number of drafts per request with which steps yield most tokens per second, and how many; 0 where none clearly pay.
 
     Args:
@@ -194,5 +194,5 @@ def best_length(rates: Sequence[float], others: int, step_s: Callable[[int], flo
     def speed(drafts: int) -> float:
         return (others + sum(tokens_per_step(rate, drafts) for rate in rates)) / step_s(drafts)
 
-    best = max(range(MOST_DRAFTS + 1), key=speed)
-    return (best, speed(best)) if speed(best) >= CLEAR_GAIN * speed(0) else (0, speed(0))
+    best = max(range(MAX_DRAFTS + 1), key=speed)
+    return (best, speed(best)) if speed(best) >= MIN_GAIN * speed(0) else (0, speed(0))

@@ -23,7 +23,7 @@ from vllm.triton_utils.dispatcher import register_kernels
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p, random_sample
 
-from chorus.serve.engine.decoding import MOST_DRAFTS, heaviest
+from chorus.serve.engine.decoding import MAX_DRAFTS, heaviest
 from chorus.serve.engine.mixture import Mixture
 
 
@@ -34,19 +34,19 @@ def speculative_config(vllm_config: Any) -> Any:
     return SpeculativeConfig(
         method="custom_class",
         model=f"{Drafter.__module__}.{Drafter.__qualname__}",
-        num_speculative_tokens=MOST_DRAFTS,
+        num_speculative_tokens=MAX_DRAFTS,
         draft_sample_method="probabilistic",
         target_model_config=vllm_config.model_config,
         target_parallel_config=vllm_config.parallel_config,
     )
 
 
-def drafts_itself(speculative: Any) -> bool:
+def uses_drafter(speculative: Any) -> bool:
     """Whether that configuration is ours."""
     return bool(speculative.model == f"{Drafter.__module__}.{Drafter.__qualname__}")
 
 
-_MATCH = 4
+_MATCH_TOKENS = 4
 """Tokens at the end of a text that must have stood in it before."""
 
 
@@ -68,7 +68,7 @@ class Drafter:
     def load_model(self, model: Any) -> None:
         """Nothing: the members that draft are those of `model`."""
 
-    def propose(self, runner: Any, wanted: Mapping[str, int], sampled: Sequence[Sequence[int]]) -> list[list[int]]:
+    def propose(self, runner: Any, requested: Mapping[str, int], sampled: Sequence[Sequence[int]]) -> list[list[int]]:
         """Up to `wanted` tokens for each request of the batch, in its order.
 
         Args:
@@ -80,17 +80,17 @@ class Drafter:
         self._probabilities.clear()
         self.passes.clear()
         self.drafted.clear()
-        together: dict[Mixture, list[tuple[int, int]]] = {}
+        groups: dict[Mixture, list[tuple[int, int]]] = {}
         for row, request_id in enumerate(runner.input_batch.req_ids):
-            count = min(wanted.get(request_id, 0), _room(runner, row, request_id)) if sampled[row] else 0
+            count = min(requested.get(request_id, 0), _max_drafts(runner, row, request_id)) if sampled[row] else 0
             if count <= 0:
                 continue
             if request_id in runner.input_batch.greedy_reqs:
                 length = int(runner.input_batch.num_tokens_no_spec[row])
                 drafts[row] = look_up(runner.input_batch.token_ids_cpu[row, :length], count)
             if not drafts[row]:
-                together.setdefault(heaviest(runner.mixtures[request_id]), []).append((row, count))
-        for mixture, counts in together.items():
+                groups.setdefault(heaviest(runner.mixtures[request_id]), []).append((row, count))
+        for mixture, counts in groups.items():
             counts.sort(key=lambda pair: pair[1], reverse=True)
             for (row, count), (tokens, probabilities) in zip(counts, self._draft(runner, mixture, counts), strict=True):
                 drafts[row] = tokens
@@ -125,28 +125,33 @@ class Drafter:
                 cache, and the positions of the model, may end there.
         """
         batch = runner.input_batch
-        rows, wanted = np.array(counts).T
+        rows, requested = np.array(counts).T
         positions = batch.num_tokens_no_spec[rows].astype(np.int64) - 1
         token_ids = torch.from_numpy(batch.token_ids_cpu[rows, positions]).to(runner.device)
-        draw = _Draw(batch.sampling_metadata, rows, runner.device)
-        tables = _Tables(runner, mixture.members, rows)
+        sampler = _Sampler(batch.sampling_metadata, rows, runner.device)
+        block_tables = _BlockTables(runner, mixture.members, rows)
         tokens, probabilities = list[Tensor](), list[Tensor]()
-        for step in range(int(wanted[0])):
-            running = int((wanted > step).sum())
-            at = positions[:running] + step
-            context = tables.context(at)
+        for step in range(int(requested[0])):
+            running = int((requested > step).sum())
+            step_positions = positions[:running] + step
+            context = block_tables.context(step_positions)
             with set_forward_context(
                 context.attention, self._vllm_config, num_tokens=running, slot_mapping=context.slots
             ):
-                log_p_RV = runner.model.draft(mixture, token_ids[:running], torch.from_numpy(at).to(runner.device))
-            token_ids, p_RV = draw(log_p_RV)
+                log_p_RV = runner.model.draft(
+                    mixture, token_ids[:running], torch.from_numpy(step_positions).to(runner.device)
+                )
+            token_ids, p_RV = sampler(log_p_RV)
             tokens.append(token_ids)
             probabilities.append(p_RV)
         # Once all steps are on their way: a GPU need not wait between them.
-        drawn = [token_ids.tolist() for token_ids in tokens]
+        token_ids_by_step = [token_ids.tolist() for token_ids in tokens]
         return [
-            ([ids[idx] for ids in drawn[:count]], torch.stack([p_RV[idx] for p_RV in probabilities[:count]]))
-            for idx, count in enumerate(wanted.tolist())
+            (
+                [ids[idx] for ids in token_ids_by_step[:count]],
+                torch.stack([p_RV[idx] for p_RV in probabilities[:count]]),
+            )
+            for idx, count in enumerate(requested.tolist())
         ]
 
 
@@ -155,18 +160,23 @@ def look_up(tokens: NDArray[Any], count: int) -> list[int]:
 
     Where the text ends before that many, it goes round in circles, and so does what follows.
     """
-    if len(tokens) <= _MATCH:
+    if len(tokens) <= _MATCH_TOKENS:
         return []
-    windows = np.lib.stride_tricks.sliding_window_view(tokens[:-1], _MATCH)
-    places = np.flatnonzero((windows == tokens[-_MATCH:]).all(axis=1))
-    if len(places) == 0:
+    windows = np.lib.stride_tricks.sliding_window_view(tokens[:-1], _MATCH_TOKENS)
+    matches = np.flatnonzero((windows == tokens[-_MATCH_TOKENS:]).all(axis=1))
+    if len(matches) == 0:
         return []
-    found: list[int] = tokens[int(places[-1]) + _MATCH :][:count].tolist()
-    return [found[idx % len(found)] for idx in range(count)]
+    continuation: list[int] = tokens[int(matches[-1]) + _MATCH_TOKENS :][:count].tolist()
+    return [continuation[idx % len(continuation)] for idx in range(count)]
 
 
 def _expand(
-    output_N: Tensor, values_R: Tensor, num_tokens_before: Tensor, old: float, new: float, most: int | None = None
+    output_N: Tensor,
+    values_R: Tensor,
+    num_tokens_before: Tensor,
+    replace_from: float,
+    replace_to: float,
+    max_num_tokens: int | None = None,
 ) -> None:
     """Each request's value for each of its drafts, with `new` in place of `old`.
 
@@ -174,36 +184,36 @@ def _expand(
     were whatever the memory held.
     """
     counts_R = torch.diff(num_tokens_before, prepend=num_tokens_before.new_zeros(1))
-    output_N.copy_(torch.repeat_interleave(torch.where(values_R == old, new, values_R), counts_R))
+    output_N.copy_(torch.repeat_interleave(torch.where(values_R == replace_from, replace_to, values_R), counts_R))
 
 
-def _room(runner: Any, row: int, request_id: str) -> int:
+def _max_drafts(runner: Any, row: int, request_id: str) -> int:
     """Drafts that could still become tokens: the step that verifies them adds one more."""
     request = runner.requests[request_id]
-    left: int = runner.max_model_len - int(runner.input_batch.num_tokens_no_spec[row])
+    remaining: int = runner.max_model_len - int(runner.input_batch.num_tokens_no_spec[row])
     if request.sampling_params is not None and request.sampling_params.max_tokens is not None:
-        left = min(left, request.sampling_params.max_tokens - len(request.output_token_ids))
-    return left - 1
+        remaining = min(remaining, request.sampling_params.max_tokens - len(request.output_token_ids))
+    return remaining - 1
 
 
-class _Draw:
+class _Sampler:
     """Draws a token for each of some rows of the batch, by its own temperature, top-k, top-p and allowed tokens."""
 
     def __init__(self, metadata: Any, rows: np.ndarray, device: torch.device) -> None:
-        chosen = torch.from_numpy(rows).to(device)
+        rows_R = torch.from_numpy(rows).to(device)
 
-        def of(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[chosen]
+        def select(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[rows_R]
 
-        self._forbidden_RV = of(metadata.allowed_token_ids_mask)
-        temperature_R = of(metadata.temperature)
+        self._forbidden_RV = select(metadata.allowed_token_ids_mask)
+        temperature_R = select(metadata.temperature)
         self._is_greedy = metadata.all_greedy or temperature_R is None
         if not self._is_greedy:
             assert temperature_R is not None
             self._is_greedy_R = temperature_R < 1e-5
             self._is_greedy = bool(self._is_greedy_R.all())
             self._temperature_R1 = torch.where(self._is_greedy_R, 1.0, temperature_R).unsqueeze(1)
-            self._top_k_R, self._top_p_R = of(metadata.top_k), of(metadata.top_p)
+            self._top_k_R, self._top_p_R = select(metadata.top_k), select(metadata.top_p)
 
     def __call__(self, log_p_RV: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens (R,) of the first R rows, and the probabilities (R, V) from which they were drawn.
@@ -211,23 +221,23 @@ class _Draw:
         Of greedy rows nobody reads the probabilities.
         """
 
-        def of_first(values: Tensor | None) -> Tensor | None:
+        def first(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[: len(log_p_RV)]
 
-        if (forbidden_RV := of_first(self._forbidden_RV)) is not None:
+        if (forbidden_RV := first(self._forbidden_RV)) is not None:
             log_p_RV = log_p_RV.masked_fill(forbidden_RV, -torch.inf)
         best_R = log_p_RV.argmax(-1)
         if self._is_greedy:
             return best_R, log_p_RV
         scaled_RV = log_p_RV / self._temperature_R1[: len(log_p_RV)]
         p_RV = torch.softmax(
-            apply_top_k_top_p(scaled_RV, of_first(self._top_k_R), of_first(self._top_p_R)), dim=-1, dtype=torch.float32
+            apply_top_k_top_p(scaled_RV, first(self._top_k_R), first(self._top_p_R)), dim=-1, dtype=torch.float32
         )
-        drawn_R = random_sample(p_RV.clone(), {})
-        return torch.where(self._is_greedy_R[: len(log_p_RV)], best_R, drawn_R), p_RV
+        sampled_R = random_sample(p_RV.clone(), {})
+        return torch.where(self._is_greedy_R[: len(log_p_RV)], best_R, sampled_R), p_RV
 
 
-class _Context:
+class _AttentionInputs:
     """What a forward of some members needs beside its inputs: metadata and slots by layer."""
 
     def __init__(self) -> None:
@@ -235,7 +245,7 @@ class _Context:
         self.slots: dict[str, Tensor] = {}
 
 
-class _Tables:
+class _BlockTables:
     """Where some members' KV of some requests is."""
 
     def __init__(self, runner: Any, members: Sequence[int], rows: np.ndarray) -> None:
@@ -248,9 +258,9 @@ class _Tables:
                 blocks = table.get_numpy_array()[rows]
                 self._groups.append((table.block_size, blocks, torch.from_numpy(blocks), runner.attn_groups[idx]))
 
-    def context(self, positions: np.ndarray) -> _Context:
+    def context(self, positions: np.ndarray) -> _AttentionInputs:
         """For one token of each of the first R requests, at these positions (R,)."""
-        context, count = _Context(), len(positions)
+        context, count = _AttentionInputs(), len(positions)
         seq_lens = torch.from_numpy((positions + 1).astype(np.int32))
         rows, starts = np.arange(count), self._query_start_loc[: count + 1]
         for block_size, blocks, block_table, attention_groups in self._groups:

@@ -22,10 +22,10 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
 from vllm.platforms import current_platform
 
-_SMALL = 1 << 18
+_MAX_STACKED_ELEMENTS = 1 << 18
 """Elements of a matrix up to which one batched product is faster than a call for each member: these spend more on the call than on
 the product (bench/LOG.md). Such matrices are held twice, as vLLM packs its own."""
-MOST_ROWS = 32
+MAX_MEAN_ROWS = 32
 """Rows of each member, on average, up to which members run together: with more, each by itself is as fast."""
 
 
@@ -72,9 +72,9 @@ class Grouped:
             running: the members, `ordered`. The attention of the first one's layers is told of the rows of all, in their order.
             inputs: token ids and positions of each member's rows.
         """
-        positions_N = _together([positions for _, positions in inputs])
+        positions_N = _concat([positions for _, positions in inputs])
         rows = self._rows_of(running, [len(token_ids) for token_ids, _ in inputs], positions_N.device)
-        hidden_ND = _together(
+        hidden_ND = _concat(
             [
                 F.embedding(token_ids, self._embeddings[place].weight)
                 for place, (token_ids, _) in zip(rows.places, inputs, strict=True)
@@ -88,11 +88,11 @@ class Grouped:
 
     def _rows_of(self, running: Sequence[int], sizes: list[int], device: torch.device) -> "_Rows":
         key = (tuple(running), tuple(sizes))
-        if (known := self._rows.get(key)) is None:
+        if (cached := self._rows.get(key)) is None:
             if len(self._rows) > 256:
                 self._rows.clear()
-            known = self._rows[key] = _Rows.of([self._place[member] for member in running], sizes, device)
-        return known
+            cached = self._rows[key] = _Rows.of([self._place[member] for member in running], sizes, device)
+        return cached
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,15 +104,15 @@ class _Rows:
     sizes: list[int]
     place_N: Tensor
     """Of the member of each row; (1,) if there is only one member."""
-    num_alike: int | None
+    rows_per_member: int | None
     """Rows of each of the first members in the order, if it is these that run and they have as many as each other."""
 
     @classmethod
     def of(cls, places: list[int], sizes: list[int], device: torch.device) -> Self:
         repeats = sizes if len(places) > 1 else [1]
         place_N = torch.repeat_interleave(torch.tensor(places), torch.tensor(repeats)).to(device)
-        is_alike = len(places) > 1 and places == list(range(len(places))) and len(set(sizes)) == 1
-        return cls(places=places, sizes=sizes, place_N=place_N, num_alike=sizes[0] if is_alike else None)
+        is_stackable = len(places) > 1 and places == list(range(len(places))) and len(set(sizes)) == 1
+        return cls(places=places, sizes=sizes, place_N=place_N, rows_per_member=sizes[0] if is_stackable else None)
 
 
 class _Layer:
@@ -156,14 +156,18 @@ class _Linear:
 
     def stack(self) -> None:
         weights = [layer.weight for layer in self._layers]
-        if len(weights) > 1 and weights[0].numel() <= _SMALL and all(layer.bias is None for layer in self._layers):
+        if (
+            len(weights) > 1
+            and weights[0].numel() <= _MAX_STACKED_ELEMENTS
+            and all(layer.bias is None for layer in self._layers)
+        ):
             self._stacked_MIO = torch.stack([weight.detach() for weight in weights]).transpose(1, 2)
 
     def __call__(self, rows: _Rows, x_NI: Tensor) -> Tensor:
         """Each row's product with its member's matrix, (N, O)."""
-        if self._stacked_MIO is not None and rows.num_alike is not None:
+        if self._stacked_MIO is not None and rows.rows_per_member is not None:
             count = len(rows.places)
-            return torch.bmm(x_NI.view(count, rows.num_alike, -1), self._stacked_MIO[:count]).flatten(0, 1)
+            return torch.bmm(x_NI.view(count, rows.rows_per_member, -1), self._stacked_MIO[:count]).flatten(0, 1)
         layers = self._layers
         if len(rows.places) == 1:
             layer = layers[rows.places[0]]
@@ -211,15 +215,15 @@ class _Norm:
             kernels.rms_norm(x_ND, residual_ND, weight_D, self._epsilon)
         else:
             kernels.fused_add_rms_norm(x_ND, residual_ND, weight_D, self._epsilon)
-        if weight_D is None and rows.num_alike is not None:
+        if weight_D is None and rows.rows_per_member is not None:
             count = len(places)
-            x_ND.view(count, rows.num_alike, -1).mul_(self._weights_MD[:count].unsqueeze(1))
+            x_ND.view(count, rows.rows_per_member, -1).mul_(self._weights_MD[:count].unsqueeze(1))
         elif weight_D is None:
             x_ND.mul_(self._weights_MD[rows.place_N])
         return x_ND, residual_ND
 
 
-def _together(parts: list[Tensor]) -> Tensor:
+def _concat(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

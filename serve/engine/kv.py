@@ -75,14 +75,14 @@ def _plain(spec: MemberAttentionSpec) -> FullAttentionSpec:
 
 
 @dataclass(kw_only=True, slots=True)
-class _Holding:
+class _Allocation:
     """What one request has in the cache."""
 
     managers: tuple[tuple[int, Any], ...]
     """Groups of its members, each with its manager."""
-    slots: int = 0
+    num_slots: int = 0
     """Tokens for which all of them have blocks."""
-    offered: int = 0
+    num_cached: int = 0
     """Blocks that all of them were asked to cache; -1 where some were not."""
     computed: dict[int, int] = field(default_factory=dict)
     """Computed tokens by group, of members that were left out of some step; those of the others are the request's."""
@@ -91,7 +91,7 @@ class _Holding:
 
     def reset(self) -> None:
         """No member has any token or block: the request is over, or preempted and begins anew with all members."""
-        self.slots = self.offered = 0
+        self.num_slots = self.num_cached = 0
         self.computed, self.left_out = {}, frozenset()
 
 
@@ -105,9 +105,9 @@ class MemberCoordinator(KVCacheCoordinator):
 
     groups_of: dict[int, tuple[int, ...]]
     """The groups of each member."""
-    searching: str
+    searched_request_id: str
     """The request for which the prefix cache is being searched: that search does not name it."""
-    _held: dict[str, _Holding]
+    _allocations: dict[str, _Allocation]
     _no_blocks: tuple[tuple[()], ...]
 
     @classmethod
@@ -116,16 +116,16 @@ class MemberCoordinator(KVCacheCoordinator):
         adopted: Any = kv_cache_manager.coordinator
         adopted.__class__ = type(f"Member{type(adopted).__name__}", (cls, type(adopted)), {})
         adopted.groups_of = groups_of
-        adopted.searching = ""
-        adopted._held = {}
+        adopted.searched_request_id = ""
+        adopted._allocations = {}
         adopted._no_blocks = ((),) * len(adopted.single_type_managers)
-        kv_cache_manager.empty_kv_cache_blocks = _NoBlocks(kv_cache_manager.empty_kv_cache_blocks.blocks)
+        kv_cache_manager.empty_kv_cache_blocks = _EmptyBlocks(kv_cache_manager.empty_kv_cache_blocks.blocks)
         population_coordinator: Self = adopted
         return population_coordinator
 
     def assign(self, request_id: str, members: Sequence[int]) -> None:
         """A new request has these members."""
-        self._held[request_id] = _Holding(managers=self._managers(members))
+        self._allocations[request_id] = _Allocation(managers=self._managers(members))
 
     def drop(self, request_id: str, member: int) -> None:
         """Give back the blocks of a member that leaves a running request.
@@ -133,16 +133,16 @@ class MemberCoordinator(KVCacheCoordinator):
         From now on its managers are not asked for this request: no later request can find KV of the tokens that the member does not
         see. What it cached before was written, and stays.
         """
-        holding, leaving = self._held[request_id], self._managers([member])
-        holding.managers = tuple(each for each in holding.managers if each not in leaving)
-        for group, manager in leaving:
-            holding.computed.pop(group, None)
+        allocation, dropped = self._allocations[request_id], self._managers([member])
+        allocation.managers = tuple(each for each in allocation.managers if each not in dropped)
+        for group, manager in dropped:
+            allocation.computed.pop(group, None)
             manager.free(request_id)
-        holding.left_out -= {group for group, _ in leaving}
+        allocation.left_out -= {group for group, _ in dropped}
 
     def is_behind(self, request_id: str) -> bool:
         """Whether some member of the request has not computed all of its tokens."""
-        return bool(self._held[request_id].computed)
+        return bool(self._allocations[request_id].computed)
 
     def plan(self, request_id: str, members: Sequence[int], num_computed: int) -> dict[int, int]:
         """In its next step only `members` run for the request, which has computed so many tokens.
@@ -150,23 +150,23 @@ class MemberCoordinator(KVCacheCoordinator):
         Returns:
             How many of those tokens each of `members` has to catch up with. To be followed by `advance` if the step is scheduled.
         """
-        holding = self._held[request_id]
+        allocation = self._allocations[request_id]
         running = {group for group, _ in self._managers(members)}
-        holding.left_out = frozenset(group for group, _ in holding.managers if group not in running)
-        for group in holding.left_out:
-            holding.computed.setdefault(group, num_computed)
-        holding.offered = -1
-        behind = {member: holding.computed.get(self.groups_of[member][0], num_computed) for member in members}
+        allocation.left_out = frozenset(group for group, _ in allocation.managers if group not in running)
+        for group in allocation.left_out:
+            allocation.computed.setdefault(group, num_computed)
+        allocation.num_cached = -1
+        behind = {member: allocation.computed.get(self.groups_of[member][0], num_computed) for member in members}
         return {member: num_computed - computed for member, computed in behind.items() if computed < num_computed}
 
     def advance(self, request_id: str) -> None:
         """The step that was planned runs: its members have computed all tokens of the request."""
-        holding = self._held[request_id]
-        holding.computed = {group: holding.computed[group] for group in holding.left_out}
+        allocation = self._allocations[request_id]
+        allocation.computed = {group: allocation.computed[group] for group in allocation.left_out}
 
-    def forget(self, request_id: str) -> None:
+    def remove(self, request_id: str) -> None:
         """The request is over, and its blocks are free."""
-        del self._held[request_id]
+        del self._allocations[request_id]
 
     def _managers(self, members: Sequence[int]) -> tuple[tuple[int, Any], ...]:
         return tuple(
@@ -181,7 +181,7 @@ class MemberCoordinator(KVCacheCoordinator):
         if not self.block_pool.enable_caching:
             return tuple(found), 0, 0
         length = max_cache_hit_length
-        managers = self._held[self.searching].managers
+        managers = self._allocations[self.searched_request_id].managers
         for group, manager in managers:
             (found[group],), length = manager.find_longest_cache_hit(
                 block_hashes=block_hashes,
@@ -206,12 +206,12 @@ class MemberCoordinator(KVCacheCoordinator):
         **kwargs: Any,
     ) -> int:
         """Blocks that the request's members need."""
-        holding = self._held[request_id]
-        if num_tokens <= holding.slots:
+        allocation = self._allocations[request_id]
+        if num_tokens <= allocation.num_slots:
             return 0
         return sum(
             manager.get_num_blocks_to_allocate(request_id, num_tokens, new_computed_blocks[group], *args, **kwargs)
-            for group, manager in holding.managers
+            for group, manager in allocation.managers
         )
 
     def allocate_new_computed_blocks(
@@ -223,7 +223,7 @@ class MemberCoordinator(KVCacheCoordinator):
         skip_zeroing_group_ids: tuple[int, ...] = (),
     ) -> None:
         """Give a request that begins the cached blocks that were found for its members. External ones are refused at start."""
-        managers = self._held[request_id].managers
+        managers = self._allocations[request_id].managers
         if any(request_id in manager.num_cached_block for _, manager in managers):
             return
         for group, manager in managers:
@@ -235,14 +235,14 @@ class MemberCoordinator(KVCacheCoordinator):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int, num_encoder_tokens: int = 0
     ) -> tuple[Any, ...]:
         """Blocks for the request's members, and none in the other groups; nothing at all if nobody needs one."""
-        holding = self._held[request_id]
-        if num_tokens <= holding.slots:
+        allocation = self._allocations[request_id]
+        if num_tokens <= allocation.num_slots:
             return ()
         blocks: list[Any] = list(self._no_blocks)
-        for group, manager in holding.managers:
+        for group, manager in allocation.managers:
             blocks[group] = manager.allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
-        holding.slots = min(
-            len(manager.req_to_blocks[request_id]) * manager.block_size for _, manager in holding.managers
+        allocation.num_slots = min(
+            len(manager.req_to_blocks[request_id]) * manager.block_size for _, manager in allocation.managers
         )
         return tuple(blocks)
 
@@ -250,36 +250,36 @@ class MemberCoordinator(KVCacheCoordinator):
         """Make the full blocks of the request's members known to later requests; nothing of a member that it lacks."""
         if not self.block_pool.enable_caching:
             return
-        holding = self._held[request.request_id]
+        allocation = self._allocations[request.request_id]
         num_full = num_computed_tokens // self.block_pool.hash_block_size
-        if num_full == holding.offered:
+        if num_full == allocation.num_cached:
             return
         boundaries = replay_boundaries(
             request.num_prompt_tokens, self.scheduler_block_size, use_eagle=bool(self.eagle_group_ids)
         )
-        for group, manager in holding.managers:
+        for group, manager in allocation.managers:
             # What a member was left out of has never been written: nobody may find it.
-            computed = holding.computed[group] if group in holding.left_out else num_computed_tokens
+            computed = allocation.computed[group] if group in allocation.left_out else num_computed_tokens
             manager.cache_blocks(
                 request,
                 self.get_num_cacheable_tokens(computed, group),
                 retention_interval=self.retention_interval,
                 replay_boundaries=boundaries,
             )
-        holding.offered = -1 if holding.computed else num_full
+        allocation.num_cached = -1 if allocation.computed else num_full
 
     def free(self, request_id: str) -> None:
         """Free the blocks of a request that is over or preempted."""
-        holding = self._held[request_id]
-        holding.reset()
-        for _, manager in holding.managers:
+        allocation = self._allocations[request_id]
+        allocation.reset()
+        for _, manager in allocation.managers:
             manager.free(request_id)
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
         """The same, but the caller frees them, when no step that runs can write to them any more."""
-        holding = self._held[request_id]
-        holding.reset()
-        return [block for _, manager in holding.managers for block in manager.pop_blocks_for_free(request_id)]
+        allocation = self._allocations[request_id]
+        allocation.reset()
+        return [block for _, manager in allocation.managers for block in manager.pop_blocks_for_free(request_id)]
 
     def remove_skipped_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: full attention skips no block."""
@@ -288,7 +288,7 @@ class MemberCoordinator(KVCacheCoordinator):
         """Nothing: the managers of full attention do not ask."""
 
 
-class _NoBlocks(KVCacheBlocks):
+class _EmptyBlocks(KVCacheBlocks):
     """What a request gets in nearly every step. vLLM looks through all groups to see that it is nothing."""
 
     def get_block_ids(self, allow_none: bool = False, **kwargs: Any) -> Any:

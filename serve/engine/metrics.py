@@ -25,7 +25,7 @@ DROP_REASONS = {
 }
 """Why members leave a request: the metric's label, and the words of the request's own report."""
 
-_SEND_EVERY_S = 0.25
+_SEND_INTERVAL_S = 0.25
 
 
 class StepCounts:
@@ -76,7 +76,7 @@ class StepCounts:
     def is_due(self, *, is_idle: bool) -> bool:
         """Whether the totals should be sent with this step: a few times a second, and when the last request is done."""
         now = time.monotonic()
-        if not is_idle and now - self._sent_at < _SEND_EVERY_S:
+        if not is_idle and now - self._sent_at < _SEND_INTERVAL_S:
             return False
         self._sent_at = now
         return True

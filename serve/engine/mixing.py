@@ -17,7 +17,7 @@ from chorus.serve.engine.mixture import Mixture
 
 _CPU = torch.device("cpu")
 _EXTRA_COLUMNS = 2  # pool, temperature
-_SMALLEST = 1e-30
+_MIN_PROBABILITY = 1e-30
 """Smaller probabilities are pooled in log space: from 1e-38 on, float32 loses their digits."""
 
 
@@ -60,7 +60,7 @@ def mix(
     logits_of: Callable[[int, Tensor | None], Tensor],
     exchange: Exchange | None = None,
     *,
-    adds_up: bool = True,
+    sum_probabilities: bool = True,
     device: torch.device = _CPU,
 ) -> Tensor:
     """Log-probabilities (R, V), float32 and normalised, of each row's mixture.
@@ -72,31 +72,31 @@ def mix(
         logits_of: `logits_of(m, rows)` gives member m's logits for the rows of that index, or for all rows when `rows` is None.
             Any floating dtype; -inf is allowed.
         exchange: where only some members are here; None where all are.
-        adds_up: whether linear pools may be made by adding probabilities up. Meant for CPUs: elsewhere one would have to wait for
-            the device to hear whether some were too small for that.
+        sum_probabilities: whether linear pools may sum probabilities instead of using log space. For CPUs: on a GPU the check
+            for probabilities too small for that would have to wait for the device.
         device: where the logits are.
     """
-    return _pool(_plan(header_RH.numpy().tobytes(), *header_RH.shape, device), logits_of, exchange, adds_up)
+    return _pool(_plan(header_RH.numpy().tobytes(), *header_RH.shape, device), logits_of, exchange, sum_probabilities)
 
 
-def mix_alike(
+def mix_common(
     mixture: Mixture,
     num_rows: int,
     logits_of: Callable[[int, Tensor | None], Tensor],
     exchange: Exchange | None = None,
     *,
-    adds_up: bool = True,
+    sum_probabilities: bool = True,
     device: torch.device = _CPU,
 ) -> Tensor:
     """What `mix` gives for `num_rows` rows that are all answered by `mixture`, and so need no headers."""
-    return _pool(_plan_alike(mixture, num_rows, device), logits_of, exchange, adds_up)
+    return _pool(_common_plan(mixture, num_rows, device), logits_of, exchange, sum_probabilities)
 
 
 def _pool(
-    plan: "_Plan", logits_of: Callable[[int, Tensor | None], Tensor], exchange: Exchange | None, adds_up: bool
+    plan: "_Plan", logits_of: Callable[[int, Tensor | None], Tensor], exchange: Exchange | None, sum_probabilities: bool
 ) -> Tensor:
     pooled_RV: Tensor | None = None
-    if adds_up and exchange is None and not plan.has_log_pools:
+    if sum_probabilities and exchange is None and not plan.has_log_pools:
         pooled_RV = _pool_probabilities(plan, logits_of)
     if pooled_RV is None:
         pooled_RV = _pool_log_probabilities(plan, logits_of, exchange)
@@ -115,16 +115,16 @@ def _pool_log_probabilities(
         if exchange is not None and share.member not in exchange.members:
             continue
         log_p_rV = torch.log_softmax(logits_of(share.member, share.rows), dim=-1, dtype=torch.float32)
-        if share.is_everything:
+        if share.is_whole_mixture:
             pooled_RV = log_p_rV  # one member answers the whole batch: there is nothing to pool
         else:
             if pooled_RV is None:
-                pooled_RV = _empty_pools(plan.is_log_R, log_p_rV.shape[1])
-            _add(pooled_RV, share, log_p_rV)
+                pooled_RV = _initial_pools(plan.is_log_R, log_p_rV.shape[1])
+            _add_share(pooled_RV, share, log_p_rV)
     if exchange is not None:
         if pooled_RV is None:
-            pooled_RV = _empty_pools(plan.is_log_R, exchange.vocab_size)
-        pooled_RV = _put_together(plan, exchange.gather(pooled_RV))
+            pooled_RV = _initial_pools(plan.is_log_R, exchange.vocab_size)
+        pooled_RV = _combine_parts(plan, exchange.gather(pooled_RV))
     assert pooled_RV is not None, "a batch needs rows, and each row a member"
     return pooled_RV
 
@@ -137,10 +137,10 @@ def _pool_probabilities(plan: "_Plan", logits_of: Callable[[int, Tensor | None],
     """
     pooled_RV: Tensor | None = None
     scratch_RV: Tensor | None = None
-    alone: list[tuple[Tensor, Tensor]] = []
+    sole_rows: list[tuple[Tensor, Tensor]] = []
     for share in plan.shares:
         logits_rV = logits_of(share.member, share.rows)
-        if share.is_everything:
+        if share.is_whole_mixture:
             return torch.log_softmax(logits_rV, dim=-1, dtype=torch.float32)
         if pooled_RV is None and share.rows is None:
             pooled_RV = torch.softmax(logits_rV, dim=-1, dtype=torch.float32).mul_(share.weight_r1)
@@ -157,16 +157,16 @@ def _pool_probabilities(plan: "_Plan", logits_of: Callable[[int, Tensor | None],
                 pooled_RV.add_(p_rV, alpha=alpha)
             else:
                 pooled_RV.index_add_(0, share.rows, p_rV, alpha=alpha)
-        if share.alone is not None:
-            rows = share.alone if share.rows is None else share.rows[share.alone]
-            alone.append((rows, torch.log_softmax(logits_rV[share.alone], dim=-1, dtype=torch.float32)))
+        if share.sole_rows is not None:
+            rows = share.sole_rows if share.rows is None else share.rows[share.sole_rows]
+            sole_rows.append((rows, torch.log_softmax(logits_rV[share.sole_rows], dim=-1, dtype=torch.float32)))
     assert pooled_RV is not None, "a batch needs rows, and each row a member"
-    for rows, _ in alone:
+    for rows, _ in sole_rows:
         pooled_RV[rows] = 1.0
-    if pooled_RV.amin() < _SMALLEST:
+    if pooled_RV.amin() < _MIN_PROBABILITY:
         return None
     pooled_RV.log_()
-    for rows, log_p_rV in alone:
+    for rows, log_p_rV in sole_rows:
         pooled_RV[rows] = log_p_rV
     return pooled_RV
 
@@ -183,9 +183,9 @@ class _Share:
     """The weight in all of its rows; None where they differ."""
     is_log_r1: Tensor | None
     """Which of them are log-pooled; None if none is."""
-    is_everything: bool
+    is_whole_mixture: bool
     """Whether it answers all rows, alone."""
-    alone: Tensor | None
+    sole_rows: Tensor | None
     """Which of its rows no other member answers, as positions among them; None if none is."""
 
 
@@ -225,8 +225,8 @@ def _plan(headers: bytes, num_rows: int, width: int, device: torch.device) -> _P
                 weight_r1=weight_r1.to(device),
                 weight=float(weight_r1[0]) if bool((weight_r1 == weight_r1[0]).all()) else None,
                 is_log_r1=is_log_r1.to(device) if is_log_r1.any() else None,
-                is_everything=rows is None and bool((weight_r1 == 1).all()),
-                alone=is_alone_r.nonzero().flatten().to(device) if is_alone_r.any() else None,
+                is_whole_mixture=rows is None and bool((weight_r1 == 1).all()),
+                sole_rows=is_alone_r.nonzero().flatten().to(device) if is_alone_r.any() else None,
             )
         )
     needs_norm_R = (is_log_R & (is_active_RM.sum(1) > 1)) | (temperature_R != 1)
@@ -240,18 +240,18 @@ def _plan(headers: bytes, num_rows: int, width: int, device: torch.device) -> _P
 
 
 @lru_cache(maxsize=8)
-def _plan_alike(mixture: Mixture, num_rows: int, device: torch.device) -> _Plan:
+def _common_plan(mixture: Mixture, num_rows: int, device: torch.device) -> _Plan:
     header_RH = make_headers([mixture] * num_rows, max(mixture.members) + 1)
     return _plan(header_RH.numpy().tobytes(), *header_RH.shape, device)
 
 
-def _empty_pools(is_log_R: Tensor, vocab_size: int) -> Tensor:
+def _initial_pools(is_log_R: Tensor, vocab_size: int) -> Tensor:
     """What a pool holds before its first member: the logarithm of no probability, or no log-probability at all."""
     empty_R1 = torch.where(is_log_R, 0.0, -torch.inf).unsqueeze(1)
     return empty_R1.repeat(1, vocab_size)
 
 
-def _put_together(plan: _Plan, parts_WRV: Tensor) -> Tensor:
+def _combine_parts(plan: _Plan, parts_WRV: Tensor) -> Tensor:
     """The pools, from the parts that the ranks' members gave to them."""
     pooled_RV = torch.logsumexp(parts_WRV, dim=0)
     if any(share.is_log_r1 is not None for share in plan.shares):
@@ -259,7 +259,7 @@ def _put_together(plan: _Plan, parts_WRV: Tensor) -> Tensor:
     return pooled_RV
 
 
-def _add(pooled_RV: Tensor, share: _Share, log_p_rV: Tensor) -> None:
+def _add_share(pooled_RV: Tensor, share: _Share, log_p_rV: Tensor) -> None:
     """Add one member's share, in place, to the rows that it answers."""
     before_rV = pooled_RV if share.rows is None else pooled_RV[share.rows]
     after_rV = torch.logaddexp(before_rV, log_p_rV + share.weight_r1.log())

@@ -84,7 +84,7 @@ class Prior:
             raise ChorusError(f"no tier {tier!r}; this population has {', '.join(self._mixtures)}")
         return self._mixtures[tier]
 
-    def alone(self, member: object) -> Mixture:
+    def single_member(self, member: object) -> Mixture:
         """The mixture of one member by its name.
 
         Raises:
@@ -95,7 +95,7 @@ class Prior:
             raise ChorusError(f"no member {member!r}; this population has {', '.join(names)}")
         return Mixture(tier=member, members=(names.index(member),), weights=(1.0,), pool="linear", temperature=1.0)
 
-    def asked_by(self, arguments: Mapping[str, object]) -> Mixture:
+    def resolve(self, arguments: Mapping[str, object]) -> Mixture:
         """The mixture that a request's `vllm_xargs` ask for: a tier, one member, or the dearest tier.
 
         Raises:
@@ -105,7 +105,7 @@ class Prior:
             return self.mixture(arguments.get(TIER_ARGUMENT))
         if TIER_ARGUMENT in arguments:
             raise ChorusError(f"{TIER_ARGUMENT} and {MEMBER_ARGUMENT} exclude each other; name one")
-        return self.alone(arguments[MEMBER_ARGUMENT])
+        return self.single_member(arguments[MEMBER_ARGUMENT])
 
     def _refresh(self) -> Population:
         population = self._manifest.current()

@@ -22,7 +22,7 @@ SWITCH = "chorus_member_parallel"
 """Key of vLLM's `--additional-config`: true spreads whole members over the ranks of `--tensor-parallel-size`."""
 
 
-def by_tier(population: Population) -> list[int]:
+def tier_order(population: Population) -> list[int]:
     """All members, by index, in the order in which tiers take them in; nested tiers begin it."""
     index = {member.name: idx for idx, member in enumerate(population.members)}
     joined = dict.fromkeys(index[name] for tier in population.tiers for name in tier.members)
@@ -35,12 +35,12 @@ def place(population: Population, num_ranks: int) -> list[list[int]]:
     So the members of every tier are spread as evenly as they can be.
     """
     placed: list[list[int]] = [[] for _ in range(num_ranks)]
-    for turn, idx in enumerate(by_tier(population)):
+    for turn, idx in enumerate(tier_order(population)):
         placed[turn % num_ranks].append(idx)
     return [sorted(members) for members in placed]
 
 
-def settle(vllm_config: Any) -> None:
+def fix_placement(vllm_config: Any) -> None:
     """Say once, for all processes, which rank holds which members: a prior fitted later must not move them."""
     options = vllm_config.additional_config
     if isinstance(options.get(SWITCH, False), list):  # said already
@@ -70,7 +70,7 @@ class Ranks:
         placed = vllm_config.additional_config.get(SWITCH)
         return SpreadRanks.join(placed) if placed else cls(range(num_members))
 
-    def alone(self) -> AbstractContextManager[None]:
+    def as_single_rank(self) -> AbstractContextManager[None]:
         """Where a member is built or run."""
         return nullcontext()
 
@@ -78,40 +78,40 @@ class Ranks:
 class SpreadRanks(Ranks):
     """One of several ranks that each hold whole members."""
 
-    def __init__(self, members: Sequence[int], everybody: Any, just_me: Any) -> None:
+    def __init__(self, members: Sequence[int], all_ranks: Any, own_group: Any) -> None:
         super().__init__(members)
-        self._everybody = everybody
-        self._just_me = just_me
+        self._all_ranks = all_ranks
+        self._own_group = own_group
 
     @classmethod
     def join(cls, placed: Sequence[Sequence[int]]) -> Self:
         """Make, on every rank at once, a group of each rank by itself."""
         from vllm.distributed import parallel_state
 
-        world, everybody = parallel_state.get_world_group(), parallel_state.get_tp_group()
-        just_me = parallel_state.init_model_parallel_group(
+        world, all_ranks = parallel_state.get_world_group(), parallel_state.get_tp_group()
+        own_group = parallel_state.init_model_parallel_group(
             [[rank] for rank in range(world.world_size)],
             world.local_rank,
-            torch.distributed.get_backend(everybody.device_group),
+            torch.distributed.get_backend(all_ranks.device_group),
             group_name="member",
         )
-        return cls(placed[everybody.rank_in_group], everybody, just_me)
+        return cls(placed[all_ranks.rank_in_group], all_ranks, own_group)
 
     @contextmanager
-    def _as_if_alone(self) -> Iterator[None]:
+    def _single_rank_group(self) -> Iterator[None]:
         from vllm.distributed import parallel_state
 
-        parallel_state._TP = self._just_me
+        parallel_state._TP = self._own_group
         try:
             yield
         finally:
-            parallel_state._TP = self._everybody
+            parallel_state._TP = self._all_ranks
 
-    def alone(self) -> AbstractContextManager[None]:
+    def as_single_rank(self) -> AbstractContextManager[None]:
         """vLLM's layers ask for the tensor-parallel group when they are built, and again when they run: let it be of size one."""
-        return self._as_if_alone()
+        return self._single_rank_group()
 
     def gather(self, part_RV: Tensor) -> Tensor:
         """The parts (W, R, V) of all ranks, in their order, the same on each."""
-        gathered: Tensor = self._everybody.all_gather(part_RV.unsqueeze(0).contiguous(), dim=0)
+        gathered: Tensor = self._all_ranks.all_gather(part_RV.unsqueeze(0).contiguous(), dim=0)
         return gathered

@@ -69,7 +69,7 @@ def plan_step(
     num_members: int,
     device: torch.device,
     *,
-    here: Sequence[int] | None = None,
+    local_members: Sequence[int] | None = None,
     missed: Sequence[Mapping[int, int]] | None = None,
 ) -> Step:
     """Lay out a step for requests answered by `mixtures`, in batch order.
@@ -82,7 +82,7 @@ def plan_step(
     """
     common = mixtures[0] if all(mixture == mixtures[0] for mixture in mixtures) else None
     if common is not None and not (missed and any(missed)):
-        running = tuple(member for member in common.members if here is None or member in here)
+        running = tuple(member for member in common.members if local_members is None or member in local_members)
         return Step(rows=(None,) * num_members, header_TH=None, running=running, common=common)
     is_active_RM = np.zeros((len(mixtures), num_members), dtype=bool)
     missed_RM = np.zeros((len(mixtures), num_members), dtype=np.int64)
@@ -106,7 +106,9 @@ def plan_step(
     return Step(
         rows=tuple(rows),
         header_TH=header_TH,
-        running=tuple(m for m in np.flatnonzero(is_active_RM.any(0)).tolist() if here is None or m in here),
+        running=tuple(
+            m for m in np.flatnonzero(is_active_RM.any(0)).tolist() if local_members is None or m in local_members
+        ),
         common=common,
     )
 
@@ -139,13 +141,13 @@ def merge_rows(
         else:
             requests.append(rows.requests)
             lengths.append(np.diff(rows.query_start_loc_cpu.numpy()))
-    together = np.concatenate(lengths)
-    query_start_loc_cpu = torch.from_numpy(np.concatenate(([0], np.cumsum(together))).astype(np.int32))
+    lengths_S = np.concatenate(lengths)
+    query_start_loc_cpu = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths_S))).astype(np.int32))
     return MergedRows(
         members=members,
-        num_requests=len(together),
+        num_requests=len(lengths_S),
         num_rows=int(query_start_loc_cpu[-1]),
-        max_query_len=int(together.max()),
+        max_query_len=int(lengths_S.max()),
         requests=torch.cat(requests),
         query_start_loc=query_start_loc_cpu.to(device),
         query_start_loc_cpu=query_start_loc_cpu,

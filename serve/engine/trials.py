@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 _PARALLEL = max(1, min(2, (os.cpu_count() or 1) // 4))
-_MOST_PENDING = 32
+_MAX_PENDING = 32
 NICENESS = 5
 """Of what compiles grammars, over the engine's own: less, and a busy engine would leave it no time at all."""
 _WALL_FACTOR = 3
@@ -34,12 +34,12 @@ class Trials:
     def __init__(self, prepare: Callable[[], Callable[[bytes], bytes]], *, cpu_s: float, memory_bytes: int) -> None:
         """Fork. A job may take `cpu_s` of processor time, and `memory_bytes` more than what was prepared."""
         self._wall_s = _WALL_FACTOR * cpu_s
-        self._turns = asyncio.Semaphore(_PARALLEL)
+        self._slots = asyncio.Semaphore(_PARALLEL)
         self._num_pending = 0
-        self._control, theirs = socket.socketpair()
+        self._control, child_end = socket.socketpair()
         if os.fork() == 0:
-            _become_server(theirs, prepare, cpu_s, memory_bytes)
-        theirs.close()
+            _serve_jobs(child_end, prepare, cpu_s, memory_bytes)
+        child_end.close()
 
     def close(self) -> None:
         """End the process that forks."""
@@ -51,11 +51,11 @@ class Trials:
         Raises:
             BusyError: nothing was tried.
         """
-        if self._num_pending >= _MOST_PENDING:
+        if self._num_pending >= _MAX_PENDING:
             raise BusyError
         self._num_pending += 1
         try:
-            async with self._turns:
+            async with self._slots:
                 return await self._run(job)
         except OSError as error:
             raise BusyError from error
@@ -63,10 +63,10 @@ class Trials:
             self._num_pending -= 1
 
     async def _run(self, job: bytes) -> bytes | None:
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            socket.send_fds(self._control, [b"."], [theirs.fileno()])
-            reader, writer = await asyncio.open_unix_connection(sock=ours.dup())
+        parent_end, child_end = socket.socketpair()
+        with parent_end, child_end:
+            socket.send_fds(self._control, [b"."], [child_end.fileno()])
+            reader, writer = await asyncio.open_unix_connection(sock=parent_end.dup())
         try:
             writer.write(job)
             writer.write_eof()
@@ -75,18 +75,18 @@ class Trials:
             writer.close()
 
 
-def _become_server(
+def _serve_jobs(
     control: socket.socket, prepare: Callable[[], Callable[[bytes], bytes]], cpu_s: float, memory_bytes: int
 ) -> NoReturn:
     """Never return into the code of the process that was forked."""
     try:
-        _forget(control)
+        _detach(control)
         run = prepare()
         gc.freeze()  # so that children leave the pages of what is there shared
         while (message := socket.recv_fds(control, 1, 1))[0]:
-            with socket.socket(fileno=message[1][0]) as link:
+            with socket.socket(fileno=message[1][0]) as connection:
                 if os.fork() == 0:
-                    _run_job(link, run, cpu_s, memory_bytes)
+                    _run_job(connection, run, cpu_s, memory_bytes)
     except BaseException:  # noqa: BLE001 - it has no caller to raise to
         traceback.print_exc()
     finally:
@@ -94,11 +94,11 @@ def _become_server(
         os._exit(0)
 
 
-def _forget(control: socket.socket) -> None:
+def _detach(control: socket.socket) -> None:
     """Leave behind what belongs to the process before: its signals, its open files (listening sockets among them), its priority."""
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGALRM, signal.SIGPROF):
-        signal.signal(number, signal.SIG_DFL)
+    for signum in (signal.SIGTERM, signal.SIGALRM, signal.SIGPROF):
+        signal.signal(signum, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process before, whose end ends this one
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
     os.closerange(3, control.fileno())
@@ -106,13 +106,13 @@ def _forget(control: socket.socket) -> None:
     os.nice(NICENESS)
 
 
-def _run_job(link: socket.socket, run: Callable[[bytes], bytes], cpu_s: float, memory_bytes: int) -> NoReturn:
+def _run_job(connection: socket.socket, run: Callable[[bytes], bytes], cpu_s: float, memory_bytes: int) -> NoReturn:
     try:
         _limit(cpu_s, memory_bytes)
         parts = []
-        while part := link.recv(1 << 16):
+        while part := connection.recv(1 << 16):
             parts.append(part)
-        link.sendall(run(b"".join(parts)))
+        connection.sendall(run(b"".join(parts)))
     finally:
         os._exit(0)
 

@@ -23,7 +23,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from chorus.serve.engine.allocator import keep_freed_memory
 from chorus.serve.engine.drafts import Drafter
-from chorus.serve.engine.grouped import MOST_ROWS
+from chorus.serve.engine.grouped import MAX_MEAN_ROWS
 from chorus.serve.engine.kv import groups_by_member
 from chorus.serve.engine.mixture import Mixture
 from chorus.serve.engine.rows import CatchUp, MergedRows, Step, merge_rows, plan_step
@@ -48,7 +48,7 @@ class PopulationWorker(_Worker):
         runner = self.model_runner
         runner.__class__ = type(f"Population{type(runner).__name__}", (PopulationRunner, type(runner)), {})
         runner.mixtures = {}
-        runner._planned_for = ([], b"", [])
+        runner._planned_batch = ([], b"", [])
         runner.groups_of = {}
         runner._merged = None
         if runner.speculative_config is not None:
@@ -72,7 +72,7 @@ class PopulationRunner(GPUModelRunner):
     groups_of: dict[int, tuple[int, ...]]
     """The KV-cache groups of each member."""
     _step: Step
-    _planned_for: tuple[list[Mixture], bytes, list[Mapping[int, int]]]
+    _planned_batch: tuple[list[Mixture], bytes, list[Mapping[int, int]]]
     """The batch that `_step` was laid out for: while the same requests decode, every step is laid out the same."""
     _merged: MergedRows | None
     """The rows of all members of `_step` as one, where they run together."""
@@ -96,31 +96,36 @@ class PopulationRunner(GPUModelRunner):
         if scheduler_output.missed:
             missed = [scheduler_output.missed.get(request_id, {}) for request_id in self.input_batch.req_ids]
         batch = (mixtures, num_scheduled_tokens.tobytes(), missed)
-        if batch != self._planned_for:
-            here, num_members = self.model.ranks.members, self.model.num_members
+        if batch != self._planned_batch:
+            local_members, num_members = self.model.ranks.members, self.model.num_members
             self._step = plan_step(
-                mixtures, num_scheduled_tokens, num_members, self.device, here=here, missed=missed or None
+                mixtures,
+                num_scheduled_tokens,
+                num_members,
+                self.device,
+                local_members=local_members,
+                missed=missed or None,
             )
-            self._planned_for = batch
-            self._all_groups = _Groups.shown_by(self)
+            self._planned_batch = batch
+            self._all_groups = _Groups.of_runner(self)
             self.groups_of = self._all_groups.groups_of
             # A rank that runs nothing in this step still prepares a batch: vLLM knows no step without a group.
             running: Sequence[int] = self._step.running
             self._merged = None
             if len(running) > 1 and self._can_merge:
                 merged = merge_rows(self._step, self.model.grouped.ordered(running), num_scheduled_tokens, self.device)
-                if merged.num_rows <= MOST_ROWS * len(running):
+                if merged.num_rows <= MAX_MEAN_ROWS * len(running):
                     running, self._merged = merged.members, merged
-            self._running_groups = self._all_groups.only(running or here[:1])
+            self._running_groups = self._all_groups.of_members(running or local_members[:1])
         self.model.current.step = self._step
         self.model.current.is_merged = self._merged is not None
         self.model.current.catch_up_inputs = {
-            member: self._inputs(rows.catch_up)
+            member: self._catch_up_inputs(rows.catch_up)
             for member in self._step.running
             if (rows := self._step.rows[member]) is not None and rows.catch_up is not None
         }
-        self.model.current.takes_any_scale = self.input_batch.no_penalties
-        self._running_groups.show(self)
+        self.model.current.allows_unnormalised = self.input_batch.no_penalties
+        self._running_groups.apply_to(self)
         self._drafts, is_verified = scheduler_output.drafts, bool(scheduler_output.scheduled_spec_decode_tokens)
         self._speculates = is_verified or bool(self._drafts)
         with nullcontext() if is_verified else self.without_speculation():
@@ -143,7 +148,7 @@ class PopulationRunner(GPUModelRunner):
         ).astype(np.int64)
         return positions
 
-    def _inputs(self, catch_up: CatchUp) -> tuple[torch.Tensor, torch.Tensor]:
+    def _catch_up_inputs(self, catch_up: CatchUp) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and positions of a member's rows. All tokens are on the CPU: asynchronous scheduling is off."""
         positions = self._positions(catch_up)
         token_ids = torch.from_numpy(self.input_batch.token_ids_cpu[catch_up.requests, positions])
@@ -221,7 +226,7 @@ class PopulationRunner(GPUModelRunner):
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.model.current.step is not None:
-            self._all_groups.show(self)
+            self._all_groups.apply_to(self)
         try:
             return super()._model_forward(*args, **kwargs)
         finally:
@@ -265,7 +270,7 @@ class _Groups:
     groups_of: dict[int, tuple[int, ...]]
 
     @classmethod
-    def shown_by(cls, runner: Any) -> Self:
+    def of_runner(cls, runner: Any) -> Self:
         """The lists that `runner` walks now."""
         return cls(
             config=runner.kv_cache_config,
@@ -274,7 +279,7 @@ class _Groups:
             groups_of=groups_by_member(runner.kv_cache_config, runner.model.num_members),
         )
 
-    def only(self, members: Sequence[int]) -> Self:
+    def of_members(self, members: Sequence[int]) -> Self:
         """The groups of some members."""
         groups = [group for member in members for group in self.groups_of[member]]
         return replace(
@@ -284,7 +289,7 @@ class _Groups:
             tables=[self.tables[idx] for idx in groups],
         )
 
-    def show(self, runner: Any) -> None:
+    def apply_to(self, runner: Any) -> None:
         """Make `runner` walk these lists."""
         runner.kv_cache_config = self.config
         runner.attn_groups = self.attention

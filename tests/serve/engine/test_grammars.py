@@ -176,7 +176,7 @@ def test_a_grammar_that_takes_too_long_for_each_token_ends_its_own_request() -> 
         num_tokens += 1
         grammar.fill_bitmask(None, 0)
     assert 1 <= num_tokens < 500
-    assert grammar.is_spent
+    assert grammar.is_exhausted
 
 
 def test_each_request_is_compiled_by_its_own_backend(config: Any) -> None:

@@ -1,4 +1,4 @@
-"""A member's attention layers: their KV cache is the member's own, and they see only the rows that the member runs."""
+"""Gives each member's attention layers their own KV cache, and limits them to the rows that the member runs."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,32 +17,31 @@ from chorus.serve.engine.rows import MemberRows, Step
 
 
 class CurrentStep(SimpleNamespace):
-    """The step that is being run, shared by the worker (which sets it), the model and the attention of its members.
-
-    None outside a step: vLLM's warm-up and profiling runs, in which every member runs every row.
-    """
+    """The current step. The worker sets it; the model and its members' attention layers read it."""
 
     step: Step | None = None
+    """None in vLLM's warm-up and profiling runs, in which every member runs every row."""
     catch_up_inputs: Mapping[int, tuple[Tensor, Tensor]] = {}
-    """Token ids and positions (num_rows,) of each member that runs catch-up rows in this step."""
+    """For each member with catch-up rows in this step: the token ids and positions (num_rows,) of all its rows."""
     is_merged: bool = False
-    """Whether the attention of the first member that runs is told of the rows of all."""
+    """Whether the first running member's attention layers process the rows of all running members."""
     allows_unnormalised: bool = False
-    """Whether logits may be given as they are: no request of the batch has penalties, which act on normalised log-probabilities."""
+    """Whether logits may be left unnormalised: no request in the batch has penalties, which need normalised log-probabilities."""
 
 
 class MemberLayers:
-    """The attention layers of one member, under names that the layers of all members share.
+    """The attention layers of one member, under names shared by all members.
 
-    Compiled code finds a layer, its metadata and its slots in vLLM's forward context by the layer's name, and members of one
-    configuration share compiled code. In vLLM's own dictionaries each name is unique.
+    Compiled code finds a layer, its metadata and its slots in vLLM's forward context by the layer's name, and members with the
+    same config share compiled code. In vLLM's own dictionaries each name stays unique.
     """
 
     def __init__(self, model: Any, member: int, current: CurrentStep) -> None:
-        """Make the attention layers of `model` those of `member`.
+        """Assign the attention layers of `model` to `member`.
 
         Raises:
-            ChorusError: a layer's KV cache is not plain full attention (sliding windows, latent attention, state spaces).
+            ChorusError: a layer does not use plain full attention (but a sliding window, latent attention or a state space), or
+                there are no attention layers.
         """
         backends: dict[type, type] = {}
         self._layers: dict[str, Any] = {}
@@ -63,7 +62,7 @@ class MemberLayers:
             self._names[layer.layer_name] = unique
         if not self._layers:
             raise ChorusError(
-                f"member {member} has no attention layer that vLLM caches: only decoder-only transformers can be mixed."
+                f"member {member} has no attention layers with a KV cache; only decoder-only transformers can be mixed."
             )
 
     def __len__(self) -> int:
@@ -71,7 +70,7 @@ class MemberLayers:
 
     @contextmanager
     def in_context(self) -> Iterator[None]:
-        """Let vLLM's forward context hold this member's layers, metadata and slots under the shared names."""
+        """Put this member's layers, metadata and slots into vLLM's forward context under the shared names."""
         context = get_forward_context()
         saved = context.no_compile_layers, context.attn_metadata, context.slot_mapping
         if self._all_layers is None:
@@ -94,8 +93,8 @@ def _set_member_spec(layer: Any, member: int) -> None:
         spec = original_get_spec(vllm_config)
         if type(spec) is not FullAttentionSpec:
             raise ChorusError(
-                f"member {member}, layer {layer.layer_name}: its KV cache is a {type(spec).__name__}, and only full attention can "
-                "be mixed so far. Where a sliding window is no shorter than the context, remove it from the member's config.json."
+                f"member {member}, layer {layer.layer_name}: its KV cache is a {type(spec).__name__}; only full attention is "
+                "supported. If the sliding window is at least as long as the context, remove it from the member's config.json."
             )
         return MemberAttentionSpec.of(spec, member)
 
@@ -103,7 +102,7 @@ def _set_member_spec(layer: Any, member: int) -> None:
 
 
 def _member_builder(builder: type, member: int, current: CurrentStep) -> type:
-    """A subclass of a backend's metadata builder that builds for the member's rows only."""
+    """A subclass of a backend's metadata builder that covers only the member's rows."""
 
     class Narrowed(builder):
         def build(
@@ -125,7 +124,7 @@ def _member_builder(builder: type, member: int, current: CurrentStep) -> type:
 def narrow(
     metadata: CommonAttentionMetadata, rows: MemberRows, positions: Tensor | None = None
 ) -> CommonAttentionMetadata:
-    """The metadata of a batch that holds only `rows`; its slot mapping is that of these rows already."""
+    """`metadata` reduced to `rows`. Its slot mapping must already be that of these rows."""
 
     def select(values: Any) -> Any:
         return None if values is None else values[rows.requests.to(values.device)]

@@ -1,10 +1,9 @@
-"""Which way of decoding yields most tokens per second, for the batch as it is.
+"""Chooses the decoding that yields most tokens per second for the current batch.
 
-Steps of every way are compared by what they are expected to cost (`deadline.StepCost`). That is linear in a step's load, and off by
-a few tenths, or several times, for one way or another: rows that verify drafts are no rows of prompts, one row of a member costs
-more than one of sixteen, and members run together only up to some number of rows. So each way has factors of its own, one for each
-size of batch, learned from its own steps. They serve the comparison alone. Steps with drafts teach nothing else: what they take
-more would go to the cost of a row, and be multiplied by the rows of longer drafts.
+Steps are compared by expected cost (`deadline.StepCost`), which is linear in the load and off by tens of percent, or several times,
+for some decodings: draft rows do not cost what prompt rows do, a single row costs more than one of sixteen, and members run
+together only up to some number of rows. So each decoding has a correction factor per batch size, used only in this comparison.
+Steps with drafts train only these factors: as row cost, their extra time would be multiplied by the rows of longer drafts.
 """
 
 from collections.abc import Sequence
@@ -23,50 +22,52 @@ from chorus.serve.engine.decoding import (
 from chorus.serve.engine.mixture import Mixture
 
 Kind = Literal["plain", "sampled", "drafts"]
-"""What a step is: some request of it verifies drafts, or else samples a member, or else all members of all requests run."""
+"""Kind of a step: `drafts` if some request drafts or verifies drafts, else `sampled` if some request samples a member."""
 
 _FIRST_ACCEPTANCE = 0.7
-"""What is expected of drafts before any was verified."""
+"""Assumed acceptance rate before any draft was verified."""
 _DRAFTED_BY_MEMBERS_RATE = 0.05
+"""Learning rate of the share of drafts that members make."""
 _MAX_SAMPLED_SHARE = 0.75
-"""Before the cost of steps is known: the part of the members below which they are sampled."""
+"""While step costs are unknown, members are sampled if that is expected to run at most this share of them."""
 _PACE_RATE, _NEW_PACE_RATE, _MAX_PACE_CHANGE = 0.15, 0.5, 3.0
-"""How fast a way's factor follows its steps, and the first of them after steps of another way; the most that one step may say."""
+"""Learning rates of a factor: in general, and for the first step after one of another kind or size. One step counts as at most
+`_MAX_PACE_CHANGE` times the factor, or that part of it."""
 _FADE_RATE, _MIN_PACE = 0.002, 0.3
-"""How fast, and how far, the factors of ways that are not taken fall: each is tried again some day."""
+"""Factors of decodings not in use fall at this rate per step, down to this minimum, so that each is tried again eventually."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """A running request, as far as the choice goes."""
+    """What the choice needs to know of a running request."""
 
     mixture: Mixture
     context: int
     """Cached tokens."""
     can_be_sampled: bool
     is_sampled: bool
-    """Whether it is sampled whatever is chosen."""
+    """Whether it is sampled regardless of the choice."""
     acceptance: Acceptance | None
-    """Of its drafts; None if nothing is drafted for it."""
+    """Acceptance of its drafts; None if nothing is drafted for it."""
 
 
 class DecodingChooser:
-    """Chooses the way, and learns what the ways are worth."""
+    """Chooses the decoding of `auto` requests, and learns correction factors from the steps that ran."""
 
     def __init__(self, step_cost: StepCost) -> None:
         self.current = DecodingChoice()
         self.acceptance = Acceptance()
-        """Of all requests: what is expected of the next one."""
+        """Acceptance over all requests, the prior for each new one."""
         self._step_cost = step_cost
         self._drafted_by_members = 1.0
-        """Part of the drafts that members made lately; the others were looked up and cost nothing."""
+        """Share of recent drafts made by members; the others were looked up and cost nothing."""
         self._paces: dict[int, dict[Kind, float]] = {}
-        """The factors, by the size of the batch."""
+        """Correction factors by batch size class, then by kind of step."""
         self._last: tuple[int, Kind] = (0, "plain")
         self._current_pace = self._pace(0)
 
     def observe_step(self, kind: Kind, load: StepLoad, seconds: float, *, num_requests: int) -> None:
-        """A step of that kind and load, without prompts, took so long until the next could begin."""
+        """Learn from a step without prompts that took `seconds` until the next could begin."""
         if not self._step_cost.is_known or (expected_s := self._step_cost.expect(load)) <= 0:
             return
         size = _size(num_requests)
@@ -77,16 +78,16 @@ class DecodingChooser:
         self._paces[size], self._last = {**faded, kind: previous + rate * (ratio - previous)}, (size, kind)
 
     def _pace(self, size: int) -> dict[Kind, float]:
-        """The factors for batches of that size; those of the nearest size until one was seen."""
+        """The factors for a batch size class; those of the nearest class until one of this class was observed."""
         nearest = min(self._paces, key=lambda other: abs(other - size), default=None)
         return {"plain": 1.0, "sampled": 1.0, "drafts": 1.0} if nearest is None else self._paces[nearest]
 
     def observe_drafters(self, rows: int, drafts: int) -> None:
-        """A step drafted up to so many tokens, for which members ran so many rows."""
+        """Learn that of up to `drafts` drafts in a step, members computed `rows`."""
         self._drafted_by_members += _DRAFTED_BY_MEMBERS_RATE * (min(rows / drafts, 1.0) - self._drafted_by_members)
 
     def choose(self, candidates: Sequence[Candidate]) -> None:
-        """Choose for these requests, at least one."""
+        """Set `current` for a batch of at least one request."""
         tally = StepTally()
         for each in candidates:
             tally.add(each.mixture.members, rows=1, context=each.context)
@@ -119,7 +120,7 @@ class DecodingChooser:
     def _best_draft_length(
         self, load: StepLoad, drafting: Sequence[tuple[Acceptance, Mixture]], num_requests: int
     ) -> tuple[int, float]:
-        """See `best_length`; `load` is that of a step without drafts."""
+        """See `decoding.best_draft_length`. `load` is that of a step without drafts."""
         drafters = len({heaviest(mixture) for _, mixture in drafting}) * self._drafted_by_members
         verified = sum(len(mixture.members) for _, mixture in drafting)
         rows = verified + len(drafting) * self._drafted_by_members
@@ -139,5 +140,5 @@ class DecodingChooser:
 
 
 def _size(num_requests: int) -> int:
-    """A class of batches: sizes that double."""
+    """The size class of a batch: bounds double from class to class."""
     return num_requests.bit_length()

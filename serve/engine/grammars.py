@@ -1,8 +1,8 @@
-"""Structured output that cannot harm others: grammars are tried before they reach the engine, and cost little for each token.
+"""Protects other requests from expensive grammars of structured output: each is tried in a separate process first, and metered.
 
-vLLM parses a request's grammar in its API server, on the event loop, and compiles it in the engine's core, in a thread that nothing
-can stop. A few hundred bytes can keep either busy for ever. Here both are done first in a process that is killed when it takes too
-long; what has passed is not parsed in the API server again, and its compilation in the core is known to end.
+vLLM parses a grammar on its API server's event loop, and compiles it in a thread of the engine core that nothing can stop. A few
+hundred bytes can block either forever. Here a process that is killed if it takes too long does both first. A grammar that passed
+is not parsed in the API server again, and its compilation in the core is known to end. In the core, its time per token is limited.
 """
 
 import asyncio
@@ -38,27 +38,28 @@ from chorus.serve.engine.trials import NICENESS, BusyError, Trials
 logger = init_logger(__name__)
 
 TRIAL_CPU_S = 10.0
-"""Processor time for a grammar. On a slow core, a string of up to 10,000 characters takes 6 s with a vocabulary of 50,000."""
+"""CPU time limit of a trial. On a slow core, a string of up to 10,000 characters takes 6 s with a vocabulary of 50,000."""
 _TRIAL_MEMORY = 2 << 30
 _MAX_WAIT_S = 25.0
-"""Longest wait for a trial. An engine whose requests make no progress for longer than 30 s may be taken for a frozen one."""
+"""Longest wait for a trial. An engine without progress for more than 30 s may be considered frozen."""
 _MAX_CACHED_RESULTS = 1024
 _MASK_BURST_S, _MASK_S_PER_TOKEN = 1.0, 0.01
-"""Time that masks may take in the core, which all requests wait for. Real schemas take 0.1 to 3 ms a token."""
+"""CPU time that a request's grammar may use in the core, where it delays all requests: a token bucket with this capacity, refilled
+by this much per generated token. Real schemas take 0.1 to 3 ms per token."""
 _NUM_TRIAL_TOKENS = 64
 _CONSTRAINT_FIELDS = (
     *("json", "regex", "choice", "grammar", "json_object", "structural_tag"),
     *("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern"),
 )
 _LOG_PREFIX = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")
-"""What xgrammar writes before its messages: the time, and a line of its source."""
+"""Prefix of xgrammar's messages: the time and a source line."""
 
 validated: ContextVar[StructuredOutputsParams | None] = ContextVar("validated", default=None)
-"""What has just passed its trial, and is not to be parsed again."""
+"""The parameters that just passed their trial and need no second parse."""
 
 
 class GrammarTrials:
-    """Tries the grammars of requests, each once. Belongs to one event loop; to be made before there are threads."""
+    """Tries each distinct grammar once. Belongs to one event loop; create it before any threads start, since it forks."""
 
     def __init__(self, vllm_config: Any, *, cpu_s: float = TRIAL_CPU_S) -> None:
         self._cpu_s = cpu_s
@@ -66,15 +67,15 @@ class GrammarTrials:
         self._results: OrderedDict[bytes, asyncio.Task[dict[str, Any] | None]] = OrderedDict()
 
     def close(self) -> None:
-        """End the process that tries."""
+        """End the trial process."""
         self._trials.close()
 
     async def check(self, params: Any) -> None:
-        """Try what a request asks for, and put into its place what the trial made of it.
+        """Try the grammar in `params`, if there is one, and replace it by the trial's result.
 
         Raises:
-            VLLMValidationError: the grammar is wrong, or takes too much.
-            GracefulHTTPError: too many others wait (503).
+            VLLMValidationError: the grammar is invalid or too expensive.
+            GracefulHTTPError: too many trials are waiting (503).
         """
         requested = getattr(params, "structured_outputs", None)
         if requested is None or requested.all_constraints_none():
@@ -84,8 +85,8 @@ class GrammarTrials:
         )
         if result is None:
             raise VLLMValidationError(
-                f"the grammar of the structured output takes more than {self._cpu_s:g} s of processor time to compile; make it "
-                "simpler: fewer rules, properties, alternatives and repetitions",
+                f"the grammar of the structured output takes more than {self._cpu_s:g} s of CPU time to compile; make it simpler: "
+                "use fewer rules, properties, alternatives and repetitions",
                 parameter="structured_outputs",
             )
         if "error" in result:
@@ -117,7 +118,7 @@ class GrammarTrials:
         try:
             reply = await self._trials.run(job)
         except BusyError as error:
-            logger.warning("a grammar could not be tried: %s", error.__cause__ or "too many wait")
+            logger.warning("a grammar could not be tried: %s", error.__cause__ or "too many trials are waiting")
             return {"is_busy": True}
         result: dict[str, Any] | None = None if reply is None else json.loads(reply)
         return result
@@ -125,7 +126,7 @@ class GrammarTrials:
 
 def _overloaded_error() -> GracefulHTTPError:
     return GracefulHTTPError(
-        "too many grammars of structured output wait to be tried; send the request again",
+        "too many structured output grammars are waiting to be checked; retry the request",
         HTTPStatus.SERVICE_UNAVAILABLE,
     )
 
@@ -145,10 +146,8 @@ def _make_trial(vllm_config: Any) -> Callable[[bytes], bytes]:
             result = params.structured_outputs
             name = result._backend
             _try_grammar(backends.get(name) or make(name), result)
-        except Exception as error:  # noqa: BLE001 - whatever a parser raises is about the request
-            return json.dumps(
-                {"error": f"the structured output cannot be made: {error or type(error).__name__}"}
-            ).encode()
+        except Exception as error:  # noqa: BLE001 - any error of a parser is the request's fault
+            return json.dumps({"error": f"invalid structured output: {error or type(error).__name__}"}).encode()
         constraint = {field: getattr(result, field) for field in _CONSTRAINT_FIELDS}
         return json.dumps({"constraint": constraint, "backend": name, "was_auto": result._backend_was_auto}).encode()
 
@@ -156,7 +155,11 @@ def _make_trial(vllm_config: Any) -> Callable[[bytes], bytes]:
 
 
 def _try_grammar(backend: Any, constraint: StructuredOutputsParams) -> None:
-    """Compile, and generate tokens at random as long as some go on."""
+    """Compile the grammar and generate random tokens with it.
+
+    Raises:
+        ValueError: it allows no text, or takes too long per token.
+    """
     grammar = Metered(backend.compile_grammar(*get_structured_output_key(constraint)))
     bitmask = backend.allocate_token_bitmask(1)
     rng = np.random.default_rng(0)
@@ -164,12 +167,12 @@ def _try_grammar(backend: Any, constraint: StructuredOutputsParams) -> None:
         grammar.fill_bitmask(bitmask, 0)
         allowed = np.flatnonzero(np.unpackbits(bitmask[0].numpy().view(np.uint8), bitorder="little"))
         if not len(allowed):
-            raise ValueError("no text fits it")
+            raise ValueError("no text matches the grammar")
         continuing = allowed[allowed != backend.tokenizer.eos_token_id]
         if not len(continuing) or not grammar.accept_tokens("trial", [int(rng.choice(continuing))]):
             break
     if grammar.is_exhausted:
-        raise ValueError("its grammar takes too long for each token; make it simpler, and less ambiguous")
+        raise ValueError("the grammar takes too long per token; make it simpler and less ambiguous")
 
 
 def _make_backend(name: str, *, vllm_config: Any, tokenizer: Any) -> Any:
@@ -183,7 +186,7 @@ def _make_backend(name: str, *, vllm_config: Any, tokenizer: Any) -> Any:
 
 
 class Metered:
-    """A grammar, as vLLM knows it, that rejects every token once it has taken more time than it may."""
+    """Wraps a vLLM grammar, and rejects every token once its CPU time is used up."""
 
     def __init__(self, grammar: Any) -> None:
         self._grammar = grammar
@@ -191,22 +194,22 @@ class Metered:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether it has taken more than it may."""
+        """Whether its CPU time is used up."""
         return self._left_s < 0
 
     def fill_bitmask(self, bitmask: Any, idx: int) -> None:
-        """Allow the tokens that may come next."""
+        """Write the mask of tokens that may come next to row `idx` of `bitmask`."""
         started = time.thread_time()
         self._grammar.fill_bitmask(bitmask, idx)
         self._left_s -= time.thread_time() - started
 
     def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
-        """Take in what was generated; False ends the request."""
+        """Advance by generated tokens. Returning False ends the request."""
         started = time.thread_time()
         is_accepted: bool = self._grammar.accept_tokens(request_id, tokens)
         self._left_s -= time.thread_time() - started
         if self.is_exhausted:
-            logger.warning("request %s is ended: its grammar takes too long for each token", request_id)
+            logger.warning("ending request %s: its grammar takes too long per token", request_id)
             return False
         self._left_s = min(_MASK_BURST_S, self._left_s + len(tokens) * _MASK_S_PER_TOKEN)
         return is_accepted
@@ -216,11 +219,13 @@ class Metered:
 
 
 class GrammarManager(StructuredOutputManager):
-    """vLLM's manager, with each request's own backend: vLLM uses the first request's for all, and fails what only another can."""
+    """vLLM's manager with one backend per request. vLLM uses the first request's backend for all, and fails requests that need
+    another.
+    """
 
     @classmethod
     def adopt(cls, manager: Any) -> Self:
-        """Give vLLM's manager our methods: it offers no hook to choose its class."""
+        """Turn vLLM's manager into one of this class: vLLM has no hook to choose the class."""
         manager.__class__ = cls
         manager.backends = {}
         if hasattr(manager, "executor"):  # threads that xgrammar starts inherit the niceness
@@ -229,7 +234,7 @@ class GrammarManager(StructuredOutputManager):
         return adopted
 
     def grammar_init(self, request: Any) -> None:
-        """Begin to compile."""
+        """Start compiling the request's grammar with its own backend."""
         if request.structured_output_request is None:
             return
         name = request.sampling_params.structured_outputs._backend

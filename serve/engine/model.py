@@ -1,9 +1,9 @@
 """PopulationForCausalLM: all members in one vLLM model, whose logits are the log-probabilities of each row's mixture.
 
-Sampling, penalties, grammar masks, `logprobs` and echoed prompt log-probabilities are vLLM's own and act on the mixture.
+vLLM's own sampling, penalties, grammar masks, `logprobs` and echoed prompt log-probabilities therefore act on the mixture.
 
-M members, T token rows, R rows that need logits, V vocabulary, D a member's width, H columns: hidden ones of the members that run,
-and header columns
+M members, T token rows, R rows that need logits, V vocabulary, D a member's width, H columns: those of the header and the hidden
+states of the running members
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,16 +29,16 @@ from chorus.serve.engine.stopwatch import MIXING, Stopwatch
 
 @dataclass(slots=True)
 class _OutputLayout:
-    """What the last `forward` returned, for `compute_logits`. Not attributes of the module, which takes its time to set one."""
+    """Layout of the last output of `forward`, for `compute_logits`. A separate object: setting an attribute of a module is slow."""
 
     columns: dict[int, slice] = field(default_factory=dict)
-    """Where each member's columns are."""
+    """Each member's columns."""
     common: Mixture | None = None
-    """The mixture of all rows."""
+    """The mixture of all rows, if they have the same one."""
 
 
 class PopulationForCausalLM(nn.Module):
-    """The members, each built by vLLM from its own config, run on the rows of `current.step`."""
+    """The members, each built by vLLM from its own config and run on its rows of `current.step`."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
@@ -49,13 +49,13 @@ class PopulationForCausalLM(nn.Module):
         self.current = CurrentStep()
         self.ranks = Ranks.of(vllm_config, self.num_members)
         with self.ranks.as_single_rank():
-            # vLLM reads a layer's index from its name and stumbles over a second number: `member_0`, not `members.0`.
-            self._members: dict[int, Any] = {  # a plain dictionary is walked in every step; a module's takes its time
+            # `member_0`, not `members.0`: vLLM parses the layer index from the name and fails on a second number.
+            self._members: dict[int, Any] = {  # read in every step, and faster to read than a `ModuleDict`
                 idx: init_vllm_registered_model(vllm_config, hf_config=configs[idx], prefix=f"member_{idx}")
                 for idx in self.ranks.members
             }
         self.grouped = Grouped.of(self._members, [idx for idx in tier_order(population) if idx in self._members])
-        """All members as one; None where they differ, or are no plain Llamas."""
+        """Runs members together; None if they differ in shape or are not plain Llamas."""
         self.members = nn.ModuleDict({str(idx): member for idx, member in self._members.items()})
         device = torch.device(vllm_config.device_config.device)
         self.stopwatch = Stopwatch(self.num_members, device)
@@ -72,11 +72,11 @@ class PopulationForCausalLM(nn.Module):
         self._widths = [config.get_text_config().hidden_size for config in configs]
         self._layout = _OutputLayout()
         self._dtype = vllm_config.model_config.dtype
-        # A float32 header travels as raw bits among hidden columns of a smaller dtype: bf16 would round the weights.
+        # The float32 header is stored as raw bits in columns of a smaller dtype, since bf16 would round the weights.
         self._header_columns = header_width(self.num_members) * 4 // self._dtype.itemsize
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """The first member's embeddings: vLLM asks every generative model for this method, and calls it for none of ours."""
+        """The first member's embeddings. vLLM requires this method of generative models, but never calls it for populations."""
         embeddings: Tensor = self._members[self.ranks.members[0]].embed_input_ids(input_ids)
         return embeddings
 
@@ -87,10 +87,11 @@ class PopulationForCausalLM(nn.Module):
         intermediate_tensors: Any = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Hidden rows (T, H) of the members that run any row, side by side in their order.
+        """Hidden states (T, H) of the running members, side by side in ascending order of members.
 
-        Where requests have different mixtures, a header stands before them in each row; then the columns of a member are undefined
-        in rows that it does not run: nothing reads them. Where all have the same mixture, one member's rows are its own output.
+        If requests have different mixtures, each row starts with its header, and a member's columns are undefined, and never read,
+        in rows that it does not run. If all have the same mixture, there is no header; with one member, its output is returned as
+        it is.
         """
         step = self.current.step
         layout = self._layout
@@ -99,7 +100,7 @@ class PopulationForCausalLM(nn.Module):
             running = step.running
             layout.columns = self._assign_columns(running, start=0)
             if not running:
-                # All members of this mixture are on other ranks; vLLM wants a row for each token all the same.
+                # All members of this mixture are on other ranks, but vLLM still needs one row per token.
                 return torch.zeros(len(input_ids), 1, dtype=self._dtype, device=input_ids.device)
             hidden = self._run_members(running, step, input_ids, positions)
             return hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1)
@@ -121,7 +122,7 @@ class PopulationForCausalLM(nn.Module):
         return hidden_TH
 
     def draft(self, mixture: Mixture, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """Logits (R, V) of the mixture of a few members for one token of each request; they need not be normalised."""
+        """Logits (R, V) of a drafting mixture for one token of each request, not necessarily normalised."""
         hidden = {idx: self._run((idx,), [(input_ids, positions)])[0] for idx in mixture.members}
         if self._is_single_member(mixture):
             return self._logits_of(mixture.members[0], hidden[mixture.members[0]])
@@ -134,7 +135,7 @@ class PopulationForCausalLM(nn.Module):
     def _run_members(
         self, running: Sequence[int], step: Step | None, input_ids: Tensor, positions: Tensor
     ) -> list[Tensor]:
-        """Each member's hidden states in its token rows; members run their catch-up rows, too."""
+        """Each member's hidden states for its token rows. Catch-up rows run as well, but are not returned."""
         inputs, kept = [], []
         for idx in running:
             rows = None if step is None else step.rows[idx]
@@ -154,12 +155,12 @@ class PopulationForCausalLM(nn.Module):
             hidden = []
             for idx, each in zip(running, inputs, strict=True):
                 hidden.append(self._run((idx,), [each])[0])
-                if step is None:  # as in vLLM's warm-up, when members are compiled
+                if step is None:  # vLLM's warm-up, which compiles members
                     self._compiled.share(idx)
         return [each if rows is None else each[rows] for each, rows in zip(hidden, kept, strict=True)]
 
     def _run(self, running: Sequence[int], inputs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """The hidden states of one member, or of several whose attention is merged."""
+        """The hidden states of one member, or of several that run together."""
         start = self.stopwatch.mark()
         first = running[0]
         with self.ranks.as_single_rank(), self._layers[first].in_context():
@@ -180,11 +181,11 @@ class PopulationForCausalLM(nn.Module):
         return columns
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Log-probabilities (R, V) of each row's mixture, float32; rows are any selection of what `forward` last returned.
+        """Log-probabilities (R, V) of each row's mixture, float32. Rows are any selection from the last output of `forward`.
 
-        Where one member answers them all and nobody in the batch is penalised, its logits as they are: what vLLM does with them is
-        the same at any additive constant but for penalties, and a log-softmax costs a twentieth of a small member's step
-        (bench/LOG.md).
+        If all rows have the same single member and no request has penalties, these are the member's raw logits: apart from
+        penalties, vLLM's processing is invariant to an additive constant, and a log-softmax costs a twentieth of a small member's
+        step (bench/LOG.md).
         """
         common = self._layout.common
         if common is not None and self._is_single_member(common) and self.current.allows_unnormalised:
@@ -217,7 +218,7 @@ class PopulationForCausalLM(nn.Module):
         return len(mixture.members) == 1 and mixture.temperature == 1.0 and self._exchange is None
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load weights named `members.{idx}.{name}`, each by its member's own rules."""
+        """Load weights named `members.{idx}.{name}`, each with its member's own loading rules."""
         loaded: set[str] = AutoWeightsLoader(self).load_weights(weights)
         if self.grouped is not None:
             self.grouped.stack()

@@ -124,15 +124,15 @@ def test_what_takes_too_much_is_refused_with_a_sentence(config: Any, constraint:
     ("constraint", "says"),
     [
         ({"regex": "(a"}, "unclosed group"),
-        ({"grammar": 'root ::= "a'}, "cannot be made"),
+        ({"grammar": 'root ::= "a'}, "invalid structured output"),
         (
             {"json": {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}},
-            "no text fits it",
+            "no text matches the grammar",
         ),
-        ({"json": {"$ref": "#"}}, "no text fits it"),
-        ({"json": {"$ref": "#/nowhere"}}, "cannot be made"),
-        ({"json": {"type": "nothing"}}, "cannot be made"),
-        ({"structural_tag": "{}"}, "cannot be made"),
+        ({"json": {"$ref": "#"}}, "no text matches the grammar"),
+        ({"json": {"$ref": "#/nowhere"}}, "invalid structured output"),
+        ({"json": {"type": "nothing"}}, "invalid structured output"),
+        ({"structural_tag": "{}"}, "invalid structured output"),
     ],
 )
 def test_what_is_wrong_is_refused_with_a_sentence(config: Any, constraint: dict[str, Any], says: str) -> None:

@@ -103,5 +103,5 @@ def test_members_are_placed_once_and_only_on_several_ranks(tiny_population: Any)
 
 
 def test_more_ranks_than_members_are_refused(tiny_population: Any) -> None:
-    with pytest.raises(ChorusError, match="5 ranks cannot each hold a member: the population has 4"):
+    with pytest.raises(ChorusError, match="5 ranks cannot each hold a member: the population has only 4"):
         fix_placement(configured(tiny_population, 5, **{SWITCH: True}))

@@ -39,7 +39,7 @@ _FADE_RATE, _MIN_PACE = 0.002, 0.3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """What the choice needs to know of a running request."""
+    """A running request, as input to `DecodingChooser.choose`."""
 
     mixture: Mixture
     context: int

@@ -209,7 +209,7 @@ class Deadline:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Runner:
-    """What `choose_drops` needs to know of a running request with a time budget."""
+    """A running request with a time budget, as input to `choose_drops`."""
 
     left_s: float
     """Seconds until its deadline."""

@@ -17,7 +17,7 @@ from chorus.population import manifest
 from chorus.population.tokens import TokenSplit, split_path
 from chorus.prior.likelihoods import likelihoods as prior_likelihoods
 from chorus.prior.splits import ScoredSplit
-from chorus.serve.engine.mixing import make_headers, mix, mix_alike
+from chorus.serve.engine.mixing import make_headers, mix, mix_common
 from chorus.serve.engine.mixture import Mixture
 from chorus.serve.engine.rows import plan_step
 from chorus.serve.engine.stopwatch import MIXING, Stopwatch
@@ -176,12 +176,12 @@ def test_batches_of_mixtures_are_pooled_row_by_row(dtype: torch.dtype) -> None:
         def logits_of(member: int, rows: Tensor | None, found: Tensor = on_gpu) -> Tensor:
             return found[member] if rows is None else found[member][rows]
 
-        mixed_RV = mix(make_headers(batch, 6), logits_of, adds_up=False, device=GPU)
+        mixed_RV = mix(make_headers(batch, 6), logits_of, sum_probabilities=False, device=GPU)
         assert mixed_RV.device == GPU
         for row, mixture in enumerate(batch):
             expected = pooled_in_float64(mixture, logits_MRV[:, row])
             torch.testing.assert_close(mixed_RV[row].double().cpu(), expected, atol=3e-5, rtol=1e-5)
-        alike_RV = mix_alike(batch[0], len(batch), logits_of, adds_up=False, device=GPU)
+        alike_RV = mix_common(batch[0], len(batch), logits_of, sum_probabilities=False, device=GPU)
         expected = pooled_in_float64(batch[0], logits_MRV[:, -1])
         torch.testing.assert_close(alike_RV[-1].double().cpu(), expected, atol=3e-5, rtol=1e-5)
 

@@ -1,20 +1,20 @@
-"""Memory on CPUs: what is freed is kept for the next step.
+"""On CPUs, keeps freed memory for the next step instead of returning it to the kernel.
 
-A tensor of some megabytes lives for a moment and comes again in every step: a member's logits, their probabilities. As it is,
-glibc gives such memory back to the kernel, which hands out fresh pages the next time, and to fault those in takes longer than
-what is done in them (bench/LOG.md). A better allocator, preloaded, does the same and is not disturbed.
+Every step allocates and frees tensors of a few megabytes, such as a member's logits and probabilities. By default glibc returns
+that memory to the kernel, and faulting in fresh pages then takes longer than the work done in them (bench/LOG.md). A preloaded
+allocator that already keeps memory is unaffected.
 """
 
 import ctypes
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGEST_KEPT = 32 * 2**20
-"""Bytes; glibc allows no more."""
+_MAX_KEPT_BYTES = 32 * 2**20
+"""The largest threshold that glibc accepts."""
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep blocks of up to 32 MB that are freed; whether it does. Other C libraries have no such choice."""
+    """Make glibc keep freed blocks of up to 32 MiB. Returns False if that failed, as with C libraries that lack `mallopt`."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(mallopt(_M_MMAP_THRESHOLD, _MAX_KEPT_BYTES) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))

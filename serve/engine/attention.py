@@ -1,4 +1,4 @@
-"""A member's attention layers: their KV cache is the member's own, and they see only the rows that the member runs."""
+"""Gives each member's attention layers their own KV cache, and limits them to the rows that the member runs."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,32 +17,31 @@ from chorus.serve.engine.rows import MemberRows, Step
 
 
 class CurrentStep(SimpleNamespace):
-    """The step that is being run, shared by the worker (which sets it), the model and the attention of its members.
-
-    None outside a step: vLLM's warm-up and profiling runs, in which every member runs every row.
-    """
+    """The current step. The worker sets it; the model and its members' attention layers read it."""
 
     step: Step | None = None
+    """None in vLLM's warm-up and profiling runs, in which every member runs every row."""
     catch_up_inputs: Mapping[int, tuple[Tensor, Tensor]] = {}
-    """Token ids and positions (num_rows,) of each member that runs catch-up rows in this step."""
+    """For each member with catch-up rows in this step: the token ids and positions (num_rows,) of all its rows."""
     is_merged: bool = False
-    """Whether the attention of the first member that runs is told of the rows of all."""
-    takes_any_scale: bool = False
-    """Whether logits may be given as they are: no request of the batch has penalties, which act on normalised log-probabilities."""
+    """Whether the first running member's attention layers process the rows of all running members."""
+    allows_unnormalised: bool = False
+    """Whether logits may be left unnormalised: no request in the batch has penalties, which need normalised log-probabilities."""
 
 
 class MemberLayers:
-    """The attention layers of one member, under names that the layers of all members share.
+    """The attention layers of one member, under names shared by all members.
 
-    Compiled code finds a layer, its metadata and its slots in vLLM's forward context by the layer's name, and members of one
-    configuration share compiled code. In vLLM's own dictionaries each name is unique.
+    Compiled code finds a layer, its metadata and its slots in vLLM's forward context by the layer's name, and members with the
+    same config share compiled code. In vLLM's own dictionaries each name stays unique.
     """
 
     def __init__(self, model: Any, member: int, current: CurrentStep) -> None:
-        """Make the attention layers of `model` those of `member`.
+        """Assign the attention layers of `model` to `member`.
 
         Raises:
-            ChorusError: a layer's KV cache is not plain full attention (sliding windows, latent attention, state spaces).
+            ChorusError: a layer does not use plain full attention (but a sliding window, latent attention or a state space), or
+                there are no attention layers.
         """
         backends: dict[type, type] = {}
         self._layers: dict[str, Any] = {}
@@ -53,17 +52,17 @@ class MemberLayers:
                 continue
             backend = layer.attn_backend
             if backend not in backends:
-                builder = _narrowing_builder(backend.get_builder_cls(), member, current)
+                builder = _member_builder(backend.get_builder_cls(), member, current)
                 backends[backend] = subclass_attention_backend(f"Member{member}", backend, builder)
             layer.attn_backend = backends[backend]
-            _own_kv_cache(layer, member)
+            _set_member_spec(layer, member)
             unique = layer.layer_name
             layer.layer_name = unique.removeprefix(f"member_{member}.")
             self._layers[layer.layer_name] = layer
             self._names[layer.layer_name] = unique
         if not self._layers:
             raise ChorusError(
-                f"member {member} has no attention layer that vLLM caches: only decoder-only transformers can be mixed."
+                f"member {member} has no attention layers with a KV cache; only decoder-only transformers can be mixed."
             )
 
     def __len__(self) -> int:
@@ -71,39 +70,39 @@ class MemberLayers:
 
     @contextmanager
     def in_context(self) -> Iterator[None]:
-        """Let vLLM's forward context hold this member's layers, metadata and slots under the shared names."""
+        """Put this member's layers, metadata and slots into vLLM's forward context under the shared names."""
         context = get_forward_context()
-        before = context.no_compile_layers, context.attn_metadata, context.slot_mapping
+        saved = context.no_compile_layers, context.attn_metadata, context.slot_mapping
         if self._all_layers is None:
             self._all_layers = {**context.no_compile_layers, **self._layers}
         context.no_compile_layers = self._all_layers
-        context.attn_metadata, context.slot_mapping = self._renamed(before[1]), self._renamed(before[2])
+        context.attn_metadata, context.slot_mapping = self._renamed(saved[1]), self._renamed(saved[2])
         try:
             yield
         finally:
-            context.no_compile_layers, context.attn_metadata, context.slot_mapping = before
+            context.no_compile_layers, context.attn_metadata, context.slot_mapping = saved
 
     def _renamed(self, by_name: Any) -> Any:
         return {shared: by_name[unique] for shared, unique in self._names.items()} if by_name else by_name
 
 
-def _own_kv_cache(layer: Any, member: int) -> None:
-    plain_spec = layer.get_kv_cache_spec
+def _set_member_spec(layer: Any, member: int) -> None:
+    original_get_spec = layer.get_kv_cache_spec
 
     def get_kv_cache_spec(vllm_config: Any) -> MemberAttentionSpec:
-        spec = plain_spec(vllm_config)
+        spec = original_get_spec(vllm_config)
         if type(spec) is not FullAttentionSpec:
             raise ChorusError(
-                f"member {member}, layer {layer.layer_name}: its KV cache is a {type(spec).__name__}, and only full attention can "
-                "be mixed so far. Where a sliding window is no shorter than the context, remove it from the member's config.json."
+                f"member {member}, layer {layer.layer_name}: its KV cache is a {type(spec).__name__}; only full attention is "
+                "supported. If the sliding window is at least as long as the context, remove it from the member's config.json."
             )
         return MemberAttentionSpec.of(spec, member)
 
     layer.get_kv_cache_spec = get_kv_cache_spec
 
 
-def _narrowing_builder(builder: type, member: int, current: CurrentStep) -> type:
-    """A subclass of a backend's metadata builder that builds for the member's rows only."""
+def _member_builder(builder: type, member: int, current: CurrentStep) -> type:
+    """A subclass of a backend's metadata builder that covers only the member's rows."""
 
     class Narrowed(builder):
         def build(
@@ -113,8 +112,8 @@ def _narrowing_builder(builder: type, member: int, current: CurrentStep) -> type
             if rows is not None:
                 positions = common_attn_metadata.positions
                 if positions is not None:
-                    caught_up = current.catch_up_inputs.get(member)
-                    positions = positions[rows.tokens] if caught_up is None else caught_up[1]
+                    inputs = current.catch_up_inputs.get(member)
+                    positions = positions[rows.tokens] if inputs is None else inputs[1]
                 common_attn_metadata = narrow(common_attn_metadata, rows, positions)
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
@@ -125,9 +124,9 @@ def _narrowing_builder(builder: type, member: int, current: CurrentStep) -> type
 def narrow(
     metadata: CommonAttentionMetadata, rows: MemberRows, positions: Tensor | None = None
 ) -> CommonAttentionMetadata:
-    """The metadata of a batch that holds only `rows`; its slot mapping is that of these rows already."""
+    """`metadata` reduced to `rows`. Its slot mapping must already be that of these rows."""
 
-    def of_requests(values: Any) -> Any:
+    def select(values: Any) -> Any:
         return None if values is None else values[rows.requests.to(values.device)]
 
     return metadata.replace(
@@ -139,8 +138,8 @@ def narrow(
         seq_lens=metadata.seq_lens[rows.requests],
         block_table_tensor=metadata.block_table_tensor[rows.requests],
         positions=positions,
-        is_prefilling=of_requests(metadata.is_prefilling),
-        seq_lens_cpu_upper_bound=of_requests(metadata.seq_lens_cpu_upper_bound),
+        is_prefilling=select(metadata.is_prefilling),
+        seq_lens_cpu_upper_bound=select(metadata.seq_lens_cpu_upper_bound),
         _num_computed_tokens_cache=None,
         _token_to_req_indices_cache=None,
     )

@@ -1,7 +1,7 @@
-"""Keeping a request's time budget by dropping members from it while it runs: late is worse than slightly less accurate.
+"""Keeps a request's time budget by dropping members while it runs: a late answer is worse than a slightly less accurate one.
 
-Pure decisions: what a step costs (learned from the steps that ran), whether a request will be late, and what it is answered by from
-here on. `scheduler` applies them. The rule is Clipper's (Crankshaw et al., NSDI 2017): at the deadline, answer with what is there.
+Pure decisions, applied by `scheduler`: what a step costs (learned from past steps), whether a request will be late, and which
+members it drops. The rule is Clipper's (Crankshaw et al., NSDI 2017): at the deadline, answer with what is available.
 """
 
 import copy
@@ -15,55 +15,58 @@ from chorus.serve.engine.mixture import Mixture
 from chorus.serve.least_squares import LeastSquares
 
 BUDGET_ARGUMENT = "chorus_time_budget_ms"
-"""Key of a request's `vllm_xargs`: milliseconds from its arrival in which it should finish."""
+"""Key of a request's `vllm_xargs`: the time budget in milliseconds, counted from its arrival."""
 FLOOR_ARGUMENT = "chorus_floor"
-"""Key of a request's `vllm_xargs`: the tier below which no members are dropped; the cheapest by default."""
+"""Key of a request's `vllm_xargs`: the tier whose members are never dropped; the cheapest by default."""
 MOST_ARGUMENT = "chorus_most_members"
-"""Key of a request's `vllm_xargs`: with a time budget, it begins with no more members than this."""
+"""Key of a request's `vllm_xargs`: with a time budget, the maximum number of members that it begins with."""
 EXPECTED_ARGUMENT = "chorus_expected_tokens"
-"""Key of a request's `vllm_xargs`: with a time budget, how many tokens it will probably generate, if fewer than it may."""
+"""Key of a request's `vllm_xargs`: with a time budget, how many tokens it will probably generate, if fewer than `max_tokens`."""
 REPORT_ARGUMENT = "chorus_report_in_stop_reason"
-"""Key of a request's `vllm_xargs`: asks for a report of what was computed, in the answer's `kv_transfer_params`.
+"""Key of a request's `vllm_xargs`: requests a report of what was computed, in the response's `kv_transfer_params`.
 
-A text that is not empty asks for it as the `stop_reason` as well: the text, then JSON with the real reason. vLLM's streams have no
-other field for it. A request with a time budget is reported without being asked for.
+If the value is not empty, the `stop_reason` also carries the report: the value, then JSON that includes the real stop reason,
+because vLLM's streams have no other field for it. Requests with a time budget always get a report in `kv_transfer_params`.
 """
 
-_PATIENCE = 0.05
-"""Part of what is still to come by which it may be expected late: a member that left does not come back, but a crowd goes away."""
-_NOT_BEHIND = 3.0
-"""How much more a member counts that leaves a request which is in time, for the sake of others."""
+_LATENESS_TOLERANCE = 0.05
+"""Tolerated lateness, as a share of the expected remaining time: a dropped member never returns, but load may ease."""
+_ON_TIME_DROP_COST = 3.0
+"""Cost of dropping a member from a request that is on time, relative to one that is late."""
 _FORGETTING = 0.998
-_PACE_RATE, _MOST_PACE = 0.05, 3.0
+_PACE_RATE, _MAX_PACE_CHANGE = 0.05, 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepLoad:
-    """What makes a step long."""
+    """The quantities that determine how long a step takes."""
 
     requests: int = 0
-    """Rows that are sampled from: one for each request, and one for each draft that is verified."""
+    """Sampled rows: one per request and one per verified draft."""
     active_members: float = 0
-    """Forwards of members, one for each that runs at all and one for each token that it drafts: each has a fixed overhead."""
+    """Forward passes: one per member that runs and one per token that it drafts. Each has a fixed overhead."""
     member_rows: float = 0
-    """Token rows, counted once for each member that runs them."""
+    """Member rows: token rows, counted once per member that runs them."""
     member_context: int = 0
-    """Cached tokens that attention reads, counted once for each member."""
+    """Cached tokens that attention reads, counted once per member."""
 
 
 class StepTally:
-    """The load of a step, request by request, and without a member once it leaves one."""
+    """Sums up the load of a step over its requests, and updates it when a request drops a member."""
 
     def __init__(self) -> None:
         self._requests_of: Counter[int] = Counter()
-        self._requests = self._rows = self._context = self._passes = 0
+        self._requests = self._rows = self._context = self._draft_passes = 0
 
     def add(self, members: Sequence[int], *, rows: int, context: int, caught_up: int = 0, drafts: int = 0) -> None:
-        """A request of these members computes so many token rows after a context of so many tokens.
+        """Add a request whose `members` each compute `rows` token rows after `context` cached tokens.
 
         Args:
-            caught_up: rows that single members run beside them, for tokens of steps that left them out.
-            drafts: rows among `rows` that verify drafts.
+            members: members that run for the request.
+            rows: token rows per member, those that verify drafts included.
+            context: cached tokens that attention reads.
+            caught_up: catch-up rows of all members together, in addition to `rows`.
+            drafts: how many of `rows` verify drafts.
         """
         self._requests += 1 + drafts
         self._requests_of.update(members)
@@ -71,12 +74,12 @@ class StepTally:
         self._context += context * len(members)
 
     def draft(self, passes: int, *, rows: int) -> None:
-        """Beside the step, drafting members run so many forwards with so many rows in all."""
-        self._passes += passes
+        """Add the forward passes of drafting members, with `rows` member rows in total."""
+        self._draft_passes += passes
         self._rows += rows
 
     def drop(self, member: int, *, rows: int, context: int) -> None:
-        """The member leaves a request that was added with these rows, this context and no drafts."""
+        """Remove `member` from a request that was added with the same `rows` and `context` and without drafts."""
         self._requests_of[member] -= 1
         if not self._requests_of[member]:
             del self._requests_of[member]
@@ -84,114 +87,120 @@ class StepTally:
         self._context -= context
 
     def copy(self) -> "StepTally":
-        """One that can be changed by itself."""
+        """An independent copy."""
         other = copy.copy(self)
         other._requests_of = self._requests_of.copy()
         return other
 
     def load(self) -> StepLoad:
-        """The load as it is now."""
+        """The current sums."""
         return StepLoad(
             requests=self._requests,
-            active_members=len(self._requests_of) + self._passes,
+            active_members=len(self._requests_of) + self._draft_passes,
             member_rows=self._rows,
             member_context=self._context,
         )
 
 
 class StepCost:
-    """Seconds per step as a linear function of its load, learned from the steps that ran.
+    """Seconds per step as a linear function of its load, learned from past steps.
 
-    What members take and what is left of a step are learned apart. Steps of one set of members, all there may be for hours,
-    cannot tell a member's cost from a step's, and then nothing would seem to be gained by running fewer: whoever is a little
-    behind would lose all (bench/LOG.md). For the same reason proportions are forgotten slowly. A machine that is slower now is
-    so in all parts: one factor follows that fast.
+    The time of members and the overhead of a step are fitted separately. If all steps run the same members, which can last for
+    hours, total times cannot separate the cost of a member from that of a step. Dropping members would then seem to save nothing,
+    and a request slightly behind would lose all of them (bench/LOG.md). For the same reason the coefficients adapt slowly. A
+    machine that slows down does so in all parts, which one fast-adapting factor, the pace, covers.
 
-    Starts from nothing: `predict` gives None until enough steps have run. First steps after a start are left out: they load code
-    and warm caches, and what they take must not drop members from every request of the next minute.
+    `predict` returns None until `min_steps` steps were observed. The first `warm_up` steps are ignored: they load code and warm
+    caches, and their durations must not drop members from every request of the next minute.
     """
 
     def __init__(self, *, warm_up: int = 4, min_steps: int = 8) -> None:
         self._members = LeastSquares((1.0, 16.0, 16_384.0), forgetting=_FORGETTING)
-        self._rest = LeastSquares((1.0, 16.0), forgetting=_FORGETTING)
+        self._overhead = LeastSquares((1.0, 16.0), forgetting=_FORGETTING)
         self._pace = 1.0
-        """How slow the last steps were, as a multiple of what is learned."""
+        """Duration of recent steps over what the coefficients predict."""
         self._warm_up = warm_up
         self._min_steps = min_steps
 
     def observe(self, load: StepLoad, seconds: float, *, members_s: float) -> None:
-        """Learn from a step: `seconds` until the next could begin, and those of them that members and mixing took."""
+        """Learn from a step.
+
+        Args:
+            load: what the step computed.
+            seconds: time until the next step could begin.
+            members_s: the part of `seconds` spent in members and mixing.
+        """
         if self._warm_up:
             self._warm_up -= 1
             return
         if (expected_s := self.expect(load)) > 0:
-            ratio = min(max(seconds / expected_s, self._pace / _MOST_PACE), self._pace * _MOST_PACE)
+            ratio = min(max(seconds / expected_s, self._pace / _MAX_PACE_CHANGE), self._pace * _MAX_PACE_CHANGE)
             self._pace += _PACE_RATE * (ratio - self._pace)
         members_s = min(members_s, seconds)
-        self._members.observe(_of_members(load), members_s)
-        self._rest.observe(_of_the_rest(load), seconds - members_s)
+        self._members.observe(_member_features(load), members_s)
+        self._overhead.observe(_overhead_features(load), seconds - members_s)
 
     @property
     def is_known(self) -> bool:
-        """Whether enough steps were seen."""
+        """Whether enough steps were observed."""
         return self._members.count >= self._min_steps
 
     def predict(self, load: StepLoad) -> float | None:
-        """Seconds that a step of that load takes, never below zero; None while too few steps were seen."""
+        """Expected seconds of a step with this load, never negative; None until enough steps were observed."""
         if not self.is_known:
             return None
         return self._pace * self.expect(load)
 
     def parts(self) -> dict[str, float]:
-        """Seconds by what they are for, once enough steps were seen: a step at all, and each thing that its load counts."""
+        """Seconds per `step`, and per unit of each load quantity; empty until enough steps were observed."""
         if not self.is_known:
             return {}
         names = ("member", "row", "context", "step", "request")
-        seconds = self._members.coefficients() + self._rest.coefficients()
+        seconds = self._members.coefficients() + self._overhead.coefficients()
         return {name: self._pace * value for name, value in zip(names, seconds, strict=True)}
 
     def expect(self, load: StepLoad) -> float:
-        """Seconds by what is learned, whatever the pace of the last steps."""
-        return self._members.predict(_of_members(load)) + self._rest.predict(_of_the_rest(load))
+        """Expected seconds by the coefficients alone, without the pace of recent steps."""
+        return self._members.predict(_member_features(load)) + self._overhead.predict(_overhead_features(load))
 
 
-def _of_members(load: StepLoad) -> tuple[float, ...]:
+def _member_features(load: StepLoad) -> tuple[float, ...]:
     return load.active_members, load.member_rows, load.member_context
 
 
-def _of_the_rest(load: StepLoad) -> tuple[float, ...]:
+def _overhead_features(load: StepLoad) -> tuple[float, ...]:
     return 1.0, load.requests
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drop:
-    """One member leaving a request."""
+    """A member dropped from a request."""
 
     member: int
     at_token: int
-    """Tokens generated before it left."""
+    """Tokens generated before the drop."""
     reason: str
 
 
 @dataclass(kw_only=True)
 class Deadline:
-    """A request's time budget, and what was done to keep it."""
+    """A request's deadline, and the members dropped to meet it."""
 
     finish_at: float
     """In `time.time()` seconds."""
     way_down: tuple[tuple[int, Mixture], ...]
-    """The members that may leave, in their order, each with the mixture that is left."""
+    """The members that may be dropped, in this order, each with the mixture that remains without it."""
     expected_tokens: int | None = None
-    """How many it will probably generate; None if all that it may."""
+    """Tokens that the request will probably generate; None for `max_tokens`."""
     drops: list[Drop] = field(default_factory=list)
 
     @property
     def may_leave(self) -> tuple[tuple[int, Mixture], ...]:
-        """What of `way_down` is still ahead."""
+        """The rest of `way_down`."""
         return self.way_down[len(self.drops) :]
 
     def tokens_left(self, num_tokens: int, max_tokens: int) -> int:
-        """How many are still to come after `num_tokens`. Beyond what was expected, twice as many are expected, and so on."""
+        """Tokens still expected after `num_tokens`. The expected total doubles each time it is reached, up to `max_tokens`."""
         expected = max(1, self.expected_tokens or max_tokens)
         while expected <= num_tokens:
             expected *= 2
@@ -200,51 +209,53 @@ class Deadline:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Runner:
-    """A request with a time budget, as far as keeping it goes."""
+    """A running request with a time budget, as input to `choose_drops`."""
 
     left_s: float
-    """Until its deadline."""
+    """Seconds until its deadline."""
     remaining_tokens: int
     num_members: int
     may_leave: tuple[int, ...]
-    """Members, in the order in which they would leave."""
+    """Members that may be dropped, in this order."""
     context: int
     """Cached tokens."""
 
     @property
-    def slowest_s(self) -> float:
-        """Seconds of a step with which it still ends in time."""
-        return self.left_s / max(1, self.remaining_tokens) / (1 - _PATIENCE)
+    def max_step_s(self) -> float:
+        """Longest step, in seconds, with which it still meets its deadline."""
+        return self.left_s / max(1, self.remaining_tokens) / (1 - _LATENESS_TOLERANCE)
 
 
 def choose_drops(runners: Sequence[Runner], tally: StepTally, step_s: Callable[[StepLoad], float]) -> list[int]:
-    """How many members each runner drops now, so that as many as possible end in time with as many members as possible.
+    """How many members each runner drops now, so that as many as possible finish on time with as many members as possible.
 
-    A step is no shorter while anybody needs its last members. Where members cost more than their rows, those who are behind would
-    go to their floors for nothing beside one who is not (bench/LOG.md). So two ways are weighed: only those who are behind drop, or
-    all do, those with most members first. Better is the one that keeps more in time, and then the one that costs less: the sum of
-    what each loses in the logarithm of its members (gains fall with every further one), more for those who are not behind.
+    Compares two plans: only late requests drop members, or all do, those with the most members first. The plan with more requests
+    on time wins; between equals, the one of lower cost, sum over requests of c log(members before / members after), with c = 1
+    for late requests and `_ON_TIME_DROP_COST` for others. The logarithm is there because each further member gains less.
+
+    The second plan is needed because a member costs a pass as long as any request needs it. Where passes cost more than rows, late
+    requests would drop to their floors beside one on time, and gain nothing (bench/LOG.md).
 
     Args:
-        runners: requests that have a time budget and run in the next step.
-        tally: everything that runs in it.
-        step_s: seconds of a step of that load.
+        runners: the requests with a time budget that run in the next step.
+        tally: the load of all requests in that step.
+        step_s: seconds that a step of a given load takes.
     """
-    if not runners or min(runner.slowest_s for runner in runners) >= step_s(tally.load()):
+    if not runners or min(runner.max_step_s for runner in runners) >= step_s(tally.load()):
         return [0] * len(runners)
     at_floor = tally.copy()
     for runner in runners:
         for member in runner.may_leave:
             at_floor.drop(member, rows=1, context=runner.context)
     fastest_s = step_s(at_floor.load())
-    ways = [_Way(runners, tally, step_s, fastest_s) for _ in range(2)]
-    ways[0].own_down()
-    ways[1].all_down()
-    return max(ways, key=_Way.score).drops
+    plans = [_Plan(runners, tally, step_s, fastest_s) for _ in range(2)]
+    plans[0].drop_from_late()
+    plans[1].drop_from_all()
+    return max(plans, key=_Plan.score).drops
 
 
-class _Way:
-    """Drops under consideration."""
+class _Plan:
+    """A candidate assignment of drops, built up member by member."""
 
     def __init__(
         self, runners: Sequence[Runner], tally: StepTally, step_s: Callable[[StepLoad], float], fastest_s: float
@@ -253,39 +264,39 @@ class _Way:
         self._runners = runners
         self._tally = tally.copy()
         self._predict = step_s
-        self._step_s = self._step_before_s = step_s(tally.load())
-        # From the most urgent on. Who would be late even if everybody were at the floor goes there, and holds nobody else up.
-        order = sorted(range(len(runners)), key=lambda idx: runners[idx].slowest_s)
-        self._order = [idx for idx in order if runners[idx].slowest_s >= fastest_s]
+        self._step_s = self._initial_step_s = step_s(tally.load())
+        # The most urgent first. Requests that are late even with all at their floors go to theirs, and delay no others.
+        order = sorted(range(len(runners)), key=lambda idx: runners[idx].max_step_s)
+        self._order = [idx for idx in order if runners[idx].max_step_s >= fastest_s]
         for idx in order[: len(order) - len(self._order)]:
             while self._can_drop(idx):
                 self._drop(idx)
 
-    def own_down(self) -> None:
-        """Those who are behind drop, level by level, each until it is in time."""
-        self._down(lambda runner: runner.slowest_s)
+    def drop_from_late(self) -> None:
+        """Drop members of late requests, from the largest requests first, until each is on time."""
+        self._drop_largest(lambda runner: runner.max_step_s)
 
-    def all_down(self) -> None:
-        """All drop, level by level, until the most urgent is in time."""
-        most_urgent_s = min((self._runners[idx].slowest_s for idx in self._order), default=math.inf)
-        self._down(lambda runner: most_urgent_s)
+    def drop_from_all(self) -> None:
+        """Drop members of all requests, from the largest first, until the most urgent is on time."""
+        tightest_s = min((self._runners[idx].max_step_s for idx in self._order), default=math.inf)
+        self._drop_largest(lambda runner: tightest_s)
 
     def score(self) -> tuple[int, float]:
-        """How many end in time, and less for what is lost for that."""
-        in_time = sum(runner.slowest_s >= self._step_s for runner in self._runners)
-        lost = 0.0
+        """Requests on time, then the negative cost of the drops; higher is better. See `choose_drops`."""
+        in_time = sum(runner.max_step_s >= self._step_s for runner in self._runners)
+        cost = 0.0
         for runner, drops in zip(self._runners, self.drops, strict=True):
-            share = 1.0 if runner.slowest_s < self._step_before_s else _NOT_BEHIND
-            lost += share * math.log(runner.num_members / (runner.num_members - drops))
-        return in_time, -lost
+            weight = 1.0 if runner.max_step_s < self._initial_step_s else _ON_TIME_DROP_COST
+            cost += weight * math.log(runner.num_members / (runner.num_members - drops))
+        return in_time, -cost
 
-    def _down(self, slowest_s: Callable[[Runner], float]) -> None:
-        most = max((self._runners[idx].num_members for idx in self._order), default=0)
-        for level in range(most, 1, -1):
+    def _drop_largest(self, max_step_s: Callable[[Runner], float]) -> None:
+        largest = max((self._runners[idx].num_members for idx in self._order), default=0)
+        for size in range(largest, 1, -1):
             for idx in self._order:
                 runner = self._runners[idx]
-                has_level = runner.num_members - self.drops[idx] == level
-                if has_level and self._can_drop(idx) and slowest_s(runner) < self._step_s:
+                has_size = runner.num_members - self.drops[idx] == size
+                if has_size and self._can_drop(idx) and max_step_s(runner) < self._step_s:
                     self._drop(idx)
 
     def _can_drop(self, idx: int) -> bool:
@@ -300,7 +311,7 @@ class _Way:
 
 @lru_cache(maxsize=256)
 def way_down(mixture: Mixture, floor: frozenset[int], fitted: tuple[Mixture, ...]) -> tuple[tuple[int, Mixture], ...]:
-    """The members that can leave one after the other down to `floor`, each with the mixture that is left without it."""
+    """The members that can be dropped down to `floor`, in order, each with the mixture that remains without it."""
     steps: list[tuple[int, Mixture]] = []
     while (step := without_member(mixture, floor, fitted)) is not None:
         steps.append(step)
@@ -309,9 +320,10 @@ def way_down(mixture: Mixture, floor: frozenset[int], fitted: tuple[Mixture, ...
 
 
 def without_member(mixture: Mixture, floor: frozenset[int], fitted: Iterable[Mixture]) -> tuple[int, Mixture] | None:
-    """The member of smallest weight outside `floor`, and the mixture without it; None when only the floor is left.
+    """The member of smallest weight outside `floor`, and the mixture without it.
 
-    Where a tier consists of exactly the members that remain, its fitted weights are taken; otherwise the weights are renormalised.
+    If a tier in `fitted` has exactly the remaining members, its weights apply; otherwise the remaining weights are renormalised.
+    Returns None if only members of the floor, or only one member, remain.
     """
     candidates = [
         (weight, member) for member, weight in zip(mixture.members, mixture.weights, strict=True) if member not in floor

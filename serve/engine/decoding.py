@@ -1,12 +1,10 @@
-"""How a request's tokens are drawn from its mixture: with all members at every token, with one member, drawn by its weight, or
-with drafts of its heaviest member, which all members verify together.
+"""Decoding: `plain` runs all members per token, `sampled` one drawn member, `speculative` verifies drafts of the heaviest member.
 
-A linear mixture at temperature 1 is sampled by drawing member m with probability w_m, then a token from p_m: the token's law is
-sum_m w_m p_m, the mixture's own. So one member runs at each token, and the others catch up when they are drawn. Mixture-model-like
-Ensemble (arXiv 2605.00419) describes the idea.
+`sampled` draws member m with probability w_m, then a token from p_m. A linear mixture at temperature 1 has exactly that law,
+sum_m w_m p_m. Other members catch up when they are drawn. The idea: Mixture-model-like Ensemble (arXiv 2605.00419).
 
-Speculation works for any mixture and any way to sample from it (Leviathan et al., arXiv 2211.17192). Where drafts are accepted with
-probability a each, k drafts give (1 - a^(k+1)) / (1 - a) tokens for each step that verifies them.
+`speculative` is exact for any mixture and sampling parameters (Leviathan et al., arXiv 2211.17192). If each draft is accepted
+with probability a, a step that verifies k drafts yields (1 - a^(k+1)) / (1 - a) tokens on average.
 """
 
 import random
@@ -20,142 +18,144 @@ from chorus.serve.engine.mixture import Mixture
 
 DECODING_ARGUMENT = "chorus_decoding"
 """Key of a request's `vllm_xargs`: one of `manifest.DECODINGS`, its tier's by default."""
-MOST_DRAFTS = 6
-"""Tokens that are drafted for one step at most."""
+MAX_DRAFTS = 6
+"""Maximum drafts per request and step."""
 
-_GREEDY = 1e-5
+_GREEDY_BELOW = 1e-5
 """vLLM decodes greedily below this temperature."""
-_REMEMBERED, _PRIOR_DRAFTS = 0.98, 4.0
-CLEAR_GAIN = 1.1
-"""Another way than plain steps must promise this much: below it, noise would choose, and changing costs something, too."""
+_DECAY, _PRIOR_DRAFTS = 0.98, 4.0
+"""Of `Acceptance`: decay of its counts per step, and weight of the prior, in drafts."""
+MIN_GAIN = 1.1
+"""Minimum expected gain over plain steps. Smaller gains are within noise, and switching has a cost of its own."""
 
 
 def why_not_sampled(parameters: Any, mixture: Mixture) -> str | None:
-    """Why a request with these `SamplingParams` cannot be answered by sampled members exactly; None if it can.
+    """Why sampling members would not be exact for a request with these `SamplingParams`; None if it is.
 
-    Whatever reshapes or reports the mixture's distribution needs all of it: the members' own distributions, reshaped one by one,
-    do not add up to the mixture's.
+    Parameters that reshape or report the distribution need the whole mixture: members' distributions, reshaped one by one, do not
+    sum to the reshaped mixture.
     """
     reasons = {
-        "the tier pools log-probabilities": mixture.pool == "log" and len(mixture.members) > 1,
+        "the tier uses a log pool": mixture.pool == "log" and len(mixture.members) > 1,
         f"the tier's temperature is {mixture.temperature:g}, not 1": mixture.temperature != 1,
         f"temperature is {parameters.temperature:g}, not 1": parameters.temperature != 1,
         f"top_p is {parameters.top_p:g}, not 1": parameters.top_p != 1,
         f"top_k is {parameters.top_k}": parameters.top_k not in (0, -1),
         f"min_p is {parameters.min_p:g}": parameters.min_p != 0,
-        "penalties act on the mixture": parameters.presence_penalty != 0
+        "penalties need the whole mixture": parameters.presence_penalty != 0
         or parameters.frequency_penalty != 0
         or parameters.repetition_penalty != 1,
-        "logprobs are the mixture's": parameters.logprobs is not None,
-        "logit_bias acts on the mixture": bool(parameters.logit_bias),
-        "bad_words, allowed_token_ids and min_tokens mask the mixture": bool(
+        "logprobs need the whole mixture": parameters.logprobs is not None,
+        "logit_bias needs the whole mixture": bool(parameters.logit_bias),
+        "bad_words, allowed_token_ids and min_tokens need the whole mixture": bool(
             parameters.bad_words or parameters.allowed_token_ids or parameters.min_tokens
         ),
-        "a grammar masks the mixture": parameters.structured_outputs is not None,
+        "structured output needs the whole mixture": parameters.structured_outputs is not None,
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
 
 
 def why_not_speculative(parameters: Any) -> str | None:
-    """Why a request with these `SamplingParams` cannot be answered with drafts exactly; None if it can."""
-    is_greedy = parameters.temperature < _GREEDY
+    """Why speculation would not be exact for a request with these `SamplingParams`; None if it is."""
+    is_greedy = parameters.temperature < _GREEDY_BELOW
     reasons = {
         f"min_p is {parameters.min_p:g}, and vLLM does not apply it to drafts": parameters.min_p != 0,
         "vLLM does not apply logit_bias to drafts": bool(parameters.logit_bias),
         "vLLM cannot report logprob_token_ids beside drafts": bool(getattr(parameters, "logprob_token_ids", None)),
-        "drafts that a grammar cuts off are no longer drawn from a known distribution": parameters.structured_outputs
-        is not None
-        and not is_greedy,
-        "a seed stands for the same tokens whatever runs beside them, and the number of drafts does not": parameters.seed
-        is not None
-        and not is_greedy,
+        "the grammar of structured output cuts drafts off, which changes their distribution": (
+            parameters.structured_outputs is not None and not is_greedy
+        ),
+        "a seed must give the same tokens at any load, but the number of drafts depends on the load": (
+            parameters.seed is not None and not is_greedy
+        ),
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
 
 
-def decoding_of(asked_for: Decoding | None, parameters: Any, mixture: Mixture) -> Decoding:
-    """How a request with these `SamplingParams` is decoded: as it asks, else as its tier prefers, where that is exact for it."""
-    if asked_for is not None:
-        return asked_for
+def decoding_of(requested: Decoding | None, parameters: Any, mixture: Mixture) -> Decoding:
+    """The decoding of a request: the one `requested`, else its tier's, or `auto` where the tier's would not be exact."""
+    if requested is not None:
+        return requested
     reasons = {"sampled": why_not_sampled(parameters, mixture), "speculative": why_not_speculative(parameters)}
     return "auto" if reasons.get(mixture.decoding) else mixture.decoding
 
 
 class MemberDraws:
-    """Draws the member that answers each token of one request."""
+    """Draws the member that runs for each token of one request."""
 
     def __init__(self, seed: int | None) -> None:
-        """With a seed, the draw at a token depends on the seed and the token's index alone."""
+        """With a seed, a draw depends only on the seed and the token's index."""
         self._seed = seed
         self._random = random.Random()
 
     def draw(self, mixture: Mixture, token_idx: int) -> Mixture:
-        """The one-member mixture that answers the token of that index."""
+        """The one-member mixture for the token at `token_idx`."""
         if self._seed is not None:
             self._random.seed(f"{self._seed}/{token_idx}")
         (member,) = self._random.choices(mixture.members, mixture.weights)
-        return _alone(mixture, member)
+        return _single_member(mixture, member)
 
 
 @lru_cache(maxsize=1024)
-def _alone(mixture: Mixture, member: int) -> Mixture:
+def _single_member(mixture: Mixture, member: int) -> Mixture:
     return Mixture(tier=mixture.tier, members=(member,), weights=(1.0,), pool="linear", temperature=1.0)
 
 
-def members_that_run(sampled: Sequence[Mixture], others: Iterable[Sequence[int]]) -> tuple[float, int]:
-    """How many members a step is expected to run if these requests draw one each, and how many if they run all of theirs.
+def expected_num_members(sampled: Sequence[Mixture], others: Iterable[Sequence[int]]) -> tuple[float, int]:
+    """How many members a step is expected to run if the `sampled` requests draw one member each, and how many if they do not.
 
-    `others`: the members of the requests beside them, which all run. Looking at the draws first would change their law.
+    `others` are the members of the other requests, which all run. An expectation, because a choice that depended on the actual
+    draws would change the law of the tokens.
     """
     certain = {member for members in others for member in members}
-    plain = certain.union(*(mixture.members for mixture in sampled))
-    left_out = dict.fromkeys(plain - certain, 1.0)
+    all_members = certain.union(*(mixture.members for mixture in sampled))
+    p_idle = dict.fromkeys(all_members - certain, 1.0)
     for mixture in sampled:
         for member, weight in zip(mixture.members, mixture.weights, strict=True):
-            if member in left_out:
-                left_out[member] *= 1 - weight
-    return len(plain) - sum(left_out.values()), len(plain)
+            if member in p_idle:
+                p_idle[member] *= 1 - weight
+    return len(all_members) - sum(p_idle.values()), len(all_members)
 
 
 @lru_cache(maxsize=1024)
 def heaviest(mixture: Mixture) -> Mixture:
-    """The member of `mixture` that drafts for it, alone."""
+    """The mixture of only the heaviest member of `mixture`, which drafts for it."""
     member = max(zip(mixture.weights, mixture.members, strict=True))[1]
     return replace(mixture, members=(member,), weights=(1.0,), pool="linear")
 
 
 @dataclass(slots=True)
 class Acceptance:
-    """How often a draft is accepted, as far as it was seen: the first rejection of a step hides what would follow."""
+    """Decayed counts of accepted and rejected drafts. Drafts after the first rejection of a step count as neither."""
 
     accepted: float = 0.0
     rejected: float = 0.0
 
     def observe(self, drafted: int, accepted: int) -> None:
-        """A step verified that many drafts and accepted the first of them."""
-        self.accepted = self.accepted * _REMEMBERED + accepted
-        self.rejected = self.rejected * _REMEMBERED + (accepted < drafted)
+        """Count a step that verified `drafted` drafts and accepted the first `accepted` of them."""
+        self.accepted = self.accepted * _DECAY + accepted
+        self.rejected = self.rejected * _DECAY + (accepted < drafted)
 
     def rate(self, prior: float) -> float:
-        """The probability that the next draft is accepted; `prior` counts as much as a few that were seen."""
+        """The probability that the next draft is accepted, where `prior` weighs as much as `_PRIOR_DRAFTS` observed drafts."""
         return (self.accepted + _PRIOR_DRAFTS * prior) / (self.accepted + self.rejected + _PRIOR_DRAFTS)
 
 
 @dataclass(slots=True)
 class Work:
-    """What was computed for a request's own tokens; not for its prompt, but for the first token."""
+    """What was computed for a request's generated tokens. Of its prompt only the step that gave the first token counts."""
 
     tokens: int = 0
     passes: int = 0
-    """Forwards of its members, drafts included."""
+    """Forward passes of its members, drafting included."""
     drafts: int = 0
-    """Tokens that were verified, drafted by a member or looked up."""
+    """Verified drafts, whether a member drafted them or they were looked up."""
     accepted: int = 0
     caught_up_rows: int = 0
-    """Rows that a drawn member ran for tokens of steps that had left it out."""
+    """Catch-up rows of its members."""
 
     def report(self) -> dict[str, float | int]:
-        """For an answer."""
+        """The `decoding` part of the report in a response."""
         passes_per_token = round(self.passes / max(1, self.tokens), 3)
         return {
             "passes_per_token": passes_per_token,
@@ -166,33 +166,35 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Way:
-    """How the requests that leave it open are decoded now."""
+class DecodingChoice:
+    """How `auto` requests are decoded now."""
 
     samples: bool = False
-    """Whether those that can be sampled draw one member for each token."""
+    """Whether requests that can be sampled draw one member per token."""
     drafts: int = 0
-    """Tokens that are drafted for each step of the others."""
+    """Drafts per step for each other request."""
     gain: float = 1.0
-    """Expected tokens per second, as a multiple of those of plain steps."""
+    """Expected tokens per second, relative to plain steps."""
 
 
 def tokens_per_step(rate: float, drafts: int) -> float:
-    """Expected tokens of a step that verifies so many drafts: sum of rate^j for j from 0 to `drafts`. The rate is below 1."""
+    """Expected tokens of a step that verifies `drafts` drafts: sum of rate^j for j from 0 to `drafts`. The rate is below 1."""
     return (1 - rate ** (drafts + 1)) / (1 - rate)
 
 
-def best_length(rates: Sequence[float], others: int, step_s: Callable[[int], float]) -> tuple[int, float]:
-    """The number of drafts per request with which steps yield most tokens per second, and how many; 0 where none clearly pay.
+def best_draft_length(rates: Sequence[float], others: int, step_s: Callable[[int], float]) -> tuple[int, float]:
+    """The number of drafts per request that yields most tokens per second, and that speed.
+
+    The number is 0 unless drafting gains at least `MIN_GAIN`.
 
     Args:
-        rates: of the requests that may draft, how often their drafts are accepted.
-        others: requests that run beside them and get one token each.
-        step_s: seconds of a step with so many drafts, drafting included.
+        rates: acceptance rate of each request that may draft.
+        others: number of other requests, which get one token each.
+        step_s: seconds of a step with a given number of drafts per request, drafting included.
     """
 
     def speed(drafts: int) -> float:
         return (others + sum(tokens_per_step(rate, drafts) for rate in rates)) / step_s(drafts)
 
-    best = max(range(MOST_DRAFTS + 1), key=speed)
-    return (best, speed(best)) if speed(best) >= CLEAR_GAIN * speed(0) else (0, speed(0))
+    best = max(range(MAX_DRAFTS + 1), key=speed)
+    return (best, speed(best)) if speed(best) >= MIN_GAIN * speed(0) else (0, speed(0))

@@ -1,10 +1,9 @@
-"""Speculation inside the population: a request's heaviest members draft tokens, and all of its members verify them in one step.
+"""Speculative decoding within a population: a request's heaviest member drafts tokens, and all its members verify them in one step.
 
-vLLM's own machinery schedules the drafts and accepts or rejects them (Leviathan et al., arXiv 2211.17192), so the mixture's law is
-kept. Only the drafter is ours: it needs no model and no KV cache of its own, since a request has both already.
-
-Where the end of a greedy answer stood in its text before, the draft is what followed there, and no member runs for it (prompt
-lookup decoding): code, quotations and answers that go round in circles.
+vLLM schedules the drafts and accepts or rejects them (Leviathan et al., arXiv 2211.17192), which preserves the mixture's law. This
+module only drafts, without a model or KV cache of its own, since the request already has both. If the last tokens of a greedy
+request occurred earlier in its text, the tokens that followed there become the draft and no member runs (prompt lookup decoding),
+which suits code, quotations and repetitive answers.
 
 R requests that draft together, V vocabulary
 """
@@ -23,74 +22,73 @@ from vllm.triton_utils.dispatcher import register_kernels
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p, random_sample
 
-from chorus.serve.engine.decoding import MOST_DRAFTS, heaviest
+from chorus.serve.engine.decoding import MAX_DRAFTS, heaviest
 from chorus.serve.engine.mixture import Mixture
 
 
 def speculative_config(vllm_config: Any) -> Any:
-    """The configuration with which vLLM takes drafts from `Drafter`."""
+    """The configuration that makes vLLM use `Drafter`."""
     from vllm.config import SpeculativeConfig
 
     return SpeculativeConfig(
         method="custom_class",
         model=f"{Drafter.__module__}.{Drafter.__qualname__}",
-        num_speculative_tokens=MOST_DRAFTS,
+        num_speculative_tokens=MAX_DRAFTS,
         draft_sample_method="probabilistic",
         target_model_config=vllm_config.model_config,
         target_parallel_config=vllm_config.parallel_config,
     )
 
 
-def drafts_itself(speculative: Any) -> bool:
-    """Whether that configuration is ours."""
+def uses_drafter(speculative: Any) -> bool:
+    """Whether a speculative configuration is that of `speculative_config`."""
     return bool(speculative.model == f"{Drafter.__module__}.{Drafter.__qualname__}")
 
 
-_MATCH = 4
-"""Tokens at the end of a text that must have stood in it before."""
+_MATCH_TOKENS = 4
+"""Number of last tokens that must occur earlier in the text for a lookup."""
 
 
 class Drafter:
-    """Drafts the tokens that the next step verifies. One for each runner."""
+    """Drafts the tokens that the next step verifies. vLLM creates one per runner."""
 
     def __init__(self, vllm_config: Any) -> None:
-        """As vLLM makes it."""
         if current_platform.is_cpu():
             register_kernels({"vllm.v1.sample.rejection_sampler.expand_kernel": _expand})
         self._vllm_config = vllm_config
         self._probabilities: dict[str, Tensor] = {}
-        """From what the drafts of each request were drawn, (k, V); missing where they were looked up."""
+        """The probabilities (k, V) that each request's drafts were drawn from; absent if they were looked up."""
         self.passes: Counter[int] = Counter()
-        """Forwards of each member in the last call of `propose`."""
+        """Forward passes of each member in the last call of `propose`."""
         self.drafted: dict[str, int] = {}
-        """Tokens that they drafted, by request: as many token rows."""
+        """Tokens drafted by members in that call, by request; equals the member rows."""
 
     def load_model(self, model: Any) -> None:
-        """Nothing: the members that draft are those of `model`."""
+        """Does nothing: the drafting members are those of `model`."""
 
-    def propose(self, runner: Any, wanted: Mapping[str, int], sampled: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Up to `wanted` tokens for each request of the batch, in its order.
+    def propose(self, runner: Any, requested: Mapping[str, int], sampled: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Up to `requested` drafts for each request, in batch order.
 
         Args:
-            runner: the model runner, right after it noted the tokens that the step sampled.
-            wanted: drafts by request id; none for those that are missing.
-            sampled: the tokens that the step sampled; none where a prompt goes on.
+            runner: the model runner, after it stored the tokens that the step sampled.
+            requested: number of drafts by request id; none for other requests.
+            sampled: tokens that the step sampled for each request; empty for an unfinished prompt.
         """
         drafts: list[list[int]] = [[] for _ in sampled]
         self._probabilities.clear()
         self.passes.clear()
         self.drafted.clear()
-        together: dict[Mixture, list[tuple[int, int]]] = {}
+        groups: dict[Mixture, list[tuple[int, int]]] = {}
         for row, request_id in enumerate(runner.input_batch.req_ids):
-            count = min(wanted.get(request_id, 0), _room(runner, row, request_id)) if sampled[row] else 0
+            count = min(requested.get(request_id, 0), _max_drafts(runner, row, request_id)) if sampled[row] else 0
             if count <= 0:
                 continue
             if request_id in runner.input_batch.greedy_reqs:
                 length = int(runner.input_batch.num_tokens_no_spec[row])
                 drafts[row] = look_up(runner.input_batch.token_ids_cpu[row, :length], count)
             if not drafts[row]:
-                together.setdefault(heaviest(runner.mixtures[request_id]), []).append((row, count))
-        for mixture, counts in together.items():
+                groups.setdefault(heaviest(runner.mixtures[request_id]), []).append((row, count))
+        for mixture, counts in groups.items():
             counts.sort(key=lambda pair: pair[1], reverse=True)
             for (row, count), (tokens, probabilities) in zip(counts, self._draft(runner, mixture, counts), strict=True):
                 drafts[row] = tokens
@@ -102,9 +100,10 @@ class Drafter:
     def probabilities(
         self, request_ids: Sequence[str], num_drafts: Sequence[int], vocab_size: int, device: torch.device
     ) -> Tensor | None:
-        """From what the drafts of a step were drawn, (their sum, V) in float32, in batch order; None if there are none.
+        """The probabilities that the drafts of a step were drawn from, in batch order; None if there are no drafts.
 
-        Zero where they were looked up: of greedy requests nobody reads it.
+        Shape (sum of `num_drafts`, V), float32. Zero for looked-up drafts: they occur only in greedy requests, whose probabilities
+        are not read.
         """
         parts = [
             self._probabilities[request_id][:count].float()
@@ -116,127 +115,137 @@ class Drafter:
         return torch.cat(parts) if parts else None
 
     def _draft(self, runner: Any, mixture: Mixture, counts: list[tuple[int, int]]) -> list[tuple[list[int], Tensor]]:
-        """The drafts of some requests, and the probabilities (count, V) from which each was drawn.
+        """The drafts of each request, and the probabilities (count, V) that they were drawn from.
 
         Args:
             runner: the model runner.
-            mixture: what drafts for all of them.
-            counts: their rows of the batch and how many tokens each needs, most first. None runs further than it needs: the KV
-                cache, and the positions of the model, may end there.
+            mixture: the mixture that drafts for all of these requests.
+            counts: batch row and number of drafts of each request, largest number first. No request runs further than its number:
+                its KV blocks, or the model's positions, may end there.
         """
         batch = runner.input_batch
-        rows, wanted = np.array(counts).T
+        rows, requested = np.array(counts).T
         positions = batch.num_tokens_no_spec[rows].astype(np.int64) - 1
         token_ids = torch.from_numpy(batch.token_ids_cpu[rows, positions]).to(runner.device)
-        draw = _Draw(batch.sampling_metadata, rows, runner.device)
-        tables = _Tables(runner, mixture.members, rows)
+        sampler = _Sampler(batch.sampling_metadata, rows, runner.device)
+        block_tables = _BlockTables(runner, mixture.members, rows)
         tokens, probabilities = list[Tensor](), list[Tensor]()
-        for step in range(int(wanted[0])):
-            running = int((wanted > step).sum())
-            at = positions[:running] + step
-            context = tables.context(at)
+        for step in range(int(requested[0])):
+            running = int((requested > step).sum())
+            step_positions = positions[:running] + step
+            context = block_tables.context(step_positions)
             with set_forward_context(
                 context.attention, self._vllm_config, num_tokens=running, slot_mapping=context.slots
             ):
-                log_p_RV = runner.model.draft(mixture, token_ids[:running], torch.from_numpy(at).to(runner.device))
-            token_ids, p_RV = draw(log_p_RV)
+                log_p_RV = runner.model.draft(
+                    mixture, token_ids[:running], torch.from_numpy(step_positions).to(runner.device)
+                )
+            token_ids, p_RV = sampler(log_p_RV)
             tokens.append(token_ids)
             probabilities.append(p_RV)
-        # Once all steps are on their way: a GPU need not wait between them.
-        drawn = [token_ids.tolist() for token_ids in tokens]
+        # Only after all steps are launched, so that a GPU does not wait between them.
+        token_ids_by_step = [token_ids.tolist() for token_ids in tokens]
         return [
-            ([ids[idx] for ids in drawn[:count]], torch.stack([p_RV[idx] for p_RV in probabilities[:count]]))
-            for idx, count in enumerate(wanted.tolist())
+            (
+                [ids[idx] for ids in token_ids_by_step[:count]],
+                torch.stack([p_RV[idx] for p_RV in probabilities[:count]]),
+            )
+            for idx, count in enumerate(requested.tolist())
         ]
 
 
 def look_up(tokens: NDArray[Any], count: int) -> list[int]:
-    """The `count` tokens that followed the last `_MATCH` of `tokens` where these stood before, the last time; none if nowhere.
+    """The `count` tokens that followed the latest earlier occurrence of the last `_MATCH_TOKENS` tokens; empty if there is none.
 
-    Where the text ends before that many, it goes round in circles, and so does what follows.
+    If the text ends before `count` tokens, it repeats itself, so the continuation repeats as well.
     """
-    if len(tokens) <= _MATCH:
+    if len(tokens) <= _MATCH_TOKENS:
         return []
-    windows = np.lib.stride_tricks.sliding_window_view(tokens[:-1], _MATCH)
-    places = np.flatnonzero((windows == tokens[-_MATCH:]).all(axis=1))
-    if len(places) == 0:
+    windows = np.lib.stride_tricks.sliding_window_view(tokens[:-1], _MATCH_TOKENS)
+    matches = np.flatnonzero((windows == tokens[-_MATCH_TOKENS:]).all(axis=1))
+    if len(matches) == 0:
         return []
-    found: list[int] = tokens[int(places[-1]) + _MATCH :][:count].tolist()
-    return [found[idx % len(found)] for idx in range(count)]
+    continuation: list[int] = tokens[int(matches[-1]) + _MATCH_TOKENS :][:count].tolist()
+    return [continuation[idx % len(continuation)] for idx in range(count)]
 
 
 def _expand(
-    output_N: Tensor, values_R: Tensor, num_tokens_before: Tensor, old: float, new: float, most: int | None = None
+    output_N: Tensor,
+    values_R: Tensor,
+    num_tokens_before: Tensor,
+    replace_from: float,
+    replace_to: float,
+    max_num_tokens: int | None = None,
 ) -> None:
-    """Each request's value for each of its drafts, with `new` in place of `old`.
+    """Write each request's value once per draft into `output_N`, with `replace_from` replaced by `replace_to`.
 
-    In place of vLLM's kernel for CPUs (0.32), which writes to a copy of what is not int64: the temperatures and top-p of drafts
-    were whatever the memory held.
+    Replaces vLLM's CPU kernel (0.32), which writes to a copy unless the dtype is int64: temperatures and top-p of drafts were
+    uninitialised memory.
     """
     counts_R = torch.diff(num_tokens_before, prepend=num_tokens_before.new_zeros(1))
-    output_N.copy_(torch.repeat_interleave(torch.where(values_R == old, new, values_R), counts_R))
+    output_N.copy_(torch.repeat_interleave(torch.where(values_R == replace_from, replace_to, values_R), counts_R))
 
 
-def _room(runner: Any, row: int, request_id: str) -> int:
-    """Drafts that could still become tokens: the step that verifies them adds one more."""
+def _max_drafts(runner: Any, row: int, request_id: str) -> int:
+    """Maximum number of drafts before the request reaches its length limit; the step that verifies them adds one more token."""
     request = runner.requests[request_id]
-    left: int = runner.max_model_len - int(runner.input_batch.num_tokens_no_spec[row])
+    remaining: int = runner.max_model_len - int(runner.input_batch.num_tokens_no_spec[row])
     if request.sampling_params is not None and request.sampling_params.max_tokens is not None:
-        left = min(left, request.sampling_params.max_tokens - len(request.output_token_ids))
-    return left - 1
+        remaining = min(remaining, request.sampling_params.max_tokens - len(request.output_token_ids))
+    return remaining - 1
 
 
-class _Draw:
-    """Draws a token for each of some rows of the batch, by its own temperature, top-k, top-p and allowed tokens."""
+class _Sampler:
+    """Draws a token for each selected row of the batch, with that row's temperature, top-k, top-p and allowed tokens."""
 
     def __init__(self, metadata: Any, rows: np.ndarray, device: torch.device) -> None:
-        chosen = torch.from_numpy(rows).to(device)
+        rows_R = torch.from_numpy(rows).to(device)
 
-        def of(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[chosen]
+        def select(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[rows_R]
 
-        self._forbidden_RV = of(metadata.allowed_token_ids_mask)
-        temperature_R = of(metadata.temperature)
+        self._forbidden_RV = select(metadata.allowed_token_ids_mask)
+        temperature_R = select(metadata.temperature)
         self._is_greedy = metadata.all_greedy or temperature_R is None
         if not self._is_greedy:
             assert temperature_R is not None
             self._is_greedy_R = temperature_R < 1e-5
             self._is_greedy = bool(self._is_greedy_R.all())
             self._temperature_R1 = torch.where(self._is_greedy_R, 1.0, temperature_R).unsqueeze(1)
-            self._top_k_R, self._top_p_R = of(metadata.top_k), of(metadata.top_p)
+            self._top_k_R, self._top_p_R = select(metadata.top_k), select(metadata.top_p)
 
     def __call__(self, log_p_RV: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens (R,) of the first R rows, and the probabilities (R, V) from which they were drawn.
+        """Tokens (R,) of the first R rows, and the probabilities (R, V) that they were drawn from.
 
-        Of greedy rows nobody reads the probabilities.
+        The probabilities of greedy rows are meaningless; they are never read.
         """
 
-        def of_first(values: Tensor | None) -> Tensor | None:
+        def first(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[: len(log_p_RV)]
 
-        if (forbidden_RV := of_first(self._forbidden_RV)) is not None:
+        if (forbidden_RV := first(self._forbidden_RV)) is not None:
             log_p_RV = log_p_RV.masked_fill(forbidden_RV, -torch.inf)
         best_R = log_p_RV.argmax(-1)
         if self._is_greedy:
             return best_R, log_p_RV
         scaled_RV = log_p_RV / self._temperature_R1[: len(log_p_RV)]
         p_RV = torch.softmax(
-            apply_top_k_top_p(scaled_RV, of_first(self._top_k_R), of_first(self._top_p_R)), dim=-1, dtype=torch.float32
+            apply_top_k_top_p(scaled_RV, first(self._top_k_R), first(self._top_p_R)), dim=-1, dtype=torch.float32
         )
-        drawn_R = random_sample(p_RV.clone(), {})
-        return torch.where(self._is_greedy_R[: len(log_p_RV)], best_R, drawn_R), p_RV
+        sampled_R = random_sample(p_RV.clone(), {})
+        return torch.where(self._is_greedy_R[: len(log_p_RV)], best_R, sampled_R), p_RV
 
 
-class _Context:
-    """What a forward of some members needs beside its inputs: metadata and slots by layer."""
+class _AttentionInputs:
+    """Attention metadata and slots by layer name, for one forward pass of a few members."""
 
     def __init__(self) -> None:
         self.attention: dict[str, Any] = {}
         self.slots: dict[str, Tensor] = {}
 
 
-class _Tables:
-    """Where some members' KV of some requests is."""
+class _BlockTables:
+    """The KV-cache block tables of a few members for a few requests."""
 
     def __init__(self, runner: Any, members: Sequence[int], rows: np.ndarray) -> None:
         self._device = runner.device
@@ -248,9 +257,9 @@ class _Tables:
                 blocks = table.get_numpy_array()[rows]
                 self._groups.append((table.block_size, blocks, torch.from_numpy(blocks), runner.attn_groups[idx]))
 
-    def context(self, positions: np.ndarray) -> _Context:
-        """For one token of each of the first R requests, at these positions (R,)."""
-        context, count = _Context(), len(positions)
+    def context(self, positions: np.ndarray) -> _AttentionInputs:
+        """Attention inputs for one token of each of the first R requests, at `positions` (R,)."""
+        context, count = _AttentionInputs(), len(positions)
         seq_lens = torch.from_numpy((positions + 1).astype(np.int32))
         rows, starts = np.arange(count), self._query_start_loc[: count + 1]
         for block_size, blocks, block_table, attention_groups in self._groups:

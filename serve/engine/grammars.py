@@ -1,8 +1,8 @@
-"""Structured output that cannot harm others: grammars are tried before they reach the engine, and cost little for each token.
+"""Protects other requests from expensive grammars of structured output: each is tried in a separate process first, and metered.
 
-vLLM parses a request's grammar in its API server, on the event loop, and compiles it in the engine's core, in a thread that nothing
-can stop. A few hundred bytes can keep either busy for ever. Here both are done first in a process that is killed when it takes too
-long; what has passed is not parsed in the API server again, and its compilation in the core is known to end.
+vLLM parses a grammar on its API server's event loop, and compiles it in a thread of the engine core that nothing can stop. A few
+hundred bytes can block either forever. Here a process that is killed if it takes too long does both first. A grammar that passed
+is not parsed in the API server again, and its compilation in the core is known to end. In the core, its time per token is limited.
 """
 
 import asyncio
@@ -38,97 +38,100 @@ from chorus.serve.engine.trials import NICENESS, BusyError, Trials
 logger = init_logger(__name__)
 
 TRIAL_CPU_S = 10.0
-"""Processor time for a grammar. On a slow core, a string of up to 10,000 characters takes 6 s with a vocabulary of 50,000."""
+"""CPU time limit of a trial. On a slow core, a string of up to 10,000 characters takes 6 s with a vocabulary of 50,000."""
 _TRIAL_MEMORY = 2 << 30
-_PATIENCE_S = 25.0
-"""Longest wait for a trial. An engine whose requests make no progress for longer than 30 s may be taken for a frozen one."""
-_NUM_REMEMBERED = 1024
-_ALLOWANCE_S, _ALLOWANCE_PER_TOKEN_S = 1.0, 0.01
-"""Time that masks may take in the core, which all requests wait for. Real schemas take 0.1 to 3 ms a token."""
+_MAX_WAIT_S = 25.0
+"""Longest wait for a trial. An engine without progress for more than 30 s may be considered frozen."""
+_MAX_CACHED_RESULTS = 1024
+_MASK_BURST_S, _MASK_S_PER_TOKEN = 1.0, 0.01
+"""CPU time that a request's grammar may use in the core, where it delays all requests: a token bucket with this capacity, refilled
+by this much per generated token. Real schemas take 0.1 to 3 ms per token."""
 _NUM_TRIAL_TOKENS = 64
-_FIELDS = (
+_CONSTRAINT_FIELDS = (
     *("json", "regex", "choice", "grammar", "json_object", "structural_tag"),
     *("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern"),
 )
-_PLACE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")
-"""What xgrammar writes before its messages: the time, and a line of its source."""
+_LOG_PREFIX = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")
+"""Prefix of xgrammar's messages: the time and a source line."""
 
-tried: ContextVar[StructuredOutputsParams | None] = ContextVar("tried", default=None)
-"""What has just passed its trial, and is not to be parsed again."""
+validated: ContextVar[StructuredOutputsParams | None] = ContextVar("validated", default=None)
+"""The parameters that just passed their trial and need no second parse."""
 
 
 class GrammarTrials:
-    """Tries the grammars of requests, each once. Belongs to one event loop; to be made before there are threads."""
+    """Tries each distinct grammar once. Belongs to one event loop; create it before any threads start, since it forks."""
 
     def __init__(self, vllm_config: Any, *, cpu_s: float = TRIAL_CPU_S) -> None:
         self._cpu_s = cpu_s
-        self._trials = Trials(partial(_prepare, vllm_config), cpu_s=cpu_s, memory_bytes=_TRIAL_MEMORY)
-        self._known: OrderedDict[bytes, asyncio.Task[dict[str, Any] | None]] = OrderedDict()
+        self._trials = Trials(partial(_make_trial, vllm_config), cpu_s=cpu_s, memory_bytes=_TRIAL_MEMORY)
+        self._results: OrderedDict[bytes, asyncio.Task[dict[str, Any] | None]] = OrderedDict()
 
     def close(self) -> None:
-        """End the process that tries."""
+        """End the trial process."""
         self._trials.close()
 
     async def check(self, params: Any) -> None:
-        """Try what a request asks for, and put into its place what the trial made of it.
+        """Try the grammar in `params`, if there is one, and replace it by the trial's result.
 
         Raises:
-            VLLMValidationError: the grammar is wrong, or takes too much.
-            GracefulHTTPError: too many others wait (503).
+            VLLMValidationError: the grammar is invalid or too expensive.
+            GracefulHTTPError: too many trials are waiting (503).
         """
-        asked = getattr(params, "structured_outputs", None)
-        if asked is None or asked.all_constraints_none():
+        requested = getattr(params, "structured_outputs", None)
+        if requested is None or requested.all_constraints_none():
             return
-        found = await self._result(json.dumps({name: getattr(asked, name) for name in _FIELDS}).encode())
-        if found is None:
+        result = await self._result(
+            json.dumps({name: getattr(requested, name) for name in _CONSTRAINT_FIELDS}).encode()
+        )
+        if result is None:
             raise VLLMValidationError(
-                f"the grammar of the structured output takes more than {self._cpu_s:g} s of processor time to compile; make it "
-                "simpler: fewer rules, properties, alternatives and repetitions",
+                f"the grammar of the structured output takes more than {self._cpu_s:g} s of CPU time to compile; make it simpler: "
+                "use fewer rules, properties, alternatives and repetitions",
                 parameter="structured_outputs",
             )
-        if "error" in found:
-            message = textwrap.shorten(_PLACE.sub("", found["error"]), 500, placeholder="...")
+        if "error" in result:
+            message = textwrap.shorten(_LOG_PREFIX.sub("", result["error"]), 500, placeholder="...")
             raise VLLMValidationError(message, parameter="structured_outputs")
-        params.structured_outputs = StructuredOutputsParams(**found["constraint"])
-        params.structured_outputs._backend = found["backend"]
-        params.structured_outputs._backend_was_auto = found["was_auto"]
-        tried.set(params.structured_outputs)
+        params.structured_outputs = StructuredOutputsParams(**result["constraint"])
+        params.structured_outputs._backend = result["backend"]
+        params.structured_outputs._backend_was_auto = result["was_auto"]
+        validated.set(params.structured_outputs)
 
     async def _result(self, job: bytes) -> dict[str, Any] | None:
         key = hashlib.sha256(job).digest()
-        if key not in self._known:
-            self._known[key] = asyncio.create_task(self._try(job))
-            if len(self._known) > _NUM_REMEMBERED:
-                self._known.popitem(last=False)
-        self._known.move_to_end(key)
+        if key not in self._results:
+            self._results[key] = asyncio.create_task(self._run_trial(job))
+            if len(self._results) > _MAX_CACHED_RESULTS:
+                self._results.popitem(last=False)
+        self._results.move_to_end(key)
         try:
-            async with asyncio.timeout(_PATIENCE_S):
-                found = await asyncio.shield(self._known[key])
+            async with asyncio.timeout(_MAX_WAIT_S):
+                result = await asyncio.shield(self._results[key])
         except TimeoutError:
-            raise _busy() from None
-        if found is not None and "is_busy" in found:
-            self._known.pop(key, None)
-            raise _busy()
-        return found
+            raise _overloaded_error() from None
+        if result is not None and "is_busy" in result:
+            self._results.pop(key, None)
+            raise _overloaded_error()
+        return result
 
-    async def _try(self, job: bytes) -> dict[str, Any] | None:
+    async def _run_trial(self, job: bytes) -> dict[str, Any] | None:
         try:
             reply = await self._trials.run(job)
         except BusyError as error:
-            logger.warning("a grammar could not be tried: %s", error.__cause__ or "too many wait")
+            logger.warning("a grammar could not be tried: %s", error.__cause__ or "too many trials are waiting")
             return {"is_busy": True}
-        found: dict[str, Any] | None = None if reply is None else json.loads(reply)
-        return found
+        result: dict[str, Any] | None = None if reply is None else json.loads(reply)
+        return result
 
 
-def _busy() -> GracefulHTTPError:
+def _overloaded_error() -> GracefulHTTPError:
     return GracefulHTTPError(
-        "too many grammars of structured output wait to be tried; send the request again",
+        "too many structured output grammars are waiting to be checked; retry the request",
         HTTPStatus.SERVICE_UNAVAILABLE,
     )
 
 
-def _prepare(vllm_config: Any) -> Callable[[bytes], bytes]:
+def _make_trial(vllm_config: Any) -> Callable[[bytes], bytes]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = cached_tokenizer_from_config(model_config=vllm_config.model_config)
     settings = vllm_config.structured_outputs_config
@@ -140,73 +143,75 @@ def _prepare(vllm_config: Any) -> Callable[[bytes], bytes]:
         params = SamplingParams(structured_outputs=StructuredOutputsParams(**json.loads(job)))
         try:
             params._validate_structured_outputs(vllm_config.model_config, settings, tokenizer)
-            found = params.structured_outputs
-            name = found._backend
-            _walk(backends.get(name) or make(name), found)
-        except Exception as error:  # noqa: BLE001 - whatever a parser raises is about the request
-            return json.dumps(
-                {"error": f"the structured output cannot be made: {error or type(error).__name__}"}
-            ).encode()
-        constraint = {field: getattr(found, field) for field in _FIELDS}
-        return json.dumps({"constraint": constraint, "backend": name, "was_auto": found._backend_was_auto}).encode()
+            result = params.structured_outputs
+            name = result._backend
+            _try_grammar(backends.get(name) or make(name), result)
+        except Exception as error:  # noqa: BLE001 - any error of a parser is the request's fault
+            return json.dumps({"error": f"invalid structured output: {error or type(error).__name__}"}).encode()
+        constraint = {field: getattr(result, field) for field in _CONSTRAINT_FIELDS}
+        return json.dumps({"constraint": constraint, "backend": name, "was_auto": result._backend_was_auto}).encode()
 
     return run
 
 
-def _walk(backend: Any, constraint: StructuredOutputsParams) -> None:
-    """Compile, and generate tokens at random as long as some go on."""
+def _try_grammar(backend: Any, constraint: StructuredOutputsParams) -> None:
+    """Compile the grammar and generate random tokens with it.
+
+    Raises:
+        ValueError: it allows no text, or takes too long per token.
+    """
     grammar = Metered(backend.compile_grammar(*get_structured_output_key(constraint)))
     bitmask = backend.allocate_token_bitmask(1)
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for _ in range(_NUM_TRIAL_TOKENS):
         grammar.fill_bitmask(bitmask, 0)
         allowed = np.flatnonzero(np.unpackbits(bitmask[0].numpy().view(np.uint8), bitorder="little"))
         if not len(allowed):
-            raise ValueError("no text fits it")
-        goes_on = allowed[allowed != backend.tokenizer.eos_token_id]
-        if not len(goes_on) or not grammar.accept_tokens("trial", [int(chance.choice(goes_on))]):
+            raise ValueError("no text matches the grammar")
+        continuing = allowed[allowed != backend.tokenizer.eos_token_id]
+        if not len(continuing) or not grammar.accept_tokens("trial", [int(rng.choice(continuing))]):
             break
-    if grammar.is_spent:
-        raise ValueError("its grammar takes too long for each token; make it simpler, and less ambiguous")
+    if grammar.is_exhausted:
+        raise ValueError("the grammar takes too long per token; make it simpler and less ambiguous")
 
 
 def _make_backend(name: str, *, vllm_config: Any, tokenizer: Any) -> Any:
-    kinds: dict[str, Callable[..., Any]] = {
+    backends: dict[str, Callable[..., Any]] = {
         "xgrammar": XgrammarBackend,
         "guidance": GuidanceBackend,
         "outlines": OutlinesBackend,
         "lm-format-enforcer": LMFormatEnforcerBackend,
     }
-    return kinds[name](vllm_config, tokenizer=tokenizer, vocab_size=vllm_config.model_config.get_vocab_size())
+    return backends[name](vllm_config, tokenizer=tokenizer, vocab_size=vllm_config.model_config.get_vocab_size())
 
 
 class Metered:
-    """A grammar, as vLLM knows it, that rejects every token once it has taken more time than it may."""
+    """Wraps a vLLM grammar, and rejects every token once its CPU time is used up."""
 
     def __init__(self, grammar: Any) -> None:
         self._grammar = grammar
-        self._left_s = _ALLOWANCE_S
+        self._left_s = _MASK_BURST_S
 
     @property
-    def is_spent(self) -> bool:
-        """Whether it has taken more than it may."""
+    def is_exhausted(self) -> bool:
+        """Whether its CPU time is used up."""
         return self._left_s < 0
 
     def fill_bitmask(self, bitmask: Any, idx: int) -> None:
-        """Allow the tokens that may come next."""
-        began = time.thread_time()
+        """Write the mask of tokens that may come next to row `idx` of `bitmask`."""
+        started = time.thread_time()
         self._grammar.fill_bitmask(bitmask, idx)
-        self._left_s -= time.thread_time() - began
+        self._left_s -= time.thread_time() - started
 
     def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
-        """Take in what was generated; False ends the request."""
-        began = time.thread_time()
+        """Advance by generated tokens. Returning False ends the request."""
+        started = time.thread_time()
         is_accepted: bool = self._grammar.accept_tokens(request_id, tokens)
-        self._left_s -= time.thread_time() - began
-        if self.is_spent:
-            logger.warning("request %s is ended: its grammar takes too long for each token", request_id)
+        self._left_s -= time.thread_time() - started
+        if self.is_exhausted:
+            logger.warning("ending request %s: its grammar takes too long per token", request_id)
             return False
-        self._left_s = min(_ALLOWANCE_S, self._left_s + len(tokens) * _ALLOWANCE_PER_TOKEN_S)
+        self._left_s = min(_MASK_BURST_S, self._left_s + len(tokens) * _MASK_S_PER_TOKEN)
         return is_accepted
 
     def __getattr__(self, name: str) -> Any:
@@ -214,20 +219,22 @@ class Metered:
 
 
 class GrammarManager(StructuredOutputManager):
-    """vLLM's manager, with each request's own backend: vLLM uses the first request's for all, and fails what only another can."""
+    """vLLM's manager with one backend per request. vLLM uses the first request's backend for all, and fails requests that need
+    another.
+    """
 
     @classmethod
     def adopt(cls, manager: Any) -> Self:
-        """Give vLLM's manager our methods: it offers no hook to choose its class."""
+        """Turn vLLM's manager into one of this class: vLLM has no hook to choose the class."""
         manager.__class__ = cls
         manager.backends = {}
         if hasattr(manager, "executor"):  # threads that xgrammar starts inherit the niceness
-            manager.executor = ThreadPoolExecutor(manager.executor._max_workers, initializer=_give_way)
+            manager.executor = ThreadPoolExecutor(manager.executor._max_workers, initializer=_lower_priority)
         adopted: Self = manager
         return adopted
 
     def grammar_init(self, request: Any) -> None:
-        """Begin to compile."""
+        """Start compiling the request's grammar with its own backend."""
         if request.structured_output_request is None:
             return
         name = request.sampling_params.structured_outputs._backend
@@ -243,6 +250,6 @@ class GrammarManager(StructuredOutputManager):
         return Metered(backend.compile_grammar(kind, text, stop_token_ids=params.all_stop_token_ids))
 
 
-def _give_way() -> None:
+def _lower_priority() -> None:
     thread = threading.get_native_id()
     os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)

@@ -1,13 +1,11 @@
-"""Members of one architecture and shape, run layer by layer together instead of one after the other.
+"""Runs members of the same architecture and shape together, layer by layer, instead of one after the other.
 
-What costs time in a small member is not its arithmetic but the walk through its layers: each of some ten operations per layer takes
-microseconds before its first row. Here norms, rotary embeddings, activations and attention run once for the rows of all members.
-Matrix products remain each member's own, with the weights as vLLM packed them; those of small matrices are one batched product.
+In a small member, overhead exceeds arithmetic: each of about ten operations per layer takes microseconds before its first row. Here
+norms, rotary embeddings, activations and attention run once for the rows of all members. Matrix products remain per member, on
+weights as vLLM packed them, but those of small matrices become one batched product. Attention is one call per layer: layers of the
+same depth share a KV cache tensor in which every block belongs to one member, so each request of each member is one sequence.
 
-Attention is one call per layer: all members' layers of one depth share a KV cache tensor (their groups share one pool of blocks, in
-which no block is two members'), so that a request of one member is one sequence among others.
-
-M members, N rows of all members that run, side by side in their order, D width
+M members, N rows of all running members, one member after the other, D width
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,18 +20,18 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
 from vllm.platforms import current_platform
 
-_SMALL = 1 << 18
-"""Elements of a matrix up to which one batched product is faster than a call for each member: these spend more on the call than on
-the product (bench/LOG.md). Such matrices are held twice, as vLLM packs its own."""
-MOST_ROWS = 32
-"""Rows of each member, on average, up to which members run together: with more, each by itself is as fast."""
+_MAX_STACKED_ELEMENTS = 1 << 18
+"""Largest matrix, in elements, for which one batched product beats one call per member: there a call costs more than its product
+(bench/LOG.md). Such matrices are stored twice, since vLLM packs its own copy."""
+MAX_MEAN_ROWS = 32
+"""Largest mean number of rows per member for which members run together. With more, separate runs are as fast."""
 
 
 class Grouped:
-    """Runs any of the members, on any rows of each."""
+    """Runs any subset of the members together, each on its own rows."""
 
     def __init__(self, members: Mapping[int, LlamaForCausalLM], order: Sequence[int]) -> None:
-        """`order`: all members, those that run together most often first. Sets that begin it are the fastest."""
+        """`order` lists all members, those that run together most often first: prefixes of it run fastest."""
         self._place = {member: place for place, member in enumerate(order)}
         models = [members[member].model for member in order]
         self._embeddings = [model.embed_tokens for model in models]
@@ -43,9 +41,9 @@ class Grouped:
 
     @classmethod
     def of(cls, members: Mapping[int, Any], order: Sequence[int]) -> Self | None:
-        """Of members that can be run together; None where some cannot.
+        """A `Grouped` of these members, or None if they cannot run together.
 
-        Only on CPUs. vLLM's kernels for GPUs fuse norms, and their attention may have room for no more sequences than requests.
+        CPUs only: on GPUs, vLLM's kernels fuse norms, and its attention may have no room for more sequences than requests.
         """
         if not current_platform.is_cpu():
             return None
@@ -53,12 +51,12 @@ class Grouped:
         return cls(members, order) if len(shapes) == 1 and None not in shapes else None
 
     def stack(self) -> None:
-        """Take over weights that were just loaded, before vLLM packs them."""
+        """Copy the small matrices. Call after weights are loaded and before vLLM packs them."""
         for layer in self._layers:
             layer.stack()
 
     def ordered(self, running: Sequence[int]) -> list[int]:
-        """The members in the order in which they run."""
+        """`running` in the order in which members run."""
         return sorted(running, key=self._place.__getitem__)
 
     def attention_layers(self, member: int) -> list[Any]:
@@ -69,12 +67,12 @@ class Grouped:
         """Hidden states of each member that runs, each (its rows, D).
 
         Args:
-            running: the members, `ordered`. The attention of the first one's layers is told of the rows of all, in their order.
+            running: the members, `ordered`. The attention metadata of the first one's layers must cover all rows, in this order.
             inputs: token ids and positions of each member's rows.
         """
-        positions_N = _together([positions for _, positions in inputs])
+        positions_N = _concat([positions for _, positions in inputs])
         rows = self._rows_of(running, [len(token_ids) for token_ids, _ in inputs], positions_N.device)
-        hidden_ND = _together(
+        hidden_ND = _concat(
             [
                 F.embedding(token_ids, self._embeddings[place].weight)
                 for place, (token_ids, _) in zip(rows.places, inputs, strict=True)
@@ -88,31 +86,32 @@ class Grouped:
 
     def _rows_of(self, running: Sequence[int], sizes: list[int], device: torch.device) -> "_Rows":
         key = (tuple(running), tuple(sizes))
-        if (known := self._rows.get(key)) is None:
+        if (cached := self._rows.get(key)) is None:
             if len(self._rows) > 256:
                 self._rows.clear()
-            known = self._rows[key] = _Rows.of([self._place[member] for member in running], sizes, device)
-        return known
+            cached = self._rows[key] = _Rows.of([self._place[member] for member in running], sizes, device)
+        return cached
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Rows:
-    """Which rows are whose."""
+    """Assigns rows to members. A member's place is its index in the order of all members."""
 
     places: list[int]
-    """Of the members that run."""
+    """Places of the running members."""
     sizes: list[int]
+    """Number of rows of each running member."""
     place_N: Tensor
-    """Of the member of each row; (1,) if there is only one member."""
-    num_alike: int | None
-    """Rows of each of the first members in the order, if it is these that run and they have as many as each other."""
+    """Place of each row's member; (1,) if only one member runs."""
+    rows_per_member: int | None
+    """Rows of each member, if several run, all have equally many, and they are the first of the order; else None."""
 
     @classmethod
     def of(cls, places: list[int], sizes: list[int], device: torch.device) -> Self:
         repeats = sizes if len(places) > 1 else [1]
         place_N = torch.repeat_interleave(torch.tensor(places), torch.tensor(repeats)).to(device)
-        is_alike = len(places) > 1 and places == list(range(len(places))) and len(set(sizes)) == 1
-        return cls(places=places, sizes=sizes, place_N=place_N, num_alike=sizes[0] if is_alike else None)
+        is_stackable = len(places) > 1 and places == list(range(len(places))) and len(set(sizes)) == 1
+        return cls(places=places, sizes=sizes, place_N=place_N, rows_per_member=sizes[0] if is_stackable else None)
 
 
 class _Layer:
@@ -140,7 +139,7 @@ class _Layer:
     ) -> tuple[Tensor, Tensor]:
         hidden_ND, residual_ND = self._norm_before(rows, hidden_ND, residual_ND)
         queries, keys, values = self._qkv(rows, hidden_ND).split_with_sizes(self._widths, dim=-1)
-        # Not by way of `forward`: in an engine that compiles, vLLM means that to be compiled.
+        # Not `forward`: in an engine that compiles, vLLM expects that call to be compiled.
         queries, keys = self._rotary.forward_cpu(positions_N, queries, keys)
         hidden_ND = self._output(rows, _attend(self.attention[rows.places[0]], queries, keys, values))
         hidden_ND, residual_ND = self._norm_between(rows, hidden_ND, residual_ND)
@@ -148,7 +147,7 @@ class _Layer:
 
 
 class _Linear:
-    """One matrix of all members, of I inputs and O outputs each."""
+    """One linear layer of all members, with I inputs and O outputs each."""
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self._layers = layers
@@ -156,14 +155,18 @@ class _Linear:
 
     def stack(self) -> None:
         weights = [layer.weight for layer in self._layers]
-        if len(weights) > 1 and weights[0].numel() <= _SMALL and all(layer.bias is None for layer in self._layers):
+        if (
+            len(weights) > 1
+            and weights[0].numel() <= _MAX_STACKED_ELEMENTS
+            and all(layer.bias is None for layer in self._layers)
+        ):
             self._stacked_MIO = torch.stack([weight.detach() for weight in weights]).transpose(1, 2)
 
     def __call__(self, rows: _Rows, x_NI: Tensor) -> Tensor:
-        """Each row's product with its member's matrix, (N, O)."""
-        if self._stacked_MIO is not None and rows.num_alike is not None:
+        """Each row times its member's matrix, (N, O)."""
+        if self._stacked_MIO is not None and rows.rows_per_member is not None:
             count = len(rows.places)
-            return torch.bmm(x_NI.view(count, rows.num_alike, -1), self._stacked_MIO[:count]).flatten(0, 1)
+            return torch.bmm(x_NI.view(count, rows.rows_per_member, -1), self._stacked_MIO[:count]).flatten(0, 1)
         layers = self._layers
         if len(rows.places) == 1:
             layer = layers[rows.places[0]]
@@ -176,11 +179,11 @@ class _Linear:
 
 
 def _attend(layer: Any, queries_NI: Tensor, keys_NI: Tensor, values_NI: Tensor) -> Tensor:
-    """What the layer returns when it is called, without the two Python operators on the way, which exist to be compiled around."""
+    """The output of an attention layer, bypassing two Python custom operators that matter only to compilation."""
     output_NI = torch.empty_like(queries_NI)
     context = get_forward_context()
     if not context.attn_metadata:
-        return output_NI  # vLLM's profiling run: there is no cache yet
+        return output_NI  # vLLM's profiling run, without a KV cache
     name = layer.layer_name
     heads = (-1, layer.num_heads, layer.head_size)
     keys, values = (each.view(-1, layer.num_kv_heads, layer.head_size) for each in (keys_NI, values_NI))
@@ -192,7 +195,7 @@ def _attend(layer: Any, queries_NI: Tensor, keys_NI: Tensor, values_NI: Tensor) 
 
 
 class _Norm:
-    """RMS norms of all members."""
+    """One RMS norm of all members."""
 
     def __init__(self, norms: Sequence[Any]) -> None:
         self._norms = norms
@@ -200,8 +203,8 @@ class _Norm:
         self._weights_MD: Tensor | None = None
 
     def __call__(self, rows: _Rows, x_ND: Tensor, residual_ND: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The norm of x + residual, and that sum. Both are overwritten."""
-        if self._weights_MD is None:  # not before: weights are loaded after the model is built
+        """The norm of x + residual, and that sum. Overwrites both arguments."""
+        if self._weights_MD is None:  # on first use, because weights are loaded after the model is built
             self._weights_MD = torch.stack([norm.weight.detach() for norm in self._norms])
         places = rows.places
         weight_D = self._weights_MD[places[0]] if len(places) == 1 else None
@@ -211,20 +214,20 @@ class _Norm:
             kernels.rms_norm(x_ND, residual_ND, weight_D, self._epsilon)
         else:
             kernels.fused_add_rms_norm(x_ND, residual_ND, weight_D, self._epsilon)
-        if weight_D is None and rows.num_alike is not None:
+        if weight_D is None and rows.rows_per_member is not None:
             count = len(places)
-            x_ND.view(count, rows.num_alike, -1).mul_(self._weights_MD[:count].unsqueeze(1))
+            x_ND.view(count, rows.rows_per_member, -1).mul_(self._weights_MD[:count].unsqueeze(1))
         elif weight_D is None:
             x_ND.mul_(self._weights_MD[rows.place_N])
         return x_ND, residual_ND
 
 
-def _together(parts: list[Tensor]) -> Tensor:
+def _concat(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _shape(member: Any) -> tuple[Any, ...] | None:
-    """What members that run together agree on; None of one that cannot, as its layers are not the plain ones."""
+    """The properties that members running together must share; None if the member is not a plain, unquantised Llama."""
     if type(member) is not LlamaForCausalLM or member.model.quant_config is not None:
         return None
     layers = list(member.model.layers)
@@ -235,7 +238,7 @@ def _shape(member: Any) -> tuple[Any, ...] | None:
         return None
     first = layers[0].self_attn
     if first.total_num_heads != first.num_heads:
-        return None  # sharded over ranks: each layer ends with a sum over them
+        return None  # sharded over ranks: each layer ends with an all-reduce
     config = member.config
     return (
         len(layers), config.hidden_size, config.intermediate_size, first.num_heads, first.num_kv_heads, first.head_dim,

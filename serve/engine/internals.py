@@ -1,6 +1,6 @@
-"""What this package overrides, calls or copies of vLLM beyond its public hooks, with the parameters of each.
+"""All non-public parts of vLLM that this package overrides, calls or copies, with their parameters.
 
-One place to look when vLLM moves: `differences` reads a source tree, so that a new version can be compared before it is installed.
+`differences` compares the table with vLLM's source, so that a new version can be checked before it is installed:
 
     python -m chorus.serve.engine.internals PATH/TO/vllm
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 KNOWN_VLLM = "0.32."
-"""Versions whose internals this package was written against and is tested with."""
+"""Prefix of the vLLM versions that this package was written for and is tested with."""
 PARAMETERS: dict[str, dict[str, str]] = {
     "v1.core.sched.scheduler": {
         "Scheduler.add_request": "self, request",
@@ -205,26 +205,24 @@ PARAMETERS: dict[str, dict[str, str]] = {
         "DefaultModelLoader._get_weights_iterator": "self, source",
     },
 }
-"""By module below `vllm` and name there. Overrides must take these parameters, calls must give them; `grouped` runs the parts of a
-Llama in an order of its own."""
+"""Parameters by module below `vllm`, then by qualified name. Overrides must accept them and calls must pass them. `grouped`
+reimplements the forward passes of Llama's modules."""
 
 
 def differences(source: Path) -> Iterator[str]:
-    """Where vLLM's source, in the directory of its package, is not what `PARAMETERS` says."""
+    """One line for each entry of `PARAMETERS` that differs from the vLLM package in the directory `source`."""
     for module, functions in PARAMETERS.items():
         path = source.joinpath(*module.split("."))
         file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         if not file.is_file():
-            yield f"{module}: there is no such module"
+            yield f"{module}: module not found"
             continue
         tree = ast.parse(file.read_text())
         for name, expected in functions.items():
             found = _parameters(tree, name)
             if found != expected:
                 is_missing = found is None
-                yield (
-                    f"{module}.{name}: there is none" if is_missing else f"{module}.{name}: ({found}), not ({expected})"
-                )
+                yield f"{module}.{name}: {'not found' if is_missing else f'found ({found}), expected ({expected})'}"
 
 
 def _parameters(tree: ast.Module, name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Loads the weights of all members, each from its own checkpoint, after checking them against the manifest."""
+"""Loads the weights of all members, each from its own checkpoint, after verifying the checkpoints against the manifest."""
 
 from collections.abc import Generator
 from dataclasses import replace
@@ -14,16 +14,16 @@ LOAD_FORMAT = "population"
 
 
 class PopulationLoader(DefaultModelLoader):
-    """vLLM's loader of safetensors, reading `members/*` of a population directory."""
+    """vLLM's safetensors loader, for the members of a population directory."""
 
     def __init__(self, load_config: Any) -> None:
         super().__init__(replace(load_config, load_format="safetensors"))
 
     def get_all_weights(self, model_config: Any, model: Any) -> Generator[tuple[str, Tensor], None, None]:
-        """The weights of every member that this rank holds, named `members.{idx}.{name}`.
+        """The weights of this rank's members, named `members.{idx}.{name}`.
 
         Raises:
-            ChorusError: a file is missing or is not the one that the manifest was written for.
+            ChorusError: a file is missing, or differs from the one that the manifest was written for.
         """
         directory = Path(model_config.model)
         population = manifest.load(directory)

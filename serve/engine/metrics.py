@@ -1,6 +1,6 @@
-"""What the engine tells Prometheus beside vLLM's own metrics: rows and seconds of each member, mixing, drops, the prior's version.
+"""Prometheus metrics in addition to vLLM's: rows and seconds of each member, mixing, drops, the prior's version.
 
-The scheduler counts in the engine's core process; its totals reach the API server with vLLM's own statistics, for `/metrics`.
+The scheduler counts in the engine core process. Its totals reach the API server's `/metrics` inside vLLM's own statistics.
 """
 
 import time
@@ -23,13 +23,13 @@ DROP_REASONS = {
     "late": "the time budget is spent",
     "forecast": "the time budget would be missed",
 }
-"""Why members leave a request: the metric's label, and the words of the request's own report."""
+"""Reasons for dropping members: the metric's label, and the text in the request's report."""
 
-_SEND_EVERY_S = 0.25
+_SEND_INTERVAL_S = 0.25
 
 
 class StepCounts:
-    """Totals since the engine started. Kept by the scheduler, in integers: the channel carries no others."""
+    """Totals since the engine started, kept by the scheduler."""
 
     def __init__(self, num_members: int) -> None:
         self._num_members = num_members
@@ -53,9 +53,9 @@ class StepCounts:
 
         Args:
             rows_by_set: token rows by the set of members that ran them.
-            seconds: of each member, and of mixing.
-            draft_passes: forwards of members that drafted, beside that of each that ran any rows.
-            caught_up: rows for tokens of steps that had left their member out.
+            seconds: seconds of each member, then of mixing.
+            draft_passes: forward passes for drafting by member, in addition to one pass per member with any rows.
+            caught_up: number of catch-up rows.
         """
         self._num_steps += 1
         self._rows_by_set.update(rows_by_set)
@@ -65,7 +65,7 @@ class StepCounts:
         self._seconds = [total + more for total, more in zip(self._seconds, seconds, strict=True)]
 
     def count_drop(self, reason: str) -> None:
-        """Add a member that left a request; `reason` is a key of `DROP_REASONS`."""
+        """Count a dropped member; `reason` is a key of `DROP_REASONS`."""
         self._drops[reason] += 1
 
     @property
@@ -74,15 +74,15 @@ class StepCounts:
         return max(0.0, self._seconds[MIXING])
 
     def is_due(self, *, is_idle: bool) -> bool:
-        """Whether the totals should be sent with this step: a few times a second, and when the last request is done."""
+        """Whether this step should send the totals: a few times a second, and when the last request finishes."""
         now = time.monotonic()
-        if not is_idle and now - self._sent_at < _SEND_EVERY_S:
+        if not is_idle and now - self._sent_at < _SEND_INTERVAL_S:
             return False
         self._sent_at = now
         return True
 
     def totals(self, *, active_sets: int, prior_version: int, step_cost: Mapping[str, float]) -> dict[str, int]:
-        """Everything as `name` or `name/label` with a whole number; seconds in micro- or picoseconds."""
+        """All metrics by `name` or `name/label`, as integers because the channel carries nothing else; times in µs or ps."""
         rows = [0] * self._num_members
         for members, count in self._rows_by_set.items():
             for member in members:
@@ -98,16 +98,16 @@ class StepCounts:
 
 
 def attach(totals: dict[str, int], scheduler_stats: Any) -> None:
-    """Let vLLM's statistics carry the totals to the API server.
+    """Put the totals into vLLM's statistics, which carry them to the API server.
 
-    They have no place for a plugin's own. The one for waiting LoRA adapters holds a dictionary of integers, and is not read in a
-    population, which refuses LoRA at start.
+    vLLM has no field for plugins. The one for waiting LoRA adapters holds a dictionary of integers and is unused, since
+    populations refuse LoRA at start.
     """
     scheduler_stats.waiting_lora_adapters = totals
 
 
 class PopulationStatLogger(StatLoggerBase):
-    """vLLM makes one for each engine in the API server (group `vllm.stat_logger_plugins`) and hands it every statistic."""
+    """Receives vLLM's statistics (group `vllm.stat_logger_plugins`). The API server creates one per engine."""
 
     def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
         self._collector: PopulationCollector | None = None
@@ -118,17 +118,17 @@ class PopulationStatLogger(StatLoggerBase):
             )
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
-        """Keep the newest totals."""
+        """Store the latest totals."""
         if self._collector is not None and scheduler_stats is not None and scheduler_stats.waiting_lora_adapters:
             self._collector.totals = dict(scheduler_stats.waiting_lora_adapters)
             scheduler_stats.waiting_lora_adapters = {}
 
     def log_engine_initialized(self) -> None:
-        """Nothing to say."""
+        """Does nothing."""
 
 
 class PopulationCollector(Collector):
-    """Shows one engine's totals to Prometheus."""
+    """Exports one engine's totals to Prometheus."""
 
     _registered: ClassVar[dict[int, "PopulationCollector"]] = {}
 
@@ -139,7 +139,7 @@ class PopulationCollector(Collector):
 
     @classmethod
     def of_engine(cls, engine_index: int, member_names: Sequence[str]) -> "PopulationCollector":
-        """A registered collector; it takes the place of an earlier one for the same engine."""
+        """Register a collector, replacing any earlier one for the same engine."""
         if engine_index in cls._registered:
             REGISTRY.unregister(cls._registered.pop(engine_index))
         collector = cls._registered[engine_index] = cls(engine_index, member_names)
@@ -147,17 +147,17 @@ class PopulationCollector(Collector):
         return collector
 
     def collect(self) -> Iterator[Any]:
-        """The metrics of this moment."""
+        """The current metrics."""
         if not self.totals:
             return
         rows = CounterMetricFamily(
-            "chorus_engine_member_rows", "Token rows that a member computed.", labels=["engine", "member"]
+            "chorus_engine_member_rows", "Token rows computed by a member.", labels=["engine", "member"]
         )
         seconds = CounterMetricFamily(
             "chorus_engine_member_seconds", "Seconds spent in a member's layers and head.", labels=["engine", "member"]
         )
         passes = CounterMetricFamily(
-            "chorus_engine_member_passes", "Forwards of a member, drafts included.", labels=["engine", "member"]
+            "chorus_engine_member_passes", "Forward passes of a member, drafting included.", labels=["engine", "member"]
         )
         for idx, name in enumerate(self._member_names):
             passes.add_metric([self._engine, name], self.totals[f"member_passes/{idx}"])
@@ -172,7 +172,7 @@ class PopulationCollector(Collector):
             drops.add_metric([self._engine, reason], self.totals[f"drops/{reason}"])
         costs = GaugeMetricFamily(
             "chorus_engine_step_cost_seconds",
-            "What a step costs, as learned: at all, and for each thing that it computes.",
+            "Learned cost of a step: fixed, and per unit of what it computes.",
             labels=["engine", "part"],
         )
         for key, picoseconds in self.totals.items():
@@ -181,10 +181,10 @@ class PopulationCollector(Collector):
         yield from (rows, passes, seconds, drops, costs)
         for name, text, value in (
             ("chorus_engine_mixing_seconds", "Seconds spent mixing distributions.", self.totals["mixing_us"] / 1e6),
-            ("chorus_engine_steps", "Steps that the engine has run.", self.totals["steps"]),
+            ("chorus_engine_steps", "Steps run by the engine.", self.totals["steps"]),
             (
                 "chorus_engine_caught_up_rows",
-                "Token rows that members computed late, after steps that had left them out.",
+                "Catch-up rows: token rows that members computed after the step that they were left out of.",
                 self.totals["caught_up_rows"],
             ),
         ):
@@ -194,12 +194,12 @@ class PopulationCollector(Collector):
         for name, text, value in (
             (
                 "chorus_engine_active_sets",
-                "Different sets of members among the requests now.",
+                "Distinct sets of members among the running requests.",
                 self.totals["active_sets"],
             ),
             (
                 "chorus_engine_prior_version",
-                "Version of the prior that new requests get.",
+                "Version of the prior that new requests use.",
                 self.totals["prior_version"],
             ),
         ):

@@ -1,7 +1,7 @@
-"""The pools: from the logits of several members to the log-probabilities of their mixture, in float32 log space.
+"""The pools: from the logits of several members to the float32 log-probabilities of their mixture.
 
-Each row carries its own mixture as a *header* beside its hidden states: vLLM selects rows before it asks for logits (the last token
-of each request, all prompt tokens for echoed log-probabilities, speculative rows), and so every row brings its weights along.
+Each row carries its mixture as a *header* next to its hidden states. vLLM selects rows before it computes logits (the last token of
+each request, all prompt tokens for echoed log-probabilities, speculative rows), so the weights must travel with the row.
 
 M members, R rows, V vocabulary, W ranks
 """
@@ -17,17 +17,17 @@ from chorus.serve.engine.mixture import Mixture
 
 _CPU = torch.device("cpu")
 _EXTRA_COLUMNS = 2  # pool, temperature
-_SMALLEST = 1e-30
-"""Smaller probabilities are pooled in log space: from 1e-38 on, float32 loses their digits."""
+_MIN_PROBABILITY = 1e-30
+"""Smaller probabilities are pooled in log space, because float32 loses precision below 1e-38."""
 
 
 def header_width(num_members: int) -> int:
-    """Number of float32 values in a row's header: a weight for each member, the pool, the temperature."""
+    """Number of float32 values in a row's header: one weight per member, the pool, the temperature."""
     return num_members + _EXTRA_COLUMNS
 
 
 def make_headers(mixtures: Sequence[Mixture], num_members: int) -> Tensor:
-    """Headers (R, M + 2) in float32 for rows answered by `mixtures`: weights, 1 for the log pool, the temperature."""
+    """Headers (R, M + 2), float32, one row per mixture: the weights, 1 for a log pool or 0, the temperature."""
     header_RH = torch.zeros(len(mixtures), header_width(num_members))
     for row, mixture in enumerate(mixtures):
         header_RH[row, list(mixture.members)] = torch.tensor(mixture.weights)
@@ -37,7 +37,7 @@ def make_headers(mixtures: Sequence[Mixture], num_members: int) -> Tensor:
 
 
 def uniform_headers(num_rows: int, num_members: int) -> Tensor:
-    """Headers of rows that every member answers with the same weight, linearly pooled."""
+    """Headers of rows with a linear pool of all members at equal weights."""
     header_RH = torch.full((num_rows, header_width(num_members)), 1 / num_members)
     header_RH[:, num_members] = 0
     header_RH[:, num_members + 1] = 1
@@ -46,12 +46,12 @@ def uniform_headers(num_rows: int, num_members: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """Where members are spread over ranks: which ones are here, and how parts of mixtures are put together."""
+    """Exchange of partial pools between ranks that hold different members."""
 
     members: Collection[int]
-    """Those whose logits can be asked for here."""
+    """The members of this rank."""
     gather: Callable[[Tensor], Tensor]
-    """From this rank's part (R, V) to those of all ranks (W, R, V), the same on each. Called once in every mix, on every rank."""
+    """From this rank's partial pool (R, V) to those of all ranks (W, R, V), equal on all ranks. Each rank calls it once per mix."""
     vocab_size: int
 
 
@@ -60,7 +60,7 @@ def mix(
     logits_of: Callable[[int, Tensor | None], Tensor],
     exchange: Exchange | None = None,
     *,
-    adds_up: bool = True,
+    sum_probabilities: bool = True,
     device: torch.device = _CPU,
 ) -> Tensor:
     """Log-probabilities (R, V), float32 and normalised, of each row's mixture.
@@ -68,35 +68,35 @@ def mix(
     linear pool: log sum_m w_m p_m;  log pool: log softmax(sum_m w_m log p_m);  then log softmax(. / temperature).
 
     Args:
-        header_RH: headers on the CPU, as `make_headers` makes them. Members of weight zero are never asked.
-        logits_of: `logits_of(m, rows)` gives member m's logits for the rows of that index, or for all rows when `rows` is None.
-            Any floating dtype; -inf is allowed.
-        exchange: where only some members are here; None where all are.
-        adds_up: whether linear pools may be made by adding probabilities up. Meant for CPUs: elsewhere one would have to wait for
-            the device to hear whether some were too small for that.
-        device: where the logits are.
+        header_RH: headers from `make_headers`, on the CPU.
+        logits_of: `logits_of(m, rows)` returns member m's logits for the rows at these indices, or for all rows if `rows` is None.
+            Any floating dtype; -inf is allowed. Not called for members of weight zero.
+        exchange: needed if members are spread over ranks; else None.
+        sum_probabilities: whether linear pools may sum probabilities instead of using log space. For CPUs: on a GPU the check
+            for probabilities too small for that would have to wait for the device.
+        device: device of the logits.
     """
-    return _pool(_plan(header_RH.numpy().tobytes(), *header_RH.shape, device), logits_of, exchange, adds_up)
+    return _pool(_plan(header_RH.numpy().tobytes(), *header_RH.shape, device), logits_of, exchange, sum_probabilities)
 
 
-def mix_alike(
+def mix_common(
     mixture: Mixture,
     num_rows: int,
     logits_of: Callable[[int, Tensor | None], Tensor],
     exchange: Exchange | None = None,
     *,
-    adds_up: bool = True,
+    sum_probabilities: bool = True,
     device: torch.device = _CPU,
 ) -> Tensor:
-    """What `mix` gives for `num_rows` rows that are all answered by `mixture`, and so need no headers."""
-    return _pool(_plan_alike(mixture, num_rows, device), logits_of, exchange, adds_up)
+    """Like `mix`, for `num_rows` rows that all have the same `mixture` and so need no headers."""
+    return _pool(_common_plan(mixture, num_rows, device), logits_of, exchange, sum_probabilities)
 
 
 def _pool(
-    plan: "_Plan", logits_of: Callable[[int, Tensor | None], Tensor], exchange: Exchange | None, adds_up: bool
+    plan: "_Plan", logits_of: Callable[[int, Tensor | None], Tensor], exchange: Exchange | None, sum_probabilities: bool
 ) -> Tensor:
     pooled_RV: Tensor | None = None
-    if adds_up and exchange is None and not plan.has_log_pools:
+    if sum_probabilities and exchange is None and not plan.has_log_pools:
         pooled_RV = _pool_probabilities(plan, logits_of)
     if pooled_RV is None:
         pooled_RV = _pool_log_probabilities(plan, logits_of, exchange)
@@ -109,45 +109,45 @@ def _pool(
 def _pool_log_probabilities(
     plan: "_Plan", logits_of: Callable[[int, Tensor | None], Tensor], exchange: Exchange | None
 ) -> Tensor:
-    """The pools in log space from begin to end: right however small a probability is, and for log pools."""
+    """Both kinds of pool, computed in log space: accurate for probabilities of any size."""
     pooled_RV: Tensor | None = None
     for share in plan.shares:
         if exchange is not None and share.member not in exchange.members:
             continue
         log_p_rV = torch.log_softmax(logits_of(share.member, share.rows), dim=-1, dtype=torch.float32)
-        if share.is_everything:
-            pooled_RV = log_p_rV  # one member answers the whole batch: there is nothing to pool
+        if share.is_whole_mixture:
+            pooled_RV = log_p_rV  # one member for the whole batch: nothing to pool
         else:
             if pooled_RV is None:
-                pooled_RV = _empty_pools(plan.is_log_R, log_p_rV.shape[1])
-            _add(pooled_RV, share, log_p_rV)
+                pooled_RV = _initial_pools(plan.is_log_R, log_p_rV.shape[1])
+            _add_share(pooled_RV, share, log_p_rV)
     if exchange is not None:
         if pooled_RV is None:
-            pooled_RV = _empty_pools(plan.is_log_R, exchange.vocab_size)
-        pooled_RV = _put_together(plan, exchange.gather(pooled_RV))
+            pooled_RV = _initial_pools(plan.is_log_R, exchange.vocab_size)
+        pooled_RV = _combine_parts(plan, exchange.gather(pooled_RV))
     assert pooled_RV is not None, "a batch needs rows, and each row a member"
     return pooled_RV
 
 
 def _pool_probabilities(plan: "_Plan", logits_of: Callable[[int, Tensor | None], Tensor]) -> Tensor | None:
-    """The linear pools by adding probabilities up; None where some are too small for that.
+    """Linear pools, computed by summing probabilities; None if some are too small for that.
 
-    On a CPU this takes a quarter of the time of log space, where one `logaddexp` costs what seventeen additions cost
-    (bench/LOG.md). Rows of one member keep its log-probabilities as they are.
+    On a CPU this takes a quarter of the time of log space, where one `logaddexp` costs as much as seventeen additions
+    (bench/LOG.md). Rows with a single member keep its log-probabilities unchanged.
     """
     pooled_RV: Tensor | None = None
     scratch_RV: Tensor | None = None
-    alone: list[tuple[Tensor, Tensor]] = []
+    sole_rows: list[tuple[Tensor, Tensor]] = []
     for share in plan.shares:
         logits_rV = logits_of(share.member, share.rows)
-        if share.is_everything:
+        if share.is_whole_mixture:
             return torch.log_softmax(logits_rV, dim=-1, dtype=torch.float32)
         if pooled_RV is None and share.rows is None:
             pooled_RV = torch.softmax(logits_rV, dim=-1, dtype=torch.float32).mul_(share.weight_r1)
         else:
             if pooled_RV is None:
                 pooled_RV = torch.zeros(len(plan.is_log_R), logits_rV.shape[1], device=logits_rV.device)
-            if scratch_RV is None:  # one for all members: fresh memory costs more than what is done in it
+            if scratch_RV is None:  # shared by all members, because fresh memory costs more than the work done in it
                 scratch_RV = torch.empty_like(pooled_RV)
             p_rV = torch.softmax(logits_rV, dim=-1, dtype=torch.float32, out=scratch_RV[: len(logits_rV)])
             if share.weight is None:
@@ -157,48 +157,48 @@ def _pool_probabilities(plan: "_Plan", logits_of: Callable[[int, Tensor | None],
                 pooled_RV.add_(p_rV, alpha=alpha)
             else:
                 pooled_RV.index_add_(0, share.rows, p_rV, alpha=alpha)
-        if share.alone is not None:
-            rows = share.alone if share.rows is None else share.rows[share.alone]
-            alone.append((rows, torch.log_softmax(logits_rV[share.alone], dim=-1, dtype=torch.float32)))
+        if share.sole_rows is not None:
+            rows = share.sole_rows if share.rows is None else share.rows[share.sole_rows]
+            sole_rows.append((rows, torch.log_softmax(logits_rV[share.sole_rows], dim=-1, dtype=torch.float32)))
     assert pooled_RV is not None, "a batch needs rows, and each row a member"
-    for rows, _ in alone:
+    for rows, _ in sole_rows:
         pooled_RV[rows] = 1.0
-    if pooled_RV.amin() < _SMALLEST:
+    if pooled_RV.amin() < _MIN_PROBABILITY:
         return None
     pooled_RV.log_()
-    for rows, log_p_rV in alone:
+    for rows, log_p_rV in sole_rows:
         pooled_RV[rows] = log_p_rV
     return pooled_RV
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Share:
-    """One member's part in a batch. Tensors are on the engine's device."""
+    """One member's share in a batch. Tensors are on the engine's device."""
 
     member: int
     rows: Tensor | None
-    """The rows it answers; None for all."""
+    """The rows whose mixture has this member; None for all."""
     weight_r1: Tensor
     weight: float | None
-    """The weight in all of its rows; None where they differ."""
+    """The weight, if it is the same in all of these rows; else None."""
     is_log_r1: Tensor | None
-    """Which of them are log-pooled; None if none is."""
-    is_everything: bool
-    """Whether it answers all rows, alone."""
-    alone: Tensor | None
-    """Which of its rows no other member answers, as positions among them; None if none is."""
+    """Which of these rows have a log pool; None if none has."""
+    is_whole_mixture: bool
+    """Whether it is the only member of all rows in the batch."""
+    sole_rows: Tensor | None
+    """Positions among these rows of those without another member; None if there are none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """What a batch's headers say, on the engine's device. While the same requests run, every step has the same headers."""
+    """A batch's headers, decoded and on the engine's device. Cached, since headers repeat while the same requests run."""
 
     shares: tuple[_Share, ...]
     is_log_R: Tensor
     has_log_pools: bool
     """Whether any row's log pool has several members."""
     unnormalised: Tensor | None
-    """Rows to normalise at the end: log pools of several members, temperatures other than one."""
+    """Rows that must be normalised at the end: log pools of several members, and temperatures other than 1."""
     temperature_r1: Tensor
 
 
@@ -225,8 +225,8 @@ def _plan(headers: bytes, num_rows: int, width: int, device: torch.device) -> _P
                 weight_r1=weight_r1.to(device),
                 weight=float(weight_r1[0]) if bool((weight_r1 == weight_r1[0]).all()) else None,
                 is_log_r1=is_log_r1.to(device) if is_log_r1.any() else None,
-                is_everything=rows is None and bool((weight_r1 == 1).all()),
-                alone=is_alone_r.nonzero().flatten().to(device) if is_alone_r.any() else None,
+                is_whole_mixture=rows is None and bool((weight_r1 == 1).all()),
+                sole_rows=is_alone_r.nonzero().flatten().to(device) if is_alone_r.any() else None,
             )
         )
     needs_norm_R = (is_log_R & (is_active_RM.sum(1) > 1)) | (temperature_R != 1)
@@ -240,27 +240,27 @@ def _plan(headers: bytes, num_rows: int, width: int, device: torch.device) -> _P
 
 
 @lru_cache(maxsize=8)
-def _plan_alike(mixture: Mixture, num_rows: int, device: torch.device) -> _Plan:
+def _common_plan(mixture: Mixture, num_rows: int, device: torch.device) -> _Plan:
     header_RH = make_headers([mixture] * num_rows, max(mixture.members) + 1)
     return _plan(header_RH.numpy().tobytes(), *header_RH.shape, device)
 
 
-def _empty_pools(is_log_R: Tensor, vocab_size: int) -> Tensor:
-    """What a pool holds before its first member: the logarithm of no probability, or no log-probability at all."""
+def _initial_pools(is_log_R: Tensor, vocab_size: int) -> Tensor:
+    """Pools before their first member: log 0 for linear pools, a sum of 0 for log pools."""
     empty_R1 = torch.where(is_log_R, 0.0, -torch.inf).unsqueeze(1)
     return empty_R1.repeat(1, vocab_size)
 
 
-def _put_together(plan: _Plan, parts_WRV: Tensor) -> Tensor:
-    """The pools, from the parts that the ranks' members gave to them."""
+def _combine_parts(plan: _Plan, parts_WRV: Tensor) -> Tensor:
+    """Combine the partial pools of all ranks."""
     pooled_RV = torch.logsumexp(parts_WRV, dim=0)
     if any(share.is_log_r1 is not None for share in plan.shares):
         pooled_RV = torch.where(plan.is_log_R.unsqueeze(1), parts_WRV.sum(0), pooled_RV)
     return pooled_RV
 
 
-def _add(pooled_RV: Tensor, share: _Share, log_p_rV: Tensor) -> None:
-    """Add one member's share, in place, to the rows that it answers."""
+def _add_share(pooled_RV: Tensor, share: _Share, log_p_rV: Tensor) -> None:
+    """Add one member's share to its rows of `pooled_RV`, in place."""
     before_rV = pooled_RV if share.rows is None else pooled_RV[share.rows]
     after_rV = torch.logaddexp(before_rV, log_p_rV + share.weight_r1.log())
     if share.is_log_r1 is not None:

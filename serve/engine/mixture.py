@@ -1,4 +1,4 @@
-"""What answers one request: which members, with what weights, pooled how. Resolved from the manifest's tiers, without torch."""
+"""The mixture that answers a request: its members, their weights and the pool, resolved from the manifest's tiers. No torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from chorus.population.manifest import Decoding, Pool, Population, Tier
 TIER_ARGUMENT = "chorus_tier"
 """Key of a request's `vllm_xargs` that names its tier."""
 MEMBER_ARGUMENT = "chorus_member"
-"""Key of a request's `vllm_xargs` that names one member, to be asked alone: for fitting a prior through an engine."""
+"""Key of a request's `vllm_xargs` that names the single member to run, used to fit a prior through an engine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """The members that run for a request. Members of weight zero are left out: they would cost and change nothing."""
+    """The members that run for a request. Excludes members of weight zero, which would add cost without effect."""
 
     tier: str
     members: tuple[int, ...]
@@ -26,13 +26,13 @@ class Mixture:
     """In the order of `members`; positive, on the simplex."""
     pool: Pool
     temperature: float
-    """Divides the pooled log-probabilities, before whatever temperature the request samples with."""
+    """Divides the pooled log-probabilities, in addition to the request's own temperature."""
     decoding: Decoding = "auto"
-    """Of requests that leave it open."""
+    """Decoding of requests that do not choose one."""
 
     @classmethod
     def from_tier(cls, tier: Tier, population: Population) -> Self:
-        """The mixture that a tier of `population` describes."""
+        """The mixture of a tier of `population`."""
         index = {member.name: idx for idx, member in enumerate(population.members)}
         pairs = sorted(
             (index[name], weight) for name, weight in zip(tier.members, tier.weights, strict=True) if weight > 0
@@ -49,9 +49,9 @@ class Mixture:
 
 
 class Prior:
-    """The mixtures that requests can ask for, by tier, as the manifest has them now.
+    """The mixtures of all tiers, following changes of the manifest.
 
-    A prior fitted again while the engine runs answers the requests that come after it; those that run finish on the one before.
+    If the prior is refitted while the engine runs, new requests use the new one, and running requests keep theirs.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -62,50 +62,50 @@ class Prior:
 
     @property
     def version(self) -> int:
-        """Counts the fits; 0 while the tiers are uniform defaults."""
+        """Number of fits so far; 0 while tiers are uniform defaults."""
         return self._refresh().prior_version
 
     @property
     def tiers(self) -> tuple[str, ...]:
-        """Names of the tiers, from the cheapest to the dearest."""
+        """Names of the tiers, from cheapest to most expensive."""
         self._refresh()
         return tuple(self._mixtures)
 
     def mixture(self, tier: object) -> Mixture:
-        """The mixture of a tier; of the dearest tier without a name.
+        """The mixture of a tier; that of the most expensive tier if `tier` is None.
 
         Raises:
-            ChorusError: there is no such tier.
+            ChorusError: the tier does not exist.
         """
         self._refresh()
         if tier is None:
             return list(self._mixtures.values())[-1]
         if not isinstance(tier, str) or tier not in self._mixtures:
-            raise ChorusError(f"no tier {tier!r}; this population has {', '.join(self._mixtures)}")
+            raise ChorusError(f"unknown tier {tier!r}; this population has {', '.join(self._mixtures)}")
         return self._mixtures[tier]
 
-    def alone(self, member: object) -> Mixture:
-        """The mixture of one member by its name.
+    def single_member(self, member: object) -> Mixture:
+        """The mixture of only the member with this name.
 
         Raises:
-            ChorusError: there is no such member.
+            ChorusError: the member does not exist.
         """
         names = [each.name for each in self._refresh().members]
         if not isinstance(member, str) or member not in names:
-            raise ChorusError(f"no member {member!r}; this population has {', '.join(names)}")
+            raise ChorusError(f"unknown member {member!r}; this population has {', '.join(names)}")
         return Mixture(tier=member, members=(names.index(member),), weights=(1.0,), pool="linear", temperature=1.0)
 
-    def asked_by(self, arguments: Mapping[str, object]) -> Mixture:
-        """The mixture that a request's `vllm_xargs` ask for: a tier, one member, or the dearest tier.
+    def resolve(self, arguments: Mapping[str, object]) -> Mixture:
+        """The mixture that a request's `vllm_xargs` name: a tier or a member, by default the most expensive tier.
 
         Raises:
-            ChorusError: there is no such tier or member, or both are named.
+            ChorusError: the tier or member does not exist, or both are named.
         """
         if MEMBER_ARGUMENT not in arguments:
             return self.mixture(arguments.get(TIER_ARGUMENT))
         if TIER_ARGUMENT in arguments:
-            raise ChorusError(f"{TIER_ARGUMENT} and {MEMBER_ARGUMENT} exclude each other; name one")
-        return self.alone(arguments[MEMBER_ARGUMENT])
+            raise ChorusError(f"{TIER_ARGUMENT} and {MEMBER_ARGUMENT} are mutually exclusive; pass only one")
+        return self.single_member(arguments[MEMBER_ARGUMENT])
 
     def _refresh(self) -> Population:
         population = self._manifest.current()

@@ -1,4 +1,4 @@
-"""The entry point that vLLM calls in each of its processes (group `vllm.general_plugins`): it makes populations servable."""
+"""The entry point that vLLM calls in each of its processes (group `vllm.general_plugins`) to register populations."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from chorus.serve.engine.internals import KNOWN_VLLM
 
 
 def register() -> None:
-    """Register the architecture, its configuration, loader and KV cache with vLLM. Calling it twice does no harm."""
+    """Register the architecture, its configuration, loader and KV cache spec with vLLM. Idempotent."""
     import vllm
     from vllm import ModelRegistry
     from vllm.model_executor.model_loader import register_model_loader
@@ -31,15 +31,15 @@ def register() -> None:
 
 
 def _refusal(version: str) -> Any:
-    """A configuration hook that refuses populations. Plain models, for which vLLM loads this plugin as well, do not meet it."""
+    """A configuration hook that refuses populations. vLLM loads this plugin for plain models too, which it does not affect."""
     from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
     class Refusal(VerifyAndUpdateConfig):
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
             raise ChorusError(
-                f"this chorus serves populations with vLLM {KNOWN_VLLM}x, and {version} is installed, where mixtures might be "
-                f"wrong without any error. Install vllm=={KNOWN_VLLM}0, or a chorus that knows this version."
+                f"this chorus supports vLLM {KNOWN_VLLM}x, but {version} is installed, with which mixtures could be silently "
+                f"wrong. Install vllm=={KNOWN_VLLM}0, or a version of chorus that supports vLLM {version}."
             )
 
     return Refusal

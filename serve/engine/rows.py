@@ -1,9 +1,10 @@
 """Which rows of a step each member runs: fifteen one-member requests and one of eight members cost 15 + 8 rows, not 128.
 
-A *request row* is a position in the batch of requests; a *token row* one in the batch of their scheduled tokens. A member that was
-left out of earlier steps of a request runs the tokens that it missed as well, before the scheduled ones: its *catch-up rows*, which
-have no token row.
-Pure index arithmetic, on NumPy arrays and torch tensors; `attention` and `worker` apply it to vLLM's structures.
+A *request row* is an index into the batch of requests, a *token row* one into the batch of scheduled tokens. A member that was left
+out of earlier steps of a request runs the missed tokens first: its *catch-up rows*, which have no token row. Pure index arithmetic
+on NumPy arrays and torch tensors; `attention` and `worker` apply it to vLLM's structures.
+
+S sequences of `MergedRows`
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,33 +21,33 @@ from chorus.serve.engine.mixture import Mixture
 
 @dataclass(frozen=True, kw_only=True)
 class MemberRows:
-    """The part of a step's batch that one member runs. Tensors are on the engine's device unless their name says otherwise."""
+    """The part of a step's batch that one member runs. Tensors are on the engine's device, except those named `_cpu`."""
 
     num_requests: int
     num_rows: int
-    """Rows that it runs, catch-up rows included."""
+    """Rows, catch-up rows included."""
     max_query_len: int
     requests: Tensor
     """(num_requests,) int64: request rows, ascending."""
     tokens: Tensor
-    """(num_tokens,) int64: token rows, ascending; catch-up rows are not among them."""
+    """(num_tokens,) int64: token rows, ascending, without catch-up rows."""
     query_start_loc: Tensor
-    """(num_requests + 1,) int32: where each request's rows begin among the member's own."""
+    """(num_requests + 1,) int32: start of each request's rows among this member's rows."""
     query_start_loc_cpu: Tensor
     catch_up: "CatchUp | None" = None
-    """None where the member runs scheduled tokens only."""
+    """None if the member runs only scheduled tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CatchUp:
-    """Where a member's rows come from when some have no token row. (num_rows,) each, in the order in which the member runs them."""
+    """The rows of a member that runs catch-up rows, in the order in which it runs them."""
 
     requests: NDArray[np.int64]
-    """Request row of each."""
+    """(num_rows,): request row of each."""
     offsets: NDArray[np.int64]
-    """Position in the request, from its first scheduled token on: below zero for catch-up rows."""
+    """(num_rows,): position relative to the request's first scheduled token; negative for catch-up rows."""
     kept: Tensor
-    """(num_tokens,) int64: which of them are token rows, ascending."""
+    """(num_tokens,) int64: indices of those that are token rows, ascending."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +55,13 @@ class Step:
     """One step of the engine: which member runs what, and the header of every token row."""
 
     rows: tuple[MemberRows | None, ...]
-    """For each member that runs any row its part of the batch; None where that is the whole batch, and nothing else."""
+    """Each member's part of the batch; None if that is exactly the whole batch."""
     header_TH: Tensor | None
-    """(num_tokens, M + 2) float32, see `mixing.make_headers`; None where all requests have the same mixture."""
+    """(num_tokens, M + 2) float32, see `mixing.make_headers`; None if all requests have the same mixture."""
     running: tuple[int, ...]
-    """Members here that run any row, ascending."""
+    """Members of this rank that run any rows, ascending."""
     common: Mixture | None
-    """The mixture of all requests, if they have the same one; its members run the whole batch, and perhaps catch up."""
+    """The mixture of all requests, if they have the same one; its members run the whole batch, and possibly catch-up rows."""
 
 
 def plan_step(
@@ -69,20 +70,23 @@ def plan_step(
     num_members: int,
     device: torch.device,
     *,
-    here: Sequence[int] | None = None,
+    local_members: Sequence[int] | None = None,
     missed: Sequence[Mapping[int, int]] | None = None,
 ) -> Step:
     """Lay out a step for requests answered by `mixtures`, in batch order.
 
     Args:
+        mixtures: mixture of each request.
         num_scheduled_tokens: (num_requests,) tokens that this step computes for each request.
-        here: the members that this rank holds; None for all.
-        missed: for each request, how many tokens before the scheduled ones its members have not computed yet, by member. Those that
-            are left out have computed them all.
+        num_members: members of the population.
+        device: the engine's device.
+        local_members: the members of this rank; None for all.
+        missed: for each request, by member, how many tokens before the scheduled ones the member must catch up with. Members not
+            listed have computed them all.
     """
     common = mixtures[0] if all(mixture == mixtures[0] for mixture in mixtures) else None
     if common is not None and not (missed and any(missed)):
-        running = tuple(member for member in common.members if here is None or member in here)
+        running = tuple(member for member in common.members if local_members is None or member in local_members)
         return Step(rows=(None,) * num_members, header_TH=None, running=running, common=common)
     is_active_RM = np.zeros((len(mixtures), num_members), dtype=bool)
     missed_RM = np.zeros((len(mixtures), num_members), dtype=np.int64)
@@ -106,30 +110,32 @@ def plan_step(
     return Step(
         rows=tuple(rows),
         header_TH=header_TH,
-        running=tuple(m for m in np.flatnonzero(is_active_RM.any(0)).tolist() if here is None or m in here),
+        running=tuple(
+            m for m in np.flatnonzero(is_active_RM.any(0)).tolist() if local_members is None or m in local_members
+        ),
         common=common,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergedRows:
-    """The rows of several members, side by side: each request of each member is a sequence of its own."""
+    """The rows of several members, one member after the other. Each request of each member is a sequence of its own."""
 
     members: Sequence[int]
     num_requests: int
     num_rows: int
     max_query_len: int
     requests: Tensor
-    """(num_requests,) int64: request row of each sequence."""
+    """(S,) int64: request row of each sequence."""
     query_start_loc: Tensor
-    """(num_requests + 1,) int32."""
+    """(S + 1,) int32: start of each sequence's rows."""
     query_start_loc_cpu: Tensor
 
 
 def merge_rows(
     step: Step, members: Sequence[int], num_scheduled_tokens: NDArray[np.int32], device: torch.device
 ) -> MergedRows:
-    """What these members, which all run in `step`, run as one."""
+    """The rows of `members`, all running in `step`, as one batch of sequences."""
     requests, lengths = list[Tensor](), list[NDArray[np.int32]]()
     for member in members:
         rows = step.rows[member]
@@ -139,13 +145,13 @@ def merge_rows(
         else:
             requests.append(rows.requests)
             lengths.append(np.diff(rows.query_start_loc_cpu.numpy()))
-    together = np.concatenate(lengths)
-    query_start_loc_cpu = torch.from_numpy(np.concatenate(([0], np.cumsum(together))).astype(np.int32))
+    lengths_S = np.concatenate(lengths)
+    query_start_loc_cpu = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths_S))).astype(np.int32))
     return MergedRows(
         members=members,
-        num_requests=len(together),
+        num_requests=len(lengths_S),
         num_rows=int(query_start_loc_cpu[-1]),
-        max_query_len=int(together.max()),
+        max_query_len=int(lengths_S.max()),
         requests=torch.cat(requests),
         query_start_loc=query_start_loc_cpu.to(device),
         query_start_loc_cpu=query_start_loc_cpu,

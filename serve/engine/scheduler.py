@@ -1,6 +1,7 @@
-"""vLLM's scheduler, knowing each request's members: the one source of truth, which the workers get with its output.
+"""vLLM's scheduler, extended by each request's mixture, which it sends to the workers with its output.
 
-It resolves tiers when requests arrive, and at each token boundary drops members from requests that would miss their time budget.
+Resolves tiers when requests arrive, chooses how requests are decoded, and before each step drops members from requests that would
+miss their deadline.
 """
 
 import json
@@ -18,6 +19,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from chorus.population import manifest
 from chorus.population.errors import ChorusError
 from chorus.population.manifest import Decoding
+from chorus.serve.engine.chooser import Candidate, DecodingChooser, Kind
 from chorus.serve.engine.deadline import (
     BUDGET_ARGUMENT,
     EXPECTED_ARGUMENT,
@@ -35,7 +37,7 @@ from chorus.serve.engine.deadline import (
 )
 from chorus.serve.engine.decoding import (
     DECODING_ARGUMENT,
-    MOST_DRAFTS,
+    MAX_DRAFTS,
     Acceptance,
     MemberDraws,
     Work,
@@ -47,56 +49,56 @@ from chorus.serve.engine.grammars import GrammarManager
 from chorus.serve.engine.kv import MemberCoordinator, groups_by_member
 from chorus.serve.engine.metrics import DROP_REASONS, StepCounts, attach
 from chorus.serve.engine.mixture import TIER_ARGUMENT, Mixture, Prior
-from chorus.serve.engine.ways import Candidate, Kind, Ways
 
 logger = init_logger(__name__)
 
-# Steps between two looks at what one costs: that changes slowly, and a look takes some hundred microseconds. Nobody needs to know
-# while no request has a time budget, but the first that has one finds a step cost that is learned.
-_OBSERVE_EVERY = 4
-_OBSERVE_IDLY_EVERY = 32
-_CHOOSE_EVERY = 4
-_DRAFTS_UNMEASURED = 3
-"""Before the cost of steps is known: drafts of requests that insist on them."""
+_OBSERVE_INTERVAL = 4
+"""Steps between observations of the step cost, which changes slowly; an observation takes some hundred microseconds."""
+_IDLE_OBSERVE_INTERVAL = 32
+"""The same while no request needs the step cost, so that it is already learned for the first that does."""
+_CHOOSE_INTERVAL = 4
+"""Steps between choices of the decoding."""
+_DEFAULT_DRAFTS = 3
+"""Drafts per step of requests with `speculative` decoding, when the chooser would not draft."""
 
 
 @dataclass(kw_only=True, slots=True)
 class _Sampling:
-    """A request whose members may be sampled, one for each token."""
+    """State of a request whose members may be sampled, one per token."""
 
     draws: MemberDraws
-    is_asked_for: bool
-    """Whether every token is to be sampled; else only where that is faster."""
+    is_forced: bool
+    """Whether every token is sampled, even if that is slower."""
     sent: Mixture | None = None
-    """The mixture that the workers have for it."""
+    """The mixture last sent to the workers."""
 
 
 @dataclass(kw_only=True, slots=True)
 class _Speculation:
-    """A request whose heaviest member may draft."""
+    """State of a request whose heaviest member may draft."""
 
-    is_asked_for: bool
-    """Whether it drafts even where that is slower."""
+    is_forced: bool
+    """Whether it drafts even if that is slower."""
     acceptance: Acceptance = field(default_factory=Acceptance)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Planned:
-    """The next step of a request, if it is scheduled."""
+    """What runs for a request in its next step, if it is scheduled."""
 
     mixture: Mixture
     missed: dict[int, int]
-    """Tokens that its members have to catch up with, by member."""
+    """Tokens to catch up with, by member."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Observed:
-    """A step that ran."""
+class _StepRecord:
+    """A finished step."""
 
     load: StepLoad
     num_requests: int
     members_s: float
-    """Seconds that its members took."""
+    """Seconds spent in members and mixing."""
     kind: Kind
     reads_prompts: bool
 
@@ -115,30 +117,32 @@ class PopulationScheduler(Scheduler):
         self._changed: set[str] = set()
         self._sampling: dict[str, _Sampling] = {}
         self._planned: dict[str, _Planned] = {}
-        """What runs of requests in `_sampling` in the current step. Of all that is not here all members run."""
+        """What runs in the current step for requests in `_sampling`. Other requests run all their members."""
         self._speculating: dict[str, _Speculation] = {}
         self._work: dict[str, Work] = {}
-        """Of requests that asked for a report."""
-        self._barring: set[str] = set()
-        """Requests beside which nothing can be drafted: vLLM's rejection sampler fails on batches with `logprob_token_ids`."""
+        """Work of requests that get a report."""
+        self._draft_blockers: set[str] = set()
+        """Requests with `logprob_token_ids`, on which vLLM's rejection sampler fails: while one runs, no request gets drafts."""
         if self.num_spec_tokens:
-            self.num_lookahead_tokens = MOST_DRAFTS  # a drafter writes KV before the step that verifies what it drafted
-            # The number of drafts varies, so vLLM must not make steps alike by adding empty ones.
-            self.dynamic_sd_lookup: Any = defaultdict(lambda: MOST_DRAFTS)
+            self.num_lookahead_tokens = (
+                MAX_DRAFTS  # a drafter writes KV of its drafts before the step that verifies them
+            )
+            # The number of drafts varies by request, so vLLM must not pad with empty drafts.
+            self.dynamic_sd_lookup: Any = defaultdict(lambda: MAX_DRAFTS)
         GrammarManager.adopt(self.structured_output_manager)
         self._kv = MemberCoordinator.adopt(self.kv_cache_manager, groups_of)
         self._step_cost = StepCost()
-        self._ways = Ways(self._step_cost)
-        self._num_chosen_for = 0
-        """Requests that ran when the way was chosen."""
+        self._chooser = DecodingChooser(self._step_cost)
+        self._chosen_batch_size = 0
+        """Number of running requests at the last choice."""
         self._step_started = 0.0
         self._num_steps = 0
-        self._observed: _Observed | None = None
-        """The step before, if it is to be learned from."""
+        self._last_step: _StepRecord | None = None
+        """The previous step, if it is to be learned from."""
         self.counts = StepCounts(len(self._member_names))
 
     def add_request(self, request: Any) -> None:
-        """Note what answers the request and by when, then queue it."""
+        """Resolve the request's mixture, deadline and decoding, then queue it."""
         if request.request_id not in self._mixtures:
             arguments = (request.sampling_params and request.sampling_params.extra_args) or {}
             mixture = self._resolve(request.request_id, arguments)
@@ -155,22 +159,22 @@ class PopulationScheduler(Scheduler):
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's plan for the next step, with the mixtures that the workers do not know yet."""
+        """vLLM's plan for the next step, plus new or changed mixtures, tokens to catch up with, and drafts to make."""
         now = time.monotonic()
-        if self._observed is not None:
-            seen, seconds = self._observed, now - self._step_started
-            if not seen.reads_prompts:
-                self._ways.observe_step(seen.kind, seen.load, seconds, num_requests=seen.num_requests)
-            if seen.kind != "drafts" or not self._step_cost.is_known:
-                self._step_cost.observe(seen.load, seconds, members_s=seen.members_s)
-            self._observed = None
+        if self._last_step is not None:
+            last_step, seconds = self._last_step, now - self._step_started
+            if not last_step.reads_prompts:
+                self._chooser.observe_step(last_step.kind, last_step.load, seconds, num_requests=last_step.num_requests)
+            if last_step.kind != "drafts" or not self._step_cost.is_known:
+                self._step_cost.observe(last_step.load, seconds, members_s=last_step.members_s)
+            self._last_step = None
         self._step_started = now
-        is_choice_due = self._num_steps % _CHOOSE_EVERY == 0 or len(self.running) != self._num_chosen_for
+        is_choice_due = self._num_steps % _CHOOSE_INTERVAL == 0 or len(self.running) != self._chosen_batch_size
         if is_choice_due and self.running and (self._sampling or self._speculating):
-            self._choose_way()
+            self._choose_decoding()
         if self._deadlines:
             self._keep_deadlines()
-        if self._barring:
+        if self._draft_blockers:
             for request in self.running:
                 request.spec_token_ids = []
         self._planned = self._plan_sampling() if self._sampling else {}
@@ -180,47 +184,47 @@ class PopulationScheduler(Scheduler):
         output.missed = {}
         self._changed.clear()
         if self._sampling:
-            self._settle_sampling(output)
+            self._commit_sampling(output)
         for request in self.running:
             if request.spec_token_ids and request.request_id not in output.num_scheduled_tokens:
-                request.spec_token_ids = []  # from what they were drawn is kept for one step only
-        output.drafts = self._plan_drafts(output) if self._speculating and not self._barring else {}
+                request.spec_token_ids = []  # the probabilities that they were drawn from are kept for only one step
+        output.drafts = self._plan_drafts(output) if self._speculating and not self._draft_blockers else {}
         return output
 
     def _begin_sampling(self, request: Any, mixture: Mixture, decoding: Decoding) -> None:
-        """Note whether the request's members may be sampled."""
+        """Track the request in `_sampling` if its members may be sampled."""
         parameters = request.sampling_params
         if decoding not in ("auto", "sampled") or len(mixture.members) == 1:
             return
         if why_not_sampled(parameters, mixture) is not None:
             return
-        # A seed stands for the same tokens whatever runs beside it: such a request samples always.
-        is_asked_for = decoding == "sampled" or parameters.seed is not None
-        self._sampling[request.request_id] = _Sampling(draws=MemberDraws(parameters.seed), is_asked_for=is_asked_for)
+        # A seed must give the same tokens at any load, so such a request always samples.
+        is_forced = decoding == "sampled" or parameters.seed is not None
+        self._sampling[request.request_id] = _Sampling(draws=MemberDraws(parameters.seed), is_forced=is_forced)
 
     def _begin_speculation(self, request: Any, mixture: Mixture, decoding: Decoding) -> None:
-        """Note whether members may draft for the request, and beside it."""
+        """Track the request in `_speculating` if members may draft for it, or in `_draft_blockers`."""
         if getattr(request.sampling_params, "logprob_token_ids", None):
-            self._barring.add(request.request_id)
+            self._draft_blockers.add(request.request_id)
             return
         if not self.num_spec_tokens or decoding not in ("auto", "speculative") or len(mixture.members) == 1:
             return
         if why_not_speculative(request.sampling_params) is not None:
             return
-        self._speculating[request.request_id] = _Speculation(is_asked_for=decoding == "speculative")
+        self._speculating[request.request_id] = _Speculation(is_forced=decoding == "speculative")
 
     def _plan_drafts(self, output: Any) -> dict[str, int]:
-        """How many tokens are drafted at the end of this step, for each request that may draft and whose members all run in it."""
+        """Drafts to make at the end of this step, for each request that may draft and runs all its members in it."""
         drafts = {}
         for request_id in output.num_scheduled_tokens:
             own, planned = self._speculating.get(request_id), self._planned.get(request_id)
             if own is None or (planned is not None and planned.mixture is not self._mixtures[request_id]):
                 continue
-            if own.is_asked_for or not (self._ways.current.samples and request_id in self._sampling):
-                drafts[request_id] = self._ways.current.drafts or (_DRAFTS_UNMEASURED if own.is_asked_for else 0)
+            if own.is_forced or not (self._chooser.current.samples and request_id in self._sampling):
+                drafts[request_id] = self._chooser.current.drafts or (_DEFAULT_DRAFTS if own.is_forced else 0)
         return {request_id: count for request_id, count in drafts.items() if count}
 
-    def _choose_way(self) -> None:
+    def _choose_decoding(self) -> None:
         candidates = []
         for request in self.running:
             sampling, own = self._sampling.get(request.request_id), self._speculating.get(request.request_id)
@@ -229,15 +233,15 @@ class PopulationScheduler(Scheduler):
                     mixture=self._mixtures[request.request_id],
                     context=request.num_computed_tokens,
                     can_be_sampled=sampling is not None,
-                    is_sampled=sampling is not None and sampling.is_asked_for,
+                    is_sampled=sampling is not None and sampling.is_forced,
                     acceptance=None if own is None else own.acceptance,
                 )
             )
-        self._ways.choose(candidates)
-        self._num_chosen_for = len(candidates)
+        self._chooser.choose(candidates)
+        self._chosen_batch_size = len(candidates)
 
     def _plan_sampling(self) -> dict[str, _Planned]:
-        """Choose the members that run in the next step, for requests past their prompts that sample them, or did so before."""
+        """Choose the members that run next, for requests past their prompt that sample members or must catch up."""
         ready = [
             (request, self._sampling[request.request_id])
             for request in self.running
@@ -250,7 +254,7 @@ class PopulationScheduler(Scheduler):
         planned = {}
         for request, own in ready:
             mixture = self._mixtures[request.request_id]
-            if own.is_asked_for or self._ways.current.samples:
+            if own.is_forced or self._chooser.current.samples:
                 mixture = own.draws.draw(mixture, request.num_output_tokens)
             elif not self._kv.is_behind(request.request_id):
                 continue
@@ -258,8 +262,8 @@ class PopulationScheduler(Scheduler):
             planned[request.request_id] = _Planned(mixture=mixture, missed=missed)
         return planned
 
-    def _settle_sampling(self, output: Any) -> None:
-        """Tell the workers what was planned, as far as it was scheduled."""
+    def _commit_sampling(self, output: Any) -> None:
+        """Send the plans of the scheduled requests to the workers, and discard the others."""
         for request_id, own in self._sampling.items():
             if request_id not in output.num_scheduled_tokens:
                 self._planned.pop(request_id, None)
@@ -276,13 +280,13 @@ class PopulationScheduler(Scheduler):
                 output.mixtures.pop(request_id, None)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """Note what the step did, then let vLLM take over its tokens."""
+        """Record what the step did, then let vLLM process its tokens."""
         self._num_steps += 1
         is_learning = self._deadlines or self._sampling or self._speculating or not self._step_cost.is_known
-        every = _OBSERVE_EVERY if is_learning else _OBSERVE_IDLY_EVERY
-        observed = None
-        if scheduler_output.num_scheduled_tokens and self._num_steps % every == 0:
-            observed = self._observe(scheduler_output, model_runner_output)
+        interval = _OBSERVE_INTERVAL if is_learning else _IDLE_OBSERVE_INTERVAL
+        record = None
+        if scheduler_output.num_scheduled_tokens and self._num_steps % interval == 0:
+            record = self._observe(scheduler_output, model_runner_output)
         if self.log_stats and scheduler_output.num_scheduled_tokens:
             self.counts.count_step(
                 self._rows_by_set(scheduler_output.num_scheduled_tokens),
@@ -294,19 +298,19 @@ class PopulationScheduler(Scheduler):
             if (own := self._speculating.get(request_id)) is not None:
                 sampled = model_runner_output.sampled_token_ids[model_runner_output.req_id_to_index[request_id]]
                 own.acceptance.observe(len(drafts), max(0, len(sampled) - 1))
-                self._ways.acceptance.observe(len(drafts), max(0, len(sampled) - 1))
+                self._chooser.acceptance.observe(len(drafts), max(0, len(sampled) - 1))
         if scheduler_output.drafts:
-            drafted, wanted = model_runner_output.drafted, scheduler_output.drafts
-            self._ways.observe_drafters(sum(drafted.values()), sum(wanted.values()))
+            drafted, requested = model_runner_output.drafted, scheduler_output.drafts
+            self._chooser.observe_drafters(sum(drafted.values()), sum(requested.values()))
         if self._work:
             self._count_work(scheduler_output, model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        if self.running:  # else nobody waits for the next step, and its time tells nothing of this one
-            self._observed = observed
+        if self.running:  # else the next step does not follow at once, and the time until it does not measure this one
+            self._last_step = record
         return outputs
 
     def _count_work(self, scheduler_output: Any, model_runner_output: Any) -> None:
-        """Add a step to the work of the requests that it gave tokens."""
+        """Add a step to the work of the requests that got tokens from it."""
         verified = scheduler_output.scheduled_spec_decode_tokens
         for request_id, row in model_runner_output.req_id_to_index.items():
             work = self._work.get(request_id)
@@ -321,7 +325,7 @@ class PopulationScheduler(Scheduler):
             work.caught_up_rows += sum(planned.missed.values()) if planned else 0
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's statistics, with our totals in them."""
+        """vLLM's statistics, with our totals attached when due."""
         stats = super().make_stats(*args, **kwargs)
         if stats is not None and self.counts.is_due(is_idle=not self.running):
             active_sets = len({self._mixtures[request.request_id].members for request in self.running})
@@ -345,7 +349,7 @@ class PopulationScheduler(Scheduler):
         return rows
 
     def _begin_deadline(self, request: Any, mixture: Mixture, arguments: Mapping[str, Any]) -> Mixture:
-        """Note a request's time budget; the mixture that it begins with."""
+        """Track a request's deadline. Returns the mixture that it begins with, after drops at the start."""
         name = arguments.get(FLOOR_ARGUMENT, self._prior.tiers[0])
         floor = self._resolve(request.request_id, {TIER_ARGUMENT: name})
         fitted = tuple(self._prior.mixture(tier) for tier in self._prior.tiers)
@@ -355,22 +359,22 @@ class PopulationScheduler(Scheduler):
             expected_tokens=arguments.get(EXPECTED_ARGUMENT),
         )
         self._deadlines[request.request_id] = deadline
-        most = arguments.get(MOST_ARGUMENT, len(mixture.members))
-        while len(mixture.members) > most and deadline.may_leave:
+        max_members = arguments.get(MOST_ARGUMENT, len(mixture.members))
+        while len(mixture.members) > max_members and deadline.may_leave:
             member, mixture = deadline.may_leave[0]
-            self._note_drop(deadline, member, at_token=0, reason="start")
+            self._record_drop(deadline, member, at_token=0, reason="start")
         return mixture
 
     def _keep_deadlines(self) -> None:
-        """Drop members so that requests end in time. Those that begin with this step need not begin with what they cannot keep."""
+        """Drop members so that requests meet their deadlines, including waiting requests that may start in this step."""
         tally, now = StepTally(), time.time()
         requests, runners = list[Any](), list[Runner]()
         for request in chain(self.running, islice(self.waiting, max(0, self.max_num_running_reqs - len(self.running)))):
             members, context = self._mixtures[request.request_id].members, request.num_computed_tokens
             sampling = self._sampling.get(request.request_id)
-            is_sampled = sampling is not None and (sampling.is_asked_for or self._ways.current.samples)
+            is_sampled = sampling is not None and (sampling.is_forced or self._chooser.current.samples)
             if is_sampled and (planned := self._planned.get(request.request_id)) is not None:
-                members = planned.mixture.members  # those of the last step stand for those of the next
+                members = planned.mixture.members  # the last step's draw stands in for the next one's
             tally.add(members, rows=1, context=context)
             if not is_sampled and (deadline := self._deadlines.get(request.request_id)) is not None:
                 requests.append(request)
@@ -383,25 +387,25 @@ class PopulationScheduler(Scheduler):
                         context=context,
                     )
                 )
-        gain = self._ways.current.gain if self._speculating and not self._ways.current.samples else 1.0
+        gain = self._chooser.current.gain if self._speculating and not self._chooser.current.samples else 1.0
         drops = choose_drops(runners, tally, lambda load: (self._step_cost.predict(load) or 0.0) / gain)
         for request, runner, count in zip(requests, runners, drops, strict=True):
             for _ in range(count):
-                self._drop_one(request, "late" if runner.left_s < 0 else "forecast")
+                self._drop_member(request, "late" if runner.left_s < 0 else "forecast")
 
-    def _drop_one(self, request: Any, reason: str) -> None:
+    def _drop_member(self, request: Any, reason: str) -> None:
         deadline = self._deadlines[request.request_id]
         member, self._mixtures[request.request_id] = deadline.may_leave[0]
         self._kv.drop(request.request_id, member)
         self._changed.add(request.request_id)
-        self._note_drop(deadline, member, at_token=request.num_output_tokens, reason=reason)
+        self._record_drop(deadline, member, at_token=request.num_output_tokens, reason=reason)
 
-    def _note_drop(self, deadline: Deadline, member: int, *, at_token: int, reason: str) -> None:
+    def _record_drop(self, deadline: Deadline, member: int, *, at_token: int, reason: str) -> None:
         self.counts.count_drop(reason)
         deadline.drops.append(Drop(member=member, at_token=at_token, reason=DROP_REASONS[reason]))
 
-    def _observe(self, output: Any, model_runner_output: Any) -> _Observed:
-        """What the step that ran was."""
+    def _observe(self, output: Any, model_runner_output: Any) -> _StepRecord:
+        """The record of a finished step."""
         tally, is_sampled = StepTally(), False
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             drafts = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
@@ -416,7 +420,7 @@ class PopulationScheduler(Scheduler):
         drafted = model_runner_output.drafted.values()
         tally.draft(sum(model_runner_output.draft_passes.values()), rows=sum(drafted))
         num_drafts = sum(map(len, output.scheduled_spec_decode_tokens.values()))
-        return _Observed(
+        return _StepRecord(
             load=tally.load(),
             num_requests=len(output.num_scheduled_tokens),
             members_s=sum(model_runner_output.seconds),
@@ -425,36 +429,35 @@ class PopulationScheduler(Scheduler):
         )
 
     def _get_local_prefix_cache_hit(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-        self._kv.searching = request.request_id
+        self._kv.searched_request_id = request.request_id
         return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-        """vLLM returns what these two hold with the response; nothing else may use them, since KV transfer is refused at start.
+        """Free the request, and return its report in place of `kv_transfer_params`, which vLLM copies into the response.
 
-        Its streams have no place for them: a request that asks for it gets the report as its stop reason.
+        That field is unused because KV transfer is refused at start. vLLM's streams omit it, so a request can get the report in its
+        stop reason as well (`REPORT_ARGUMENT`).
         """
         report = self._report(request)
-        if report is not None and (mark := (request.sampling_params.extra_args or {}).get(REPORT_ARGUMENT)):
-            request.stop_reason = mark + json.dumps({**report, "stop_reason": request.stop_reason})
+        if report is not None and (prefix := (request.sampling_params.extra_args or {}).get(REPORT_ARGUMENT)):
+            request.stop_reason = prefix + json.dumps({**report, "stop_reason": request.stop_reason})
         kv_transfer_params, ec_transfer_params = super()._free_request(request, *args, **kwargs)
         return report or kv_transfer_params, ec_transfer_params
 
     def _free_blocks(self, request: Any) -> None:
         super()._free_blocks(request)
         del self._mixtures[request.request_id]
-        self._kv.forget(request.request_id)
+        self._kv.remove(request.request_id)
         self._deadlines.pop(request.request_id, None)
         self._sampling.pop(request.request_id, None)
         self._speculating.pop(request.request_id, None)
         self._work.pop(request.request_id, None)
-        self._barring.discard(request.request_id)
+        self._draft_blockers.discard(request.request_id)
         self._planned.pop(request.request_id, None)
         self._changed.discard(request.request_id)
 
     def _report(self, request: Any) -> dict[str, Any] | None:
-        """What was computed, if that is to be reported; with a time budget, also how many members each token had, and when and
-        why members were dropped.
-        """
+        """The request's report, or None if it gets none. With a time budget, includes the members per token and all drops."""
         work, deadline = self._work.get(request.request_id), self._deadlines.get(request.request_id)
         if work is None:
             return None
@@ -474,8 +477,8 @@ class PopulationScheduler(Scheduler):
 
     def _resolve(self, request_id: str, arguments: Mapping[str, object]) -> Mixture:
         try:
-            return self._prior.asked_by(arguments)
+            return self._prior.resolve(arguments)
         except ChorusError as error:
-            # The front end has refused unknown tiers already; an exception here would stop the engine for everyone.
-            logger.error("request %s: %s; the dearest tier is taken", request_id, error)
+            # The API server has already refused unknown tiers; an exception here would stop the engine for all requests.
+            logger.error("request %s: %s; using the most expensive tier", request_id, error)
             return self._prior.mixture(None)

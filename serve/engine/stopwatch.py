@@ -1,4 +1,4 @@
-"""Where a step's time goes: seconds in each member and in mixing, on the clock of the device that does the work."""
+"""Measures the seconds spent in each member and in mixing, on the clock of the device that does the work."""
 
 import time
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 MIXING = -1
-"""The account of mixing; those of the members are their indices."""
+"""The account of mixing; a member's account is its index."""
 
 
 class Stopwatch:
-    """Adds up seconds by account. On a GPU it marks the stream and reads the marks later, so that nothing waits for it."""
+    """Sums seconds by account. On a GPU it records events in the stream and reads them later, to avoid synchronising."""
 
     def __init__(self, num_members: int, device: torch.device) -> None:
         self._seconds = [0.0] * (num_members + 1)
@@ -19,7 +19,7 @@ class Stopwatch:
         self._spans: list[tuple[int, Any, Any, float]] = []
 
     def mark(self) -> Any:
-        """A moment, to be given to `add`."""
+        """The current time, as a start for `add`."""
         if self._is_cpu:
             return time.perf_counter()
         event = torch.Event(device=self._device, enable_timing=True)
@@ -27,7 +27,7 @@ class Stopwatch:
         return event
 
     def add(self, account: int, since: Any, *, share: float = 1.0) -> None:
-        """Add a share of the time since a moment to an account; a negative one takes it away from there."""
+        """Add `share` times the time since a mark to an account; a negative share subtracts."""
         now = self.mark()
         if self._is_cpu:
             self._seconds[account] += share * (now - since)
@@ -35,7 +35,7 @@ class Stopwatch:
             self._spans.append((account, since, now, share))
 
     def take(self) -> list[float]:
-        """Seconds since the last call, for each member and then for mixing; call it when the device has finished the step."""
+        """Seconds since the last call, of each member and then of mixing. Call it when the device has finished the step."""
         for account, start, stop, share in self._spans:
             self._seconds[account] += share * start.elapsed_time(stop) / 1000
         self._spans.clear()

@@ -1,7 +1,7 @@
-"""A function run in processes of their own: one that hangs, grows or crashes on its input harms nobody else.
+"""Runs a function on each input in a process of its own, so that one that hangs, grows or crashes affects nothing else.
 
-A process forked early, while this one is small and has no threads, prepares what the function needs and forks again for each job.
-So a job finds everything loaded, and may be killed.
+A server process, forked early while this one is small and has no threads, prepares what the function needs and forks again for each
+job. A job therefore starts with everything loaded, and can be killed.
 """
 
 import asyncio
@@ -17,45 +17,45 @@ from pathlib import Path
 from typing import NoReturn
 
 _PARALLEL = max(1, min(2, (os.cpu_count() or 1) // 4))
-_MOST_PENDING = 32
+_MAX_PENDING = 32
 NICENESS = 5
-"""Of what compiles grammars, over the engine's own: less, and a busy engine would leave it no time at all."""
+"""Niceness of grammar compilation relative to the engine. At a lower priority, a busy engine would leave it no CPU time."""
 _WALL_FACTOR = 3
-"""Time that a job may take on a busy machine, over the processor time that it may take."""
+"""Limit on a job's wall time, as a multiple of its CPU time limit, for busy machines."""
 
 
 class BusyError(Exception):
-    """Too many jobs wait, or the process that runs them is gone."""
+    """Too many jobs are waiting, or the server process is gone."""
 
 
 class Trials:
-    """Runs `prepare()(job)` for one job after the other, each in a process of its own."""
+    """Runs `prepare()(job)` for each job, in a process of its own."""
 
     def __init__(self, prepare: Callable[[], Callable[[bytes], bytes]], *, cpu_s: float, memory_bytes: int) -> None:
-        """Fork. A job may take `cpu_s` of processor time, and `memory_bytes` more than what was prepared."""
+        """Fork the server. A job may use `cpu_s` of CPU time, and `memory_bytes` on top of what was prepared."""
         self._wall_s = _WALL_FACTOR * cpu_s
-        self._turns = asyncio.Semaphore(_PARALLEL)
+        self._slots = asyncio.Semaphore(_PARALLEL)
         self._num_pending = 0
-        self._control, theirs = socket.socketpair()
+        self._control, child_end = socket.socketpair()
         if os.fork() == 0:
-            _become_server(theirs, prepare, cpu_s, memory_bytes)
-        theirs.close()
+            _serve_jobs(child_end, prepare, cpu_s, memory_bytes)
+        child_end.close()
 
     def close(self) -> None:
-        """End the process that forks."""
+        """End the server process."""
         self._control.close()
 
     async def run(self, job: bytes) -> bytes | None:
-        """The job's result; None if it took too much, or crashed. To be shielded: a job that is not waited for runs on.
+        """The job's result; None if it exceeded a limit or crashed. Shield this call: cancelling it does not stop the job.
 
         Raises:
-            BusyError: nothing was tried.
+            BusyError: the job was not run.
         """
-        if self._num_pending >= _MOST_PENDING:
+        if self._num_pending >= _MAX_PENDING:
             raise BusyError
         self._num_pending += 1
         try:
-            async with self._turns:
+            async with self._slots:
                 return await self._run(job)
         except OSError as error:
             raise BusyError from error
@@ -63,10 +63,10 @@ class Trials:
             self._num_pending -= 1
 
     async def _run(self, job: bytes) -> bytes | None:
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            socket.send_fds(self._control, [b"."], [theirs.fileno()])
-            reader, writer = await asyncio.open_unix_connection(sock=ours.dup())
+        parent_end, child_end = socket.socketpair()
+        with parent_end, child_end:
+            socket.send_fds(self._control, [b"."], [child_end.fileno()])
+            reader, writer = await asyncio.open_unix_connection(sock=parent_end.dup())
         try:
             writer.write(job)
             writer.write_eof()
@@ -75,50 +75,50 @@ class Trials:
             writer.close()
 
 
-def _become_server(
+def _serve_jobs(
     control: socket.socket, prepare: Callable[[], Callable[[bytes], bytes]], cpu_s: float, memory_bytes: int
 ) -> NoReturn:
-    """Never return into the code of the process that was forked."""
+    """The server process. Never returns into the parent's code."""
     try:
-        _forget(control)
+        _detach(control)
         run = prepare()
-        gc.freeze()  # so that children leave the pages of what is there shared
+        gc.freeze()  # so that garbage collection in children does not copy shared pages
         while (message := socket.recv_fds(control, 1, 1))[0]:
-            with socket.socket(fileno=message[1][0]) as link:
+            with socket.socket(fileno=message[1][0]) as connection:
                 if os.fork() == 0:
-                    _run_job(link, run, cpu_s, memory_bytes)
-    except BaseException:  # noqa: BLE001 - it has no caller to raise to
+                    _run_job(connection, run, cpu_s, memory_bytes)
+    except BaseException:  # noqa: BLE001 - there is no caller to raise to
         traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(0)
 
 
-def _forget(control: socket.socket) -> None:
-    """Leave behind what belongs to the process before: its signals, its open files (listening sockets among them), its priority."""
+def _detach(control: socket.socket) -> None:
+    """Reset what was inherited from the parent: signal handlers, open files (including listening sockets) and priority."""
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGALRM, signal.SIGPROF):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process before, whose end ends this one
+    for signum in (signal.SIGTERM, signal.SIGALRM, signal.SIGPROF):
+        signal.signal(signum, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end ends this process
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
     os.closerange(3, control.fileno())
     os.closerange(control.fileno() + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     os.nice(NICENESS)
 
 
-def _run_job(link: socket.socket, run: Callable[[bytes], bytes], cpu_s: float, memory_bytes: int) -> NoReturn:
+def _run_job(connection: socket.socket, run: Callable[[bytes], bytes], cpu_s: float, memory_bytes: int) -> NoReturn:
     try:
         _limit(cpu_s, memory_bytes)
         parts = []
-        while part := link.recv(1 << 16):
+        while part := connection.recv(1 << 16):
             parts.append(part)
-        link.sendall(run(b"".join(parts)))
+        connection.sendall(run(b"".join(parts)))
     finally:
         os._exit(0)
 
 
 def _limit(cpu_s: float, memory_bytes: int) -> None:
-    """Have the kernel kill this process when it takes too much: native code that never returns to Python heeds nothing else."""
+    """Have the kernel kill this process at its limits: nothing else stops native code that never returns to Python."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

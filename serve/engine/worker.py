@@ -1,8 +1,8 @@
-"""vLLM's worker and model runner, told which members each row of a step runs.
+"""vLLM's worker and model runner, extended to run each member only on its own rows of a step.
 
-The runner asks, in this order: `_update_states` (who is in the batch), `_prepare_inputs` (the batch in order: here the step is laid
-out), `_get_slot_mappings` and the attention's metadata builders (narrowed to each member's rows), `_model_forward` (here it ends).
-In between it sees the KV-cache groups of the members that run, and spends nothing on the others.
+vLLM's runner calls, in this order: `_update_states` (requests join and leave the batch), `_prepare_inputs` (lays out the step),
+`_get_slot_mappings` and the attention metadata builders (narrowed to each member's rows), `_model_forward` (ends the step). From
+layout to end, the runner sees only the KV-cache groups of the running members, so that others cost nothing.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from chorus.serve.engine.allocator import keep_freed_memory
 from chorus.serve.engine.drafts import Drafter
-from chorus.serve.engine.grouped import MOST_ROWS
+from chorus.serve.engine.grouped import MAX_MEAN_ROWS
 from chorus.serve.engine.kv import groups_by_member
 from chorus.serve.engine.mixture import Mixture
 from chorus.serve.engine.rows import CatchUp, MergedRows, Step, merge_rows, plan_step
@@ -35,52 +35,52 @@ else:
 
 
 class PopulationWorker(_Worker):
-    """The platform's worker, whose model runner is made to know members."""
+    """The platform's worker, with a `PopulationRunner`."""
 
     def init_device(self) -> None:
-        """Build vLLM's runner, then give it our methods: vLLM offers no hook to choose the runner's class."""
+        """Build vLLM's runner, then turn it into a `PopulationRunner`: vLLM has no hook to choose the runner's class."""
         if current_platform.is_cpu():
             keep_freed_memory()
-            # vLLM's attention in bfloat16 uses AMX where there is AMX, and leaves it to others to ask Linux for leave: while oneDNN
-            # has not been needed yet, the worker would die of an illegal instruction. Where there is no AMX nothing happens.
+            # vLLM's bfloat16 attention uses AMX if the CPU has it, but does not request permission from Linux. Unless oneDNN has
+            # already done so, the worker would die of an illegal instruction. Without AMX this call does nothing.
             torch.cpu._init_amx()
         super().init_device()
         runner = self.model_runner
         runner.__class__ = type(f"Population{type(runner).__name__}", (PopulationRunner, type(runner)), {})
         runner.mixtures = {}
-        runner._planned_for = ([], b"", [])
+        runner._planned_batch = ([], b"", [])
         runner.groups_of = {}
         runner._merged = None
         if runner.speculative_config is not None:
-            # vLLM leaves out the logits processors that its drafts cannot do. Requests that want them get no drafts.
+            # vLLM omits logits processors that it does not support with drafts. Requests that need these get no drafts instead.
             with runner.without_speculation():
                 processors = build_logitsprocs(runner.vllm_config, runner.device, PIN_MEMORY, is_pooling_model=False)
             runner.input_batch.logitsprocs = processors
 
     def held_members(self) -> list[int]:
-        """The members that this rank holds, by index: for `collective_rpc`."""
+        """Indices of this rank's members, for `collective_rpc`."""
         return list(self.model_runner.model.ranks.members)
 
 
 class PopulationRunner(GPUModelRunner):
-    """Goes before the platform's own runner, which derives from the same class."""
+    """Overrides the platform's runner, which derives from the same class."""
 
     speculative_config: Any
     drafter: Drafter
     mixtures: dict[str, Mixture]
-    """What answers each request that the workers know, by request id."""
+    """The current mixture of each request, by request id."""
     groups_of: dict[int, tuple[int, ...]]
     """The KV-cache groups of each member."""
     _step: Step
-    _planned_for: tuple[list[Mixture], bytes, list[Mapping[int, int]]]
-    """The batch that `_step` was laid out for: while the same requests decode, every step is laid out the same."""
+    _planned_batch: tuple[list[Mixture], bytes, list[Mapping[int, int]]]
+    """Mixtures, scheduled tokens and missed tokens that `_step` was laid out for. They repeat while the same requests decode."""
     _merged: MergedRows | None
-    """The rows of all members of `_step` as one, where they run together."""
+    """The merged rows of all running members, if they run together."""
     _merged_slots: torch.Tensor
     _drafts: Mapping[str, int] = {}
-    """How many tokens the scheduler wants drafted at the end of this step, by request."""
+    """Number of drafts to make at the end of this step, by request id."""
     _speculates: bool = False
-    """Whether this step verifies drafts, or ends with new ones."""
+    """Whether this step verifies or makes drafts."""
     _all_groups: "_Groups"
     _running_groups: "_Groups"
 
@@ -96,40 +96,45 @@ class PopulationRunner(GPUModelRunner):
         if scheduler_output.missed:
             missed = [scheduler_output.missed.get(request_id, {}) for request_id in self.input_batch.req_ids]
         batch = (mixtures, num_scheduled_tokens.tobytes(), missed)
-        if batch != self._planned_for:
-            here, num_members = self.model.ranks.members, self.model.num_members
+        if batch != self._planned_batch:
+            local_members, num_members = self.model.ranks.members, self.model.num_members
             self._step = plan_step(
-                mixtures, num_scheduled_tokens, num_members, self.device, here=here, missed=missed or None
+                mixtures,
+                num_scheduled_tokens,
+                num_members,
+                self.device,
+                local_members=local_members,
+                missed=missed or None,
             )
-            self._planned_for = batch
-            self._all_groups = _Groups.shown_by(self)
+            self._planned_batch = batch
+            self._all_groups = _Groups.of_runner(self)
             self.groups_of = self._all_groups.groups_of
-            # A rank that runs nothing in this step still prepares a batch: vLLM knows no step without a group.
+            # A rank without running members still prepares a batch, since vLLM needs at least one group.
             running: Sequence[int] = self._step.running
             self._merged = None
             if len(running) > 1 and self._can_merge:
                 merged = merge_rows(self._step, self.model.grouped.ordered(running), num_scheduled_tokens, self.device)
-                if merged.num_rows <= MOST_ROWS * len(running):
+                if merged.num_rows <= MAX_MEAN_ROWS * len(running):
                     running, self._merged = merged.members, merged
-            self._running_groups = self._all_groups.only(running or here[:1])
+            self._running_groups = self._all_groups.of_members(running or local_members[:1])
         self.model.current.step = self._step
         self.model.current.is_merged = self._merged is not None
         self.model.current.catch_up_inputs = {
-            member: self._inputs(rows.catch_up)
+            member: self._catch_up_inputs(rows.catch_up)
             for member in self._step.running
             if (rows := self._step.rows[member]) is not None and rows.catch_up is not None
         }
-        self.model.current.takes_any_scale = self.input_batch.no_penalties
-        self._running_groups.show(self)
+        self.model.current.allows_unnormalised = self.input_batch.no_penalties
+        self._running_groups.apply_to(self)
         self._drafts, is_verified = scheduler_output.drafts, bool(scheduler_output.scheduled_spec_decode_tokens)
         self._speculates = is_verified or bool(self._drafts)
         with nullcontext() if is_verified else self.without_speculation():
-            # With it, vLLM would sample through its rejection sampler whether or not there are drafts.
+            # With speculation, vLLM would use its rejection sampler even without drafts.
             return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
 
     @contextmanager
     def without_speculation(self) -> Iterator[None]:
-        """As if the engine could not speculate."""
+        """Hide the speculative configuration from vLLM."""
         speculative = self.speculative_config
         self.speculative_config = self.vllm_config.speculative_config = None
         try:
@@ -143,8 +148,8 @@ class PopulationRunner(GPUModelRunner):
         ).astype(np.int64)
         return positions
 
-    def _inputs(self, catch_up: CatchUp) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and positions of a member's rows. All tokens are on the CPU: asynchronous scheduling is off."""
+    def _catch_up_inputs(self, catch_up: CatchUp) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and positions of a member's rows. All tokens are on the CPU, since asynchronous scheduling is off."""
         positions = self._positions(catch_up)
         token_ids = torch.from_numpy(self.input_batch.token_ids_cpu[catch_up.requests, positions])
         return token_ids.to(self.device), torch.from_numpy(positions).to(self.device)
@@ -176,7 +181,7 @@ class PopulationRunner(GPUModelRunner):
 
     @cached_property
     def _can_merge(self) -> bool:
-        """Whether members can run together: layers of one depth have one KV cache tensor, and blocks of one size."""
+        """Whether members can run together: layers of the same depth share a KV cache tensor, and all blocks have one size."""
         grouped = self.model.grouped
         if grouped is None or any(len(groups) != 1 for groups in self._all_groups.groups_of.values()):
             return False
@@ -212,7 +217,7 @@ class PopulationRunner(GPUModelRunner):
             causal=True,
         )
         metadata: dict[str, Any] = {}
-        self.model.current.step = None  # or the builder would look for one member's rows
+        self.model.current.step = None  # else the builder would narrow the metadata to one member's rows
         for group in self.attn_groups[0]:
             built = group.get_metadata_builder().build(common_prefix_len=0, common_attn_metadata=common)
             metadata.update(dict.fromkeys(group.layer_names, built))
@@ -221,24 +226,24 @@ class PopulationRunner(GPUModelRunner):
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.model.current.step is not None:
-            self._all_groups.show(self)
+            self._all_groups.apply_to(self)
         try:
             return super()._model_forward(*args, **kwargs)
         finally:
             self.model.current.step, self.model.current.is_merged = None, False
 
     def _input_fits_in_drafter(self, *args: Any) -> bool:
-        """Yes: the drafter looks at each request."""
+        """Always True: the drafter checks the length of each request itself."""
         return True
 
     def propose_draft_token_ids(self, scheduler_output: Any, sampled_token_ids: Any, *args: Any) -> list[list[int]]:
-        """What the scheduler wants drafted, by the members that this step has just run."""
+        """Make the drafts that the scheduler planned for this step."""
         drafts: list[list[int]] = self.drafter.propose(self, self._drafts, sampled_token_ids)
         return drafts
 
     def _get_spec_decode_draft_probs(self, spec_decode_metadata: Any) -> torch.Tensor | None:
         if self.input_batch.sampling_metadata.all_greedy:
-            return None  # nobody reads them
+            return None  # the probabilities are not read
         batch = self.input_batch
         return self.drafter.probabilities(
             batch.req_ids, spec_decode_metadata.num_draft_tokens, batch.vocab_size, self.device
@@ -248,7 +253,8 @@ class PopulationRunner(GPUModelRunner):
         with nullcontext() if self._speculates else self.without_speculation():
             output = super().sample_tokens(*args, **kwargs)
         if output is not None:
-            output.seconds = self.model.stopwatch.take()  # for the scheduler, which counts, as the rest
+            # These go to the scheduler, which keeps the counts.
+            output.seconds = self.model.stopwatch.take()
             output.draft_passes, output.drafted = Counter[int](), {}
             if self._drafts:
                 output.draft_passes, output.drafted = self.drafter.passes.copy(), self.drafter.drafted.copy()
@@ -257,7 +263,7 @@ class PopulationRunner(GPUModelRunner):
 
 @dataclass(frozen=True, kw_only=True)
 class _Groups:
-    """What a runner holds about KV-cache groups, each of one member: three lists that it walks side by side."""
+    """A runner's state per KV-cache group: three parallel lists. Each group belongs to one member."""
 
     config: Any
     attention: list[Any]
@@ -265,8 +271,8 @@ class _Groups:
     groups_of: dict[int, tuple[int, ...]]
 
     @classmethod
-    def shown_by(cls, runner: Any) -> Self:
-        """The lists that `runner` walks now."""
+    def of_runner(cls, runner: Any) -> Self:
+        """The current lists of `runner`."""
         return cls(
             config=runner.kv_cache_config,
             attention=runner.attn_groups,
@@ -274,8 +280,8 @@ class _Groups:
             groups_of=groups_by_member(runner.kv_cache_config, runner.model.num_members),
         )
 
-    def only(self, members: Sequence[int]) -> Self:
-        """The groups of some members."""
+    def of_members(self, members: Sequence[int]) -> Self:
+        """The lists, restricted to the groups of `members`."""
         groups = [group for member in members for group in self.groups_of[member]]
         return replace(
             self,
@@ -284,8 +290,8 @@ class _Groups:
             tables=[self.tables[idx] for idx in groups],
         )
 
-    def show(self, runner: Any) -> None:
-        """Make `runner` walk these lists."""
+    def apply_to(self, runner: Any) -> None:
+        """Give these lists to `runner`."""
         runner.kv_cache_config = self.config
         runner.attn_groups = self.attention
         runner.input_batch.block_table.block_tables = self.tables

@@ -158,7 +158,7 @@ def test_refuses_what_is_no_engine_of_this_population(chorus_server: ChorusServe
         connect(chorus_server.url, population.model_copy(update={"name": "elsewhere"}))
     split = ScoredSplit(name="test", split=TokenSplit.from_documents([[1, 2, 3]]), context_length=9)
     engine = connect(chorus_server.engine_url, population)
-    with pytest.raises(ChorusError, match="no tier 'nowhere'"):
+    with pytest.raises(ChorusError, match="unknown tier 'nowhere'"):
         engine_losses(engine, engine.request("nowhere"), split)
-    with pytest.raises(ChorusError, match="no member 'nobody'"):
+    with pytest.raises(ChorusError, match="unknown member 'nobody'"):
         engine_losses(engine, engine.request_member("nobody"), split)

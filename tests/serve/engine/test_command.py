@@ -114,7 +114,7 @@ def test_draining_gives_up_after_its_time_and_says_so(busy: Engine) -> None:
     busy.running = 2.0
     result = run("drain", busy.url, "--after", "0", "--timeout", "0.5")
     assert result.exit_code == 1
-    assert "requests still run" in result.output
+    assert "requests are still running" in result.output
 
 
 def test_an_engine_that_is_gone_needs_no_wait() -> None:

@@ -55,11 +55,11 @@ def test_attention_that_is_not_full_is_refused_by_layer() -> None:
     import torch
     from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
-    from chorus.serve.engine.attention import _own_kv_cache
+    from chorus.serve.engine.attention import _set_member_spec
 
     spec = SlidingWindowSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32, sliding_window=64)
     layer = SimpleNamespace(layer_name="member_1.model.layers.0", get_kv_cache_spec=lambda config: spec)
-    _own_kv_cache(layer, 1)
+    _set_member_spec(layer, 1)
     with pytest.raises(
         ChorusError, match=r"member 1, layer member_1.model.layers.0: its KV cache is a SlidingWindowSpec"
     ):

@@ -168,7 +168,7 @@ def test_drops_never_keep_fewer_in_time_and_respect_floors() -> None:
         ) -> int:
             kept = [each.num_members - count for each, count in zip(crowd, counts, strict=True)]
             seconds = costs[0] * max(kept) + costs[1] * sum(kept)
-            return sum(each.slowest_s >= seconds for each in crowd)
+            return sum(each.max_step_s >= seconds for each in crowd)
 
         found = drops(crowd, member_s=member_s, row_s=row_s)
         assert all(0 <= count <= len(each.may_leave) for count, each in zip(found, crowd, strict=True))

@@ -17,7 +17,7 @@ from torch import Tensor
 from vllm import SamplingParams
 
 from chorus.population import manifest
-from chorus.serve.engine.decoding import MOST_DRAFTS, MemberDraws, decoding_of, members_that_run, why_not_sampled
+from chorus.serve.engine.decoding import MAX_DRAFTS, MemberDraws, decoding_of, expected_num_members, why_not_sampled
 from chorus.serve.engine.mixture import Mixture, Prior
 from tests.reference import member_log_probs, mixture_log_probs
 from tests.serve.engine.asking import TOLERANCE, check_against_reference, greedy, p_value
@@ -78,7 +78,7 @@ def test_a_seed_and_a_position_settle_the_member() -> None:
 def test_members_that_run_are_those_of_others_and_those_that_are_drawn(others: list[int], num_sampled: int) -> None:
     whole = mixture(0.4, 0.3, 0.2, 0.1)
     chances = [1.0 if m in others else 1 - (1 - w) ** num_sampled for m, w in enumerate(whole.weights)]
-    expected, plain = members_that_run([whole] * num_sampled, [(m,) for m in others])
+    expected, plain = expected_num_members([whole] * num_sampled, [(m,) for m in others])
     assert expected == pytest.approx(sum(chances))
     assert plain == 4
 
@@ -145,7 +145,7 @@ def test_one_member_runs_at_each_token_and_catches_up_exactly(engine: Any, tiny_
     assert len({row.members for row in rows}) == 5
     assert_exact(rows, tiny_population)
     assert scheduler._sampling == {}
-    assert scheduler._kv._held == {}
+    assert scheduler._kv._allocations == {}
 
 
 def test_a_prefix_that_only_some_members_computed_is_not_found(engine: Any, tiny_population: Path) -> None:
@@ -193,7 +193,7 @@ def test_any_schedule_of_catching_up_is_exact(engine: Any, tiny_population: Path
             check_against_reference(tiny_population, "max", output)
     assert scheduler._sampling == {}
     assert scheduler._planned == {}
-    assert scheduler._kv._held == {}
+    assert scheduler._kv._allocations == {}
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free
 
 
@@ -272,7 +272,7 @@ def test_a_report_counts_drafts(engine: Any) -> None:
     assert 0 < report["accepted"] <= report["drafts"]
     # All members verify, and one has drafted: what is verified, and perhaps more for a step that never came.
     passes = round(40 * report["passes_per_token"])
-    assert 4 * steps + report["drafts"] <= passes <= 4 * steps + report["drafts"] + MOST_DRAFTS
+    assert 4 * steps + report["drafts"] <= passes <= 4 * steps + report["drafts"] + MAX_DRAFTS
 
 
 def test_a_tier_prefers_a_way_and_a_request_chooses_it() -> None:

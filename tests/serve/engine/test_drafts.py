@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from vllm import SamplingParams
 
 from chorus.serve.engine.decoding import (
-    CLEAR_GAIN,
-    MOST_DRAFTS,
+    MAX_DRAFTS,
+    MIN_GAIN,
     Acceptance,
-    Way,
-    best_length,
+    DecodingChoice,
+    best_draft_length,
     tokens_per_step,
     why_not_speculative,
 )
@@ -43,7 +43,7 @@ class Counted:
         observe = Acceptance.observe
 
         def counted(acceptance: Acceptance, drafted: int, accepted: int) -> None:
-            if acceptance is core_of(engine).scheduler._ways.acceptance:
+            if acceptance is core_of(engine).scheduler._chooser.acceptance:
                 self.drafted, self.accepted = self.drafted + drafted, self.accepted + accepted
             observe(acceptance, drafted, accepted)
 
@@ -100,7 +100,7 @@ def test_any_schedule_of_drafts_is_exact(engine: Any, tiny_population: Path, see
         if output.request_id in tiers:
             check_against_reference(tiny_population, tiers[output.request_id], output)
     assert scheduler._speculating == {}
-    assert scheduler._kv._held == {}
+    assert scheduler._kv._allocations == {}
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free
 
 
@@ -137,7 +137,7 @@ def test_many_mixed_requests_leave_nothing_behind(engine: Any) -> None:
     assert set(range(count)) - cancelled <= answers["mixed"].keys()
     for idx in greedy & answers["mixed"].keys() - cancelled:
         assert answers["mixed"][idx] == answers["plain"][idx]
-    assert scheduler._speculating == scheduler._sampling == scheduler._mixtures == scheduler._kv._held == {}
+    assert scheduler._speculating == scheduler._sampling == scheduler._mixtures == scheduler._kv._allocations == {}
     assert scheduler._planned == {}
     assert scheduler._changed == set()
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free
@@ -224,7 +224,7 @@ def test_nothing_is_drafted_beside_requests_that_bar_it(engine: Any, tiny_popula
                 assert counted.drafted == before
     assert sorted(finished) == ["first", "second"]
     assert counted.drafted > before
-    assert core_of(engine).scheduler._barring == set()
+    assert core_of(engine).scheduler._draft_blockers == set()
 
 
 @pytest.mark.parametrize("more", [{"min_p": 0.1}, {"logit_bias": {5: 1.0}}, {"seed": 3}])
@@ -278,8 +278,8 @@ def test_repetitions_are_drafted_without_a_pass(engine: Any, tiny_population: Pa
 @pytest.fixture
 def drafts_many(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many drafts as there may be, whether they pay or not."""
-    monkeypatch.setattr(core_of(engine).scheduler._ways, "choose", lambda candidates: None)
-    monkeypatch.setattr(core_of(engine).scheduler._ways, "current", Way(drafts=MOST_DRAFTS))
+    monkeypatch.setattr(core_of(engine).scheduler._chooser, "choose", lambda candidates: None)
+    monkeypatch.setattr(core_of(engine).scheduler._chooser, "current", DecodingChoice(drafts=MAX_DRAFTS))
 
 
 @pytest.mark.usefixtures("drafts_many")
@@ -331,14 +331,14 @@ def test_drafts_of_different_lengths_keep_their_own_parameters(engine: Any, coun
     st.floats(0, 10),
 )
 def test_the_best_length_is_the_fastest(rates: list[float], others: int, fixed: float, per_draft: float) -> None:
-    best, speed = best_length(rates, others, lambda drafts: fixed + per_draft * drafts)
+    best, speed = best_draft_length(rates, others, lambda drafts: fixed + per_draft * drafts)
     speeds = []
-    for drafts in range(MOST_DRAFTS + 1):
+    for drafts in range(MAX_DRAFTS + 1):
         tokens = others + sum(sum(rate**j for j in range(drafts + 1)) for rate in rates)
         speeds.append(tokens / (fixed + per_draft * drafts))
     assert speed == pytest.approx(speeds[best])
     assert best == 0 or speed == pytest.approx(max(speeds))
-    assert speed >= max(speeds) / (CLEAR_GAIN + 0.01)
+    assert speed >= max(speeds) / (MIN_GAIN + 0.01)
 
 
 def test_acceptance_is_learned_from_accepted_and_first_rejected_drafts() -> None:

@@ -78,7 +78,7 @@ def test_requests_hold_blocks_only_for_their_members(engine: Any) -> None:
     # 200 tokens and one more fill 7 blocks of 32 in each member's group.
     assert held == {"economy": 7, "standard": 14, "max": 28}
     assert scheduler._mixtures == {}
-    assert scheduler._kv._held == {}
+    assert scheduler._kv._allocations == {}
 
 
 @pytest.mark.parametrize(("first", "second"), [("economy", "max"), ("max", "economy"), ("standard", "max")])

@@ -124,15 +124,15 @@ def test_what_takes_too_much_is_refused_with_a_sentence(config: Any, constraint:
     ("constraint", "says"),
     [
         ({"regex": "(a"}, "unclosed group"),
-        ({"grammar": 'root ::= "a'}, "cannot be made"),
+        ({"grammar": 'root ::= "a'}, "invalid structured output"),
         (
             {"json": {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}},
-            "no text fits it",
+            "no text matches the grammar",
         ),
-        ({"json": {"$ref": "#"}}, "no text fits it"),
-        ({"json": {"$ref": "#/nowhere"}}, "cannot be made"),
-        ({"json": {"type": "nothing"}}, "cannot be made"),
-        ({"structural_tag": "{}"}, "cannot be made"),
+        ({"json": {"$ref": "#"}}, "no text matches the grammar"),
+        ({"json": {"$ref": "#/nowhere"}}, "invalid structured output"),
+        ({"json": {"type": "nothing"}}, "invalid structured output"),
+        ({"structural_tag": "{}"}, "invalid structured output"),
     ],
 )
 def test_what_is_wrong_is_refused_with_a_sentence(config: Any, constraint: dict[str, Any], says: str) -> None:
@@ -176,7 +176,7 @@ def test_a_grammar_that_takes_too_long_for_each_token_ends_its_own_request() -> 
         num_tokens += 1
         grammar.fill_bitmask(None, 0)
     assert 1 <= num_tokens < 500
-    assert grammar.is_spent
+    assert grammar.is_exhausted
 
 
 def test_each_request_is_compiled_by_its_own_backend(config: Any) -> None:

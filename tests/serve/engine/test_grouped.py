@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm import SamplingParams
 
 from chorus.population import manifest
-from chorus.serve.engine.parallel import by_tier
+from chorus.serve.engine.parallel import tier_order
 from tests.serve.engine.asking import greedy, prompts
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -40,9 +40,9 @@ def calls(engine: Any, monkeypatch: pytest.MonkeyPatch, *, is_grouped: bool) -> 
         if not is_grouped:
             patch.setattr(runner.model, "grouped", None)
             patch.setitem(runner.__dict__, "_can_merge", False)
-        runner._planned_for = ([], b"", [])
+        runner._planned_batch = ([], b"", [])
         yield seen
-    runner._planned_for = ([], b"", [])
+    runner._planned_batch = ([], b"", [])
 
 
 def mixed(engine: Any, parameters: list[SamplingParams]) -> list[tuple[tuple[int, ...], list[float]]]:
@@ -80,7 +80,7 @@ def test_members_answer_together_as_each_does_by_itself(
 
 def test_the_members_of_small_tiers_run_first(engine: Any, tiny_population: Path) -> None:
     grouped = runner_of(engine).model.grouped
-    order = by_tier(manifest.load(tiny_population))
+    order = tier_order(manifest.load(tiny_population))
     assert grouped.ordered(range(4)) == order
     assert grouped.ordered(order[1:3]) == order[1:3]
 
@@ -90,7 +90,7 @@ def test_the_members_of_small_tiers_run_first(engine: Any, tiny_population: Path
 def test_each_row_meets_its_own_members_matrix(engine: Any, tiny_population: Path, name: str, sizes: list[int]) -> None:
     grouped = runner_of(engine).model.grouped
     population = manifest.load(tiny_population)
-    running = by_tier(population)[: len(sizes)]
+    running = tier_order(population)[: len(sizes)]
     linear = getattr(grouped._layers[1], f"_{name}")
     weights = [
         matrix_of(tiny_population / population.members[member].path, name).double() for member in running

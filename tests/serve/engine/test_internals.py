@@ -37,9 +37,9 @@ def test_another_vllm_is_found_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         "    async def same(self, *, a: int, **more: int) -> None: ...\n"
     )
     assert list(internals.differences(tmp_path)) == [
-        "sched.Scheduler.schedule: (self, throttle), not (self)",
-        "sched.Scheduler.gone: there is none",
-        "nowhere: there is no such module",
+        "sched.Scheduler.schedule: found (self, throttle), expected (self)",
+        "sched.Scheduler.gone: not found",
+        "nowhere: module not found",
     ]
 
 
@@ -59,5 +59,5 @@ def test_populations_are_refused_by_other_versions_and_plain_models_are_not(monk
     monkeypatch.setattr(vllm, "__version__", "0.33.1")
     plugin.register()
     assert list(hooks) == [ARCHITECTURE]
-    with pytest.raises(ChorusError, match=r"vLLM 0\.32\.x, and 0\.33\.1 is installed"):
+    with pytest.raises(ChorusError, match=r"vLLM 0\.32\.x, but 0\.33\.1 is installed"):
         hooks[ARCHITECTURE].verify_and_update_config(None)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chorus.serve.engine.mixing import make_headers, mix, mix_alike, uniform_headers
+from chorus.serve.engine.mixing import make_headers, mix, mix_common, uniform_headers
 from chorus.serve.engine.mixture import Mixture
 
 
@@ -33,24 +33,24 @@ def mixtures(draw: st.DrawFn, num_members: int) -> Mixture:
     )
 
 
-def pool(batch: list[Mixture], logits_MRV: Tensor, *, adds_up: bool = True) -> Tensor:
+def pool(batch: list[Mixture], logits_MRV: Tensor, *, sum_probabilities: bool = True) -> Tensor:
     asked: list[int] = []
 
     def logits_of(member: int, rows: Tensor | None) -> Tensor:
         asked.append(member)
         return logits_MRV[member] if rows is None else logits_MRV[member][rows]
 
-    mixed_RV = mix(make_headers(batch, len(logits_MRV)), logits_of, adds_up=adds_up)
+    mixed_RV = mix(make_headers(batch, len(logits_MRV)), logits_of, sum_probabilities=sum_probabilities)
     assert set(asked) == {m for mixture in batch for m in mixture.members}, "asked a member that no row runs"
     return mixed_RV
 
 
 @settings(max_examples=200, deadline=None)
-@given(batch=st.lists(mixtures(5), min_size=1, max_size=6), seed=st.integers(0, 2**31), adds_up=st.booleans())
-def test_any_batch_of_mixtures_is_pooled_row_by_row(batch: list[Mixture], seed: int, adds_up: bool) -> None:
+@given(batch=st.lists(mixtures(5), min_size=1, max_size=6), seed=st.integers(0, 2**31), sum_probabilities=st.booleans())
+def test_any_batch_of_mixtures_is_pooled_row_by_row(batch: list[Mixture], seed: int, sum_probabilities: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits_MRV = torch.randn(5, len(batch), 37, generator=generator) * 5
-    mixed_RV = pool(batch, logits_MRV, adds_up=adds_up)
+    mixed_RV = pool(batch, logits_MRV, sum_probabilities=sum_probabilities)
     assert mixed_RV.dtype == torch.float32
     for row, mixture in enumerate(batch):
         torch.testing.assert_close(mixed_RV[row].double(), reference(mixture, logits_MRV[:, row]), atol=2e-5, rtol=1e-5)
@@ -60,7 +60,7 @@ def test_any_batch_of_mixtures_is_pooled_row_by_row(batch: list[Mixture], seed: 
 @given(mixture=mixtures(4), num_rows=st.integers(1, 5), seed=st.integers(0, 2**31))
 def test_rows_of_one_mixture_need_no_headers(mixture: Mixture, num_rows: int, seed: int) -> None:
     logits_MRV = torch.randn(4, num_rows, 23, generator=torch.Generator().manual_seed(seed)) * 5
-    alike_RV = mix_alike(mixture, num_rows, lambda member, rows: logits_MRV[member])
+    alike_RV = mix_common(mixture, num_rows, lambda member, rows: logits_MRV[member])
     assert torch.equal(alike_RV, pool([mixture] * num_rows, logits_MRV))
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from chorus.population import manifest
 from chorus.population.errors import ChorusError
-from chorus.serve.engine.mixing import Wait, make_headers, mix, mix_alike
+from chorus.serve.engine.mixing import Exchange, make_headers, mix, mix_common
 from chorus.serve.engine.mixture import Mixture
-from chorus.serve.engine.parallel import SWITCH, place, settle
+from chorus.serve.engine.parallel import SWITCH, fix_placement, place
 from tests.serve.engine.test_mixing import mixtures
 
 
@@ -64,16 +64,16 @@ def test_parts_from_all_ranks_make_the_mixture(batch: list[Mixture], num_ranks: 
         return logits_MRV[member] if rows is None else logits_MRV[member][rows]
 
     def ask(rank: int, gather: Any) -> Tensor:
-        here = range(rank, 5, num_ranks)
+        local_members = range(rank, 5, num_ranks)
 
-        def logits_here(member: int, rows: Tensor | None) -> Tensor:
-            assert member in here
+        def local_logits(member: int, rows: Tensor | None) -> Tensor:
+            assert member in local_members
             return logits_of(member, rows)
 
-        exchange = Wait(members=here, gather=gather, vocab_size=23)
+        exchange = Exchange(members=local_members, gather=gather, vocab_size=23)
         if is_alike:
-            return mix_alike(batch[0], len(batch), logits_here, exchange)
-        return mix(make_headers(batch, 5), logits_here, exchange)
+            return mix_common(batch[0], len(batch), local_logits, exchange)
+        return mix(make_headers(batch, 5), local_logits, exchange)
 
     expected_RV = mix(make_headers(batch, 5), logits_of)
     found = in_step(num_ranks, ask)
@@ -92,16 +92,16 @@ def configured(directory: Any, num_ranks: int, **options: Any) -> Any:
 
 def test_members_are_placed_once_and_only_on_several_ranks(tiny_population: Any) -> None:
     config = configured(tiny_population, 2, **{SWITCH: True})
-    settle(config)
+    fix_placement(config)
     placed = config.additional_config[SWITCH]
     assert placed == place(manifest.load(tiny_population), 2)
-    settle(config)
+    fix_placement(config)
     assert config.additional_config[SWITCH] is placed
     for unchanged in (configured(tiny_population, 1, **{SWITCH: True}), configured(tiny_population, 2)):
-        settle(unchanged)
+        fix_placement(unchanged)
         assert SWITCH not in unchanged.additional_config
 
 
 def test_more_ranks_than_members_are_refused(tiny_population: Any) -> None:
-    with pytest.raises(ChorusError, match="5 ranks cannot each hold a member: the population has 4"):
-        settle(configured(tiny_population, 5, **{SWITCH: True}))
+    with pytest.raises(ChorusError, match="5 ranks cannot each hold a member: the population has only 4"):
+        fix_placement(configured(tiny_population, 5, **{SWITCH: True}))

@@ -137,7 +137,7 @@ def test_a_thousand_random_requests_leave_nothing_behind(engine: Any) -> None:
     core.step()
     engine.reset_prefix_cache()
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free
-    left = [scheduler._mixtures, scheduler._deadlines, scheduler._kv._held, scheduler._changed]
+    left = [scheduler._mixtures, scheduler._deadlines, scheduler._kv._allocations, scheduler._changed]
     assert not any(left)
     for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
         assert not any([manager.req_to_blocks, manager.num_cached_block])

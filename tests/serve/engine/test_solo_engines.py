@@ -115,7 +115,7 @@ def test_drafts_in_bfloat16_are_verified_beside_sampled_requests(tiny_population
         ]
         for output in half.generate(prompts(len(asked)), asked, use_tqdm=False):
             assert len(output.outputs[0].token_ids) == 24
-        assert half.llm_engine.engine_core.engine_core.scheduler._ways.acceptance.accepted > 0
+        assert half.llm_engine.engine_core.engine_core.scheduler._chooser.acceptance.accepted > 0
 
 
 @pytest.mark.parametrize("whole_members", [False, True], ids=["sharded", "whole members on each rank"])

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from chorus.serve.engine.chooser import Candidate, DecodingChooser, Kind
 from chorus.serve.engine.deadline import StepCost, StepLoad
 from chorus.serve.engine.decoding import Acceptance, tokens_per_step
 from chorus.serve.engine.mixture import Mixture
-from chorus.serve.engine.ways import Candidate, Kind, Ways
 
 SIX = Mixture(tier="max", members=tuple(range(6)), weights=(1 / 6,) * 6, pool="linear", temperature=1.0)
 
@@ -26,7 +26,7 @@ class Engine:
         self, factors: dict[Kind, float], *, acceptance: float, num_requests: int = 1, can_be_sampled: bool = True
     ) -> None:
         self.cost, self.dice = StepCost(), random.Random(1)
-        self.ways = Ways(self.cost)
+        self.chooser = DecodingChooser(self.cost)
         self.taken = Counter[Kind]()
         self.seconds = self.tokens = 0.0
         self._factors, self._acceptance, self._can_be_sampled = factors, acceptance, can_be_sampled
@@ -42,11 +42,11 @@ class Engine:
 
     def run(self, num_steps: int) -> None:
         for _ in range(num_steps):
-            self.ways.choose(self._candidates)
+            self.chooser.choose(self._candidates)
             self._step()
 
     def _step(self) -> None:
-        way, count = self.ways.current, len(self._candidates)
+        way, count = self.chooser.current, len(self._candidates)
         load = StepLoad(requests=count, active_members=6, member_rows=6 * count)
         kind: Kind = "plain"
         tokens = float(count)
@@ -66,7 +66,7 @@ class Engine:
                 assert each.acceptance is not None
                 each.acceptance.observe(k, accepted)
         seconds = linear_s(load) * self._factors[kind] * self.dice.lognormvariate(0, 0.1)
-        self.ways.observe_step(kind, load, seconds, num_requests=count)
+        self.chooser.observe_step(kind, load, seconds, num_requests=count)
         if kind != "drafts":
             self.cost.observe(load, seconds, members_s=seconds - 0.001)
         self.taken[kind] += 1

@@ -1,4 +1,4 @@
-"""Ten times too much for a minute: whether everybody gets an answer, in what memory, and how soon all is well again.
+"""Ten times overload for a minute: whether every request gets an answer, peak memory, and time to recover.
 
 Measures the capacity with 16 streams, then sends Poisson arrivals at a multiple of it. Usage:
 
@@ -31,7 +31,7 @@ RECOVERY_BAR_S = 10.0
 
 
 class Memory(threading.Thread):
-    """Watches the resident memory of the gateway and of its engine, in MiB."""
+    """Samples the resident memory of the gateway and of its engine every second, in MiB."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -49,7 +49,7 @@ class Memory(threading.Thread):
 
 def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
     plan = Plan(url=url, max_tokens=options.tokens, streams=True, timeout_s=90)
-    asyncio.run(run(replace(plan, num_streams=16, duration_s=4)))  # warms up
+    asyncio.run(run(replace(plan, num_streams=16, duration_s=4)))  # warm-up
     alone_s = max(each.total_s for each in asyncio.run(run(replace(plan, num_streams=1, duration_s=4))))
     crowd = asyncio.run(run(replace(plan, num_streams=16, duration_s=10)))
     capacity = len(crowd) / max(each.at_s + each.total_s for each in crowd)
@@ -57,7 +57,7 @@ def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
 
     memory = Memory()
     memory.start()
-    # A third each: as they come, with a deadline, and with one at which the answer is cut.
+    # One third each: no deadline, a deadline, and a deadline at which the answer is truncated.
     flood = replace(plan, rate_per_s=options.factor * capacity, duration_s=options.seconds)
     sent = asyncio.run(_together(flood, alone_s))
     ended_at = time.perf_counter()

@@ -96,7 +96,7 @@ def test_warns_where_a_tier_is_not_better_than_the_one_below():
 
     assert any("max is not better than economy" in warning for warning in fit.warnings)
     assert (fit.tiers[-1].mixture.members, fit.tiers[-1].mixture.weights) == ((0,), (1.0,))
-    assert "max runs 1 of 2 members: the others get weight 0 on this text" in fit.warnings
+    assert "max runs 1 of 2 members: the others have weight 0 on this text" in fit.warnings
     assert not any("better" in warning for warning in fit_prior(some_held_out(4)).warnings)
 
 

@@ -173,12 +173,12 @@ def measure(url: str, *, tokens: int = 48) -> Costs:
         for prompt in (32, 96):
             ((first_s, token_s),) = _streams(url, [model], prompt=prompt, tokens=4)
             prompts.append((members * prompt, max(0.0, first_s - token_s)))
-    cheapest, dearest = min(tiers, key=tiers.__getitem__), max(tiers, key=tiers.__getitem__)
+    smallest, largest = min(tiers, key=tiers.__getitem__), max(tiers, key=tiers.__getitem__)
     for count in (1, 2):  # only mixed batches pay for separating the members' rows
-        mix = [dearest] * count + [cheapest] * (3 * count)
+        mix = [largest] * count + [smallest] * (3 * count)
         times = _streams(url, mix, prompt=8, tokens=tokens)
         rows = sum(tiers[model] for model in mix)
-        observed.append((tiers[dearest], rows, float(np.median([token_s for _, token_s in times]))))
+        observed.append((tiers[largest], rows, float(np.median([token_s for _, token_s in times]))))
     return fit(observed, prompts)
 
 

@@ -49,7 +49,7 @@ def measure(url: str, directory: Path, options: argparse.Namespace) -> dict[str,
     crowd = asyncio.run(run(replace(plan, num_streams=16, duration_s=options.seconds)))
     busy_s = max(each.at_s + each.total_s for each in crowd)
     capacity = len(crowd) / busy_s
-    found: dict[str, Any] = {"unloaded_s": unloaded_s, "capacity_per_s": capacity, "runs": []}
+    results: dict[str, Any] = {"unloaded_s": unloaded_s, "capacity_per_s": capacity, "runs": []}
     print(f"{largest.name}: {unloaded_s:.2f} s alone, {capacity:.2f} requests/s at 16 streams", flush=True)
     sent: dict[tuple[float, str], list[Sent]] = {}
     for round_ in range(options.rounds):
@@ -77,8 +77,8 @@ def measure(url: str, directory: Path, options: argparse.Namespace) -> dict[str,
                 print(f"round {round_ + 1}, {factor} {policy:10} {shown}", flush=True)
     for (factor, policy), all_sent in sent.items():
         figures = summarise(all_sent, cards, options.rounds * options.seconds)
-        found["runs"].append({"factor": factor, "policy": policy, **figures})
-    return found
+        results["runs"].append({"factor": factor, "policy": policy, **figures})
+    return results
 
 
 def verdicts(runs: list[dict[str, Any]]) -> Iterator[str]:
@@ -129,21 +129,21 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with contextlib.ExitStack() as stack:
         url = options.url or stack.enter_context(chorus_serve(str(options.directory), engine_arguments))[0]
-        found = measure(url, options.directory, options)
+        results = measure(url, options.directory, options)
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     print(
         f"{'load':>5} {'policy':10}{'in time':>9}{'bar':>6}{'refused':>9}{'members':>9}{'loss':>8}{'good/s':>8}{'p99, s':>8}"
     )
-    for each in found["runs"]:
+    for each in results["runs"]:
         bar = f"{BARS[each['factor']]:.0%}" if each["policy"] == CHORUS else ""
         print(
             f"{each['factor']:>5} {each['policy']:10}{each['attainment'] or 0:>9.1%}{bar:>6}{each['refused_429']:>9}"
             f"{each['mean_members'] or 0:>9.2f}{each.get('expected_loss_nats') or 0:>8.3f}"
             f"{each['requests_in_time_per_s']:>8.2f}{each['total_ms'].get('p99', 0) / 1000:>8.2f}"
         )
-    for line in [] if options.plain else verdicts(found["runs"]):
+    for line in [] if options.plain else verdicts(results["runs"]):
         print(line)
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

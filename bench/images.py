@@ -105,7 +105,7 @@ class Build:
     def environment(self, name: str) -> dict[str, str]:
         """Environment set by ENV in a stage and its base stages."""
         stage = self.stages[name]
-        known = (
+        environment = (
             self.environment(stage.base)
             if stage.base in self.stages
             else {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"}
@@ -113,8 +113,8 @@ class Build:
         for each in stage.instructions:
             if each.word == "ENV":
                 pairs = (word.split("=", 1) for word in shlex.split(each.rest))
-                known = known | {key: value.replace("$PATH", known["PATH"]) for key, value in pairs}
-        return known
+                environment = environment | {key: value.replace("$PATH", environment["PATH"]) for key, value in pairs}
+        return environment
 
     def _system(self) -> Path:
         root = self._directory / "system"

@@ -92,7 +92,7 @@ async def _together(flood: Plan, alone_s: float) -> list[Sent]:
         replace(part, budgets_ms=budgets, seed=1),
         replace(part, budgets_ms=budgets, on_deadline="truncate", streams=False, seed=2),
     ]
-    return [sent for found in await asyncio.gather(*(run(plan) for plan in plans)) for sent in found]
+    return [sent for of_plan in await asyncio.gather(*(run(plan) for plan in plans)) for sent in of_plan]
 
 
 def main() -> None:
@@ -106,11 +106,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(chorus_serve(options.directory, engine_arguments))[0]
-        found = measure(url, options)
+        results = measure(url, options)
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    for name, value in found.items():
+    for name, value in results.items():
         print(f"{name:22}{value}")
-    print(json.dumps({**found, "bars": {"failed_5xx": 0, "hung_or_broken": {}, "recovery_s": RECOVERY_BAR_S}}))
+    print(json.dumps({**results, "bars": {"failed_5xx": 0, "hung_or_broken": {}, "recovery_s": RECOVERY_BAR_S}}))
 
 
 if __name__ == "__main__":

@@ -47,21 +47,20 @@ Step = Callable[[], object]
 def main() -> None:
     """Time all kinds of steps in turn, then print the table."""
     arguments = _parse()
-    if (
-        not ALLOCATOR.items() <= os.environ.items()
-    ):  # as `chorus train` starts its processes; the bare loop gains by it too
+    # `chorus train` starts its processes with this allocator. The bare loop gains from it, too.
+    if not ALLOCATOR.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, "-m", "bench.train", *sys.argv[1:]], {**os.environ, **ALLOCATOR})
     torch.set_num_threads(arguments.threads)
     device = choose_device(0)
     with tempfile.TemporaryDirectory(prefix="chorus-bench-") as name:
         run = make_run(Path(name), arguments)
-        ways = make_ways(run, device, compiled=arguments.compile)
-        begun = {way: timed(step, 2, device) * 2 for way, step in ways.items()}
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        steps = make_steps(run, device, compiled=arguments.compile)
+        first_two_s = {kind: timed(step, 2, device) * 2 for kind, step in steps.items()}
+        seconds: dict[str, list[float]] = {kind: [] for kind in steps}
         for _ in range(arguments.rounds):
-            for way, step in ways.items():
-                seconds[way].append(timed(step, arguments.steps, device))
-    report(run, {way: statistics.median(found) for way, found in seconds.items()}, begun, device, arguments)
+            for kind, step in steps.items():
+                seconds[kind].append(timed(step, arguments.steps, device))
+    report(run, {kind: statistics.median(times) for kind, times in seconds.items()}, first_two_s, device, arguments)
 
 
 def make_run(directory: Path, arguments: argparse.Namespace) -> Run:
@@ -80,9 +79,9 @@ def make_run(directory: Path, arguments: argparse.Namespace) -> Run:
     return Run.load(directory)
 
 
-def make_ways(run: Run, device: torch.device, *, compiled: bool) -> dict[str, Step]:
+def make_steps(run: Run, device: torch.device, *, compiled: bool) -> dict[str, Step]:
     """The steps to time, by name."""
-    ways: dict[str, Step] = {
+    steps: dict[str, Step] = {
         "bare": bare_step(run, device),
         "bare32": bare_step(run, device, newton_schulz=torch.float32),
         "ours": our_step(run, device),
@@ -94,9 +93,9 @@ def make_ways(run: Run, device: torch.device, *, compiled: bool) -> dict[str, St
             settings=Settings(**{**vars(run.settings), "compile": True}),
             prepared=run.prepared,
         )
-        ways["compiled"] = our_step(changed, device)
-        ways["compiled, taught"] = our_step(changed, device, taught=True)
-    return ways
+        steps["compiled"] = our_step(changed, device)
+        steps["compiled, taught"] = our_step(changed, device, taught=True)
+    return steps
 
 
 def our_step(run: Run, device: torch.device, *, taught: bool = False) -> Step:
@@ -200,7 +199,11 @@ def product_rate(device: torch.device) -> tuple[float, str]:
 
 
 def report(
-    run: Run, seconds: dict[str, float], begun: dict[str, float], device: torch.device, arguments: argparse.Namespace
+    run: Run,
+    seconds: dict[str, float],
+    first_two_s: dict[str, float],
+    device: torch.device,
+    arguments: argparse.Namespace,
 ) -> None:
     """Print the table."""
     shape, tokens = run.shape, run.schedule(0).cycles()[0].batch_rows * run.settings.context_length
@@ -215,14 +218,14 @@ def report(
     print("| step | tokens/s | against the bare loop | bar | of the product rate | MFU | first two steps |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     baseline = min(seconds["bare"], seconds["bare32"])
-    for way, own in seconds.items():
-        work = shape.flops_per_token * tokens * (4 / 3 if "taught" in way else 1)
-        bar = f"{BARS[way]:.2f}x" if way in BARS else ""
-        against = f"{(seconds['ours'] if way == 'taught' else baseline) / own:.2f}x"
-        against += " of ours" if way == "taught" else ""
+    for kind, own in seconds.items():
+        work = shape.flops_per_token * tokens * (4 / 3 if "taught" in kind else 1)
+        bar = f"{BARS[kind]:.2f}x" if kind in BARS else ""
+        against = f"{(seconds['ours'] if kind == 'taught' else baseline) / own:.2f}x"
+        against += " of ours" if kind == "taught" else ""
         mfu = f"{work / own / peak:.1%}" if peak else "-"
         print(
-            f"| {way} | {tokens / own:,.0f} | {against} | {bar} | {work / own / rate:.0%} | {mfu} | {begun[way]:.1f} s |"
+            f"| {kind} | {tokens / own:,.0f} | {against} | {bar} | {work / own / rate:.0%} | {mfu} | {first_two_s[kind]:.1f} s |"
         )
 
 

@@ -68,7 +68,7 @@ def prior() -> None:
 @click.option(
     "--budgets",
     help="Tiers and their limits: in members `economy=1,standard=2`, or `small=1.5x`, `small=200MB`, `small=12ms`. A tier `max` of "
-    "all useful members is added.",
+    "all useful members is added if it is larger.",
 )
 @click.option(
     "--max-latency-ms", type=click.FloatRange(min=0, min_open=True), help="Most milliseconds per token, for every tier."

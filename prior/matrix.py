@@ -134,13 +134,13 @@ class RowFile:
     def _index(self) -> Index:
         path = self._directory / INDEX
         try:
-            found = Index.model_validate_json(path.read_bytes())
+            index = Index.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             return self._empty
         except ValidationError as error:
             logger.warning("%s is damaged; recomputing its rows (%s)", path, type(error).__name__)
             return self._empty
-        if found.model_copy(update={"rows": ()}) != self._empty:
+        if index.model_copy(update={"rows": ()}) != self._empty:
             logger.warning("%s belongs to another text; recomputing its rows", path)
             return self._empty
-        return found
+        return index

@@ -225,9 +225,9 @@ def evaluate(
     click.echo(f"{split.num_scored:,} tokens in {split.split.num_documents} documents of {corpus}")
     console.print(shift_table(population, shifts), highlight=False)
     console.print(
-        "\nWith new weights, with new members: the change in loss if the weights of the same members, or the members too (as many) "
-        "were fitted to this kind of text: fitted on one half of it and evaluated on the other, both ways. Only an interval "
-        "entirely below zero shows a gain.",
+        "\nWith new weights, with new members: the change in loss from fitting new weights for the same members, or from choosing "
+        "the same number of members anew. Both are fitted on one half of this text and evaluated on the other, both ways. Only an "
+        "interval entirely below zero shows a gain.",
         highlight=False,
         soft_wrap=True,
     )

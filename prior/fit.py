@@ -192,7 +192,7 @@ def fit_prior(
     sizes = tier_sizes(_distinct(limited, limited_sizes) if limited else budgets, len(choices), num_useful)
     if (largest := max(sizes.values())) > len(choices):
         raise ChorusError(
-            f"a tier has a budget of {largest} members, but only {len(choices)} fit under the cap for all tiers."
+            f"a tier has a budget of {largest} members, but only {len(choices)} on the nested path fit under the cap for all tiers."
         )
     all_members = solve(held_out.fitted)
     reference_M = reference_weights(held_out.fitted)

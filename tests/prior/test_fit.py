@@ -161,7 +161,7 @@ def test_tiers_that_are_limited_in_cost_keep_to_it_and_are_nested():
         assert set(below.mixture.members) < set(tier.mixture.members)
     with pytest.raises(ChorusError, match="the same 1 members"):
         fit_prior(held_out, limited=("a", "b"), limits=Limits(costs_M=np.ones(8), tiers=(1.0, 1.5)))
-    with pytest.raises(ChorusError, match=r"only \d fit under the cap"):
+    with pytest.raises(ChorusError, match=r"only \d on the nested path fit under the cap"):
         fit_prior(held_out, budgets={"a": 4}, limits=Limits(costs_M=np.ones(8), cap=3.0))
 
 

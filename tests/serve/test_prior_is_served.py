@@ -154,7 +154,7 @@ def test_refuses_what_is_no_engine_of_this_population(chorus_server: ChorusServe
         connect("127.0.0.1:8000", population)
     with pytest.raises(ChorusError, match="Is an engine running"):
         connect("http://127.0.0.1:9", population)
-    with pytest.raises(ChorusError, match="expected were 'elsewhere'"):
+    with pytest.raises(ChorusError, match="expected 'elsewhere'"):
         connect(chorus_server.url, population.model_copy(update={"name": "elsewhere"}))
     split = ScoredSplit(name="test", split=TokenSplit.from_documents([[1, 2, 3]]), context_length=9)
     engine = connect(chorus_server.engine_url, population)

@@ -1,12 +1,12 @@
-"""How many engines a load needs: a simulation of gateways before engines, driven by step costs that were measured on one engine.
+"""Capacity planning: simulates a gateway with several engines under a load, with step costs measured on one engine.
 
-    python -m bench.capacity --measure http://127.0.0.1:8000 --save costs.json        # one engine behind it, idle otherwise
+    python -m bench.capacity --measure http://127.0.0.1:8000 --save costs.json    # a gateway with one otherwise idle engine
     python -m bench.capacity --costs costs.json --rate 30 --tiers 1=0.7,8=0.3 --prompt 400 --answer 200 --budget-ms 4000
 
-An engine runs its sequences step by step. A step costs a constant, something for each member that runs at all, for each member
-row, and for each token of new prompts in each of their members. Requests wait in one queue for the engine with the fewest member
-rows, as in the gateway. Left out, which makes a plan safe: tiers that shrink, and members that leave late requests. Left out, which
-does not: preemption when KV blocks run out (docs/operations.md counts them), and networks.
+The time of an engine's step is a constant plus a cost per running member, per member row, and per prompt token and member.
+Requests wait in one queue for the engine with the fewest member rows, as in the gateway. Not modelled: shrinking tiers and
+dropped members, which makes plans conservative; networks, and preemption when KV blocks run out (docs/operations.md counts them),
+which makes them optimistic.
 """
 
 import argparse
@@ -26,25 +26,25 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Of a step, in milliseconds."""
+    """Costs of a step, in milliseconds."""
 
     step_ms: float
-    """Of any step."""
+    """Constant per step."""
     member_ms: float
-    """For each member that some sequence runs."""
+    """Per member that at least one sequence runs."""
     row_ms: float
-    """For each member row: a sequence of four members has four."""
+    """Per member row; a sequence with four members has four."""
     prompt_ms: float
-    """For each token of a new prompt and each of its members."""
+    """Per token of a new prompt and member that runs it."""
 
     def of(self, *, members: int, rows: int, prompt_rows: int = 0) -> float:
-        """Seconds of one step."""
+        """Duration of one step, in seconds."""
         return (self.step_ms + self.member_ms * members + self.row_ms * rows + self.prompt_ms * prompt_rows) / 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What arrives: tiers are nested, so a number of members is enough."""
+    """An arriving request. Tiers are nested, so the number of members suffices."""
 
     at_s: float
     members: int
@@ -54,7 +54,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a request, in seconds from its arrival."""
+    """Times of a served request, in seconds from its arrival."""
 
     request: Request
     waited_s: float
@@ -65,7 +65,7 @@ class Outcome:
 class _Engine:
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
-        self.running: list[list[Any]] = []  # request, when it began, when its first token came, tokens left
+        self.running: list[list[Any]] = []  # request, start time, time of the first token or None, tokens left
         self.step_ends_at: float | None = None
         self.busy_s = 0.0
 
@@ -82,7 +82,7 @@ class _Engine:
         self._in_step = list(self.running)
 
     def end_step(self, now: float) -> Iterator[Outcome]:
-        """Every sequence of the step has one token more; those that are complete leave."""
+        """Add a token to every sequence of the step. Removes and yields complete ones."""
         self.step_ends_at = None
         for entry in self._in_step:
             request, began_at, first_at, left = entry
@@ -96,7 +96,7 @@ class _Engine:
 def simulate(
     requests: Iterable[Request], costs: Costs, *, engines: int, max_sequences: int
 ) -> tuple[list[Outcome], float]:
-    """Outcomes in the order of their ends, and the mean part of the time in which an engine was busy."""
+    """Outcomes in order of completion, and the mean fraction of time that the engines were busy."""
     pool = [_Engine(costs) for _ in range(engines)]
     arrivals, queue, outcomes = deque(sorted(requests, key=lambda each: each.at_s)), deque[Request](), list[Outcome]()
     now = began = arrivals[0].at_s
@@ -123,26 +123,27 @@ def simulate(
 def poisson(
     *, rate: float, seconds: float, tiers: dict[int, float], prompt: int, answer: int, seed: int, is_fixed: bool = False
 ) -> list[Request]:
-    """Poisson arrivals; members by their shares, lengths geometric around their means unless `is_fixed`."""
+    """Poisson arrivals with a random number of members by share. Lengths are geometric, cut at 8 times the mean, or all equal to
+    the mean if `is_fixed`."""
     rng = random.Random(seed)
-    found, at_s = list[Request](), 0.0
+    requests, at_s = list[Request](), 0.0
 
     def length(mean: int) -> int:
         return mean if is_fixed else max(1, min(8 * mean, int(rng.expovariate(1 / mean)) + 1))
 
     while (at_s := at_s + rng.expovariate(rate)) < seconds:
         (members,) = rng.choices(list(tiers), weights=list(tiers.values()))
-        found.append(Request(at_s=at_s, members=members, prompt_tokens=length(prompt), answer_tokens=length(answer)))
-    return found
+        requests.append(Request(at_s=at_s, members=members, prompt_tokens=length(prompt), answer_tokens=length(answer)))
+    return requests
 
 
 def fit(observed: Sequence[tuple[int, int, float]], prompts: Sequence[tuple[int, float]]) -> Costs:
-    """Costs by least squares with weights at or above zero, from (members, rows, seconds per token) and, for prompts, (member
-    tokens, seconds to the first token beyond one step)."""
+    """Non-negative least squares from (members, rows, seconds per token) and, for prompts, (prompt tokens times members, seconds to
+    the first token minus one step)."""
     features = np.array([[1.0, members, rows] for members, rows, _ in observed])
     target = np.array([seconds * 1000 for *_, seconds in observed])
     weights = np.zeros(3)
-    for _ in range(2000):  # coordinate descent: exact for so few
+    for _ in range(2000):  # coordinate descent: converges for 3 unknowns
         for idx in range(3):
             others = features @ weights - features[:, idx] * weights[idx]
             weights[idx] = max(0.0, float(features[:, idx] @ (target - others) / (features[:, idx] @ features[:, idx])))
@@ -154,14 +155,14 @@ def fit(observed: Sequence[tuple[int, int, float]], prompts: Sequence[tuple[int,
 
 
 def measure(url: str, *, tokens: int = 48) -> Costs:
-    """Costs of the engine behind a gateway: streams at every tier, one and several at once, and of two tiers together."""
+    """Measure the engine behind a gateway with streams of every tier, one or several at once, and of two tiers together."""
     cards = httpx.get(f"{url}/v1/models").json()["data"]
     tiers = {
         card["id"]: len(card["population"]["members"]) for card in cards if ":" in card["id"] and "population" in card
     }
     if not tiers:
         raise SystemExit(
-            f"{url} offers no tiers: --measure asks through a gateway (chorus serve), not an engine by itself."
+            f"{url} offers no tiers: --measure needs the address of a gateway (chorus serve), not of an engine."
         )
     observed, prompts = list[tuple[int, int, float]](), list[tuple[int, float]]()
     for model, members in tiers.items():
@@ -172,32 +173,32 @@ def measure(url: str, *, tokens: int = 48) -> Costs:
         for prompt in (32, 96):
             ((first_s, token_s),) = _streams(url, [model], prompt=prompt, tokens=4)
             prompts.append((members * prompt, max(0.0, first_s - token_s)))
-    cheapest, dearest = min(tiers, key=tiers.__getitem__), max(tiers, key=tiers.__getitem__)
-    for count in (1, 2):  # in a mixed batch rows have to be told apart, which batches of one tier do not show
-        mix = [dearest] * count + [cheapest] * (3 * count)
+    smallest, largest = min(tiers, key=tiers.__getitem__), max(tiers, key=tiers.__getitem__)
+    for count in (1, 2):  # only mixed batches pay for separating the members' rows
+        mix = [largest] * count + [smallest] * (3 * count)
         times = _streams(url, mix, prompt=8, tokens=tokens)
         rows = sum(tiers[model] for model in mix)
-        observed.append((tiers[dearest], rows, float(np.median([token_s for _, token_s in times]))))
+        observed.append((tiers[largest], rows, float(np.median([token_s for _, token_s in times]))))
     return fit(observed, prompts)
 
 
 def _streams(url: str, models: Sequence[str], *, prompt: int, tokens: int) -> list[tuple[float, float]]:
-    found = list[tuple[float, float]]()
+    times = list[tuple[float, float]]()
     threads = [
-        threading.Thread(target=lambda model=model: found.append(_stream(url, model, prompt=prompt, tokens=tokens)))
+        threading.Thread(target=lambda model=model: times.append(_stream(url, model, prompt=prompt, tokens=tokens)))
         for model in models
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return found
+    return times
 
 
 def _stream(url: str, model: str, *, prompt: int, tokens: int) -> tuple[float, float]:
-    """Seconds to the first token, and for each further one."""
-    words = [random.randrange(3, 200) for _ in range(prompt)]  # nothing for the prefix cache
-    body = {"model": model, "prompt": words, "max_tokens": tokens, "ignore_eos": True, "stream": True}
+    """Seconds to the first token, and per further token."""
+    prompt_tokens = [random.randrange(3, 200) for _ in range(prompt)]  # random, to miss the prefix cache
+    body = {"model": model, "prompt": prompt_tokens, "max_tokens": tokens, "ignore_eos": True, "stream": True}
     began, times = time.perf_counter(), list[float]()
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as answer:
         answer.raise_for_status()
@@ -208,7 +209,7 @@ def _stream(url: str, model: str, *, prompt: int, tokens: int) -> tuple[float, f
 
 
 def plan(options: argparse.Namespace, costs: Costs) -> None:
-    """Print a row for each number of engines, up to one that suffices."""
+    """Print a row for each number of engines, up to the first that meets the attainment."""
     tiers = {int(members): float(share) for members, share in (part.split("=") for part in options.tiers.split(","))}
     requests = poisson(
         rate=options.rate,
@@ -227,12 +228,12 @@ def plan(options: argparse.Namespace, costs: Costs) -> None:
         outcomes, busy = simulate(requests, costs, engines=engines, max_sequences=options.max_sequences)
         in_time = sum(each.total_s * 1000 <= options.budget_ms for each in outcomes) / len(outcomes)
 
-        def at(percent: float, name: str, found: list[Outcome] = outcomes) -> str:
-            return f"{1000 * np.percentile([getattr(each, name) for each in found], percent):,.0f} ms"
+        def quantile(percent: float, name: str, outcomes: list[Outcome] = outcomes) -> str:
+            return f"{1000 * np.percentile([getattr(each, name) for each in outcomes], percent):,.0f} ms"
 
         print(
-            f"| {engines} | {busy:.0%} | {at(95, 'waited_s')} | {at(95, 'first_token_s')} | {at(50, 'total_s')} "
-            f"| {at(95, 'total_s')} | {in_time:.1%} |"
+            f"| {engines} | {busy:.0%} | {quantile(95, 'waited_s')} | {quantile(95, 'first_token_s')} "
+            f"| {quantile(50, 'total_s')} | {quantile(95, 'total_s')} | {in_time:.1%} |"
         )
         if in_time >= options.attainment:
             return
@@ -240,23 +241,23 @@ def plan(options: argparse.Namespace, costs: Costs) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", metavar="URL", help="Measure the engine behind this gateway.")
-    parser.add_argument("--save", type=Path, help="Where the measured costs go.")
-    parser.add_argument("--costs", type=Path, help="Costs measured before, as JSON.")
+    parser.add_argument("--measure", metavar="URL", help="Gateway whose engine to measure.")
+    parser.add_argument("--save", type=Path, help="File for the measured costs.")
+    parser.add_argument("--costs", type=Path, help="File of measured costs, from --save.")
     parser.add_argument("--rate", type=float, help="Mean arrivals per second.")
-    parser.add_argument("--tiers", default="1=1", help="Members and shares: 1=0.7,8=0.3.")
-    parser.add_argument("--prompt", type=int, default=200, help="Mean tokens of a prompt.")
-    parser.add_argument("--answer", type=int, default=200, help="Mean tokens of an answer.")
-    parser.add_argument("--fixed", action="store_true", help="All prompts and answers have their mean length.")
-    parser.add_argument("--budget-ms", type=float, default=10_000, help="Time in which answers should be complete.")
-    parser.add_argument("--attainment", type=float, default=0.99, help="Share of the answers that should be in time.")
-    parser.add_argument("--max-sequences", type=int, default=64, help="As of the gateway.")
-    parser.add_argument("--seconds", type=float, default=300, help="Simulated.")
-    parser.add_argument("--most", type=int, default=64, help="Engines, at most.")
+    parser.add_argument("--tiers", default="1=1", help="Shares of requests by number of members: 1=0.7,8=0.3.")
+    parser.add_argument("--prompt", type=int, default=200, help="Mean tokens per prompt.")
+    parser.add_argument("--answer", type=int, default=200, help="Mean tokens per answer.")
+    parser.add_argument("--fixed", action="store_true", help="Give all prompts and answers their mean length.")
+    parser.add_argument("--budget-ms", type=float, default=10_000, help="Time budget for a whole answer.")
+    parser.add_argument("--attainment", type=float, default=0.99, help="Share of answers required to be in time.")
+    parser.add_argument("--max-sequences", type=int, default=64, help="Most sequences per engine, as in the gateway.")
+    parser.add_argument("--seconds", type=float, default=300, help="Duration of the simulated arrivals.")
+    parser.add_argument("--most", type=int, default=64, help="Most engines to try.")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if (options.measure is None) == (options.costs is None):
-        parser.error("give --costs FILE, or --measure URL to get them")
+        parser.error("give --costs FILE, or --measure URL to measure them")
     costs = measure(options.measure) if options.measure else Costs(**json.loads(options.costs.read_text()))
     if options.save is not None:
         options.save.write_text(json.dumps(asdict(costs), indent=2) + "\n")

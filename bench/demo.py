@@ -1,8 +1,8 @@
-"""The main job on real input, as a user would do it: train a population, fit its prior, serve it, ask every tier for a completion.
+"""Demo of the whole workflow: trains a population, fits its prior, serves it and requests a completion from every tier.
 
     python bench/demo.py [OUT]        (`make demo` sets up the environment first; OUT is build/demo by default)
 
-What is already there is reused. Ends with a table, and writes the same figures to OUT/figures.json.
+Results of earlier runs are reused. Prints a table and writes the same figures to OUT/figures.json.
 """
 
 import json
@@ -31,29 +31,29 @@ console = Console()
 
 
 def main(out: Path) -> None:
-    """Run every stage that has not run yet, then ask and report."""
+    """Run every stage that has not run yet, then request completions and report."""
     directory, started = out / "population", time.monotonic()
-    say("Train", "a population on the source of Python's standard library")
+    announce("Train", "a population on the source of Python's standard library")
     run("train", "stdlib", "--out", str(directory))
     if not manifest.load(directory).prior_version:
-        say("Fit", "members and weights for every budget, on held-out text")
+        announce("Fit", "members and weights for every budget, on held-out text")
         run("prior", "fit", str(directory))
-    say("Serve", "all members in one engine, behind an OpenAI API")
+    announce("Serve", "all members in one engine, behind an OpenAI API")
     with served(directory, out / "serve.log") as url:
-        rows = ask_every_tier(directory, OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0))
+        rows = complete_with_every_tier(directory, OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0))
     figures = summarise(directory, rows, seconds=time.monotonic() - started)
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     report(figures, out)
 
 
-def ask_every_tier(directory: Path, client: OpenAI) -> list[dict[str, Any]]:
-    """One completion for each tier, from the same seed, and how fast its tokens came."""
+def complete_with_every_tier(directory: Path, client: OpenAI) -> list[dict[str, Any]]:
+    """One completion per tier, with the same seed, and its tokens per second."""
     population = manifest.load(directory)
     rows = []
     for tier in population.tiers:
         model = f"{population.name}:{tier.name}"
         arguments: dict[str, Any] = {"model": model, "prompt": PROMPT, "temperature": 0.7, "seed": 7}
-        client.completions.create(**arguments, max_tokens=2)  # the first request of a tier pays for warming up
+        client.completions.create(**arguments, max_tokens=2)  # warm-up
         start = time.perf_counter()
         completion = client.completions.create(**arguments, max_tokens=MAX_TOKENS)
         seconds = time.perf_counter() - start
@@ -72,7 +72,7 @@ def ask_every_tier(directory: Path, client: OpenAI) -> list[dict[str, Any]]:
 
 
 def summarise(directory: Path, rows: list[dict[str, Any]], *, seconds: float) -> dict[str, Any]:
-    """Everything the table shows, and the best single member beside it."""
+    """The figures of the table, and the best single member."""
     population = manifest.load(directory)
     losses = {member.name: member.test_loss.nats for member in population.members if member.test_loss}
     best = min(losses, key=losses.__getitem__)
@@ -98,20 +98,20 @@ def report(figures: dict[str, Any], out: Path) -> None:
     console.print(table)
     best = figures["best_single"]
     console.print(
-        f"\nThe best of {figures['num_members']} members alone ({best['member']}): {best['test_loss_nats']:.4f} nats. "
-        f"Figures: [bold]{out / 'figures.json'}[/]. {figures['seconds']:.0f} s in all.\n"
+        f"\nBest single member of {figures['num_members']} ({best['member']}): {best['test_loss_nats']:.4f} nats. "
+        f"Figures: [bold]{out / 'figures.json'}[/]. {figures['seconds']:.0f} s in total.\n"
         f"Now try [bold]chorus serve {out / 'population'}[/] and [bold]chorus population show {out / 'population'}[/].",
         highlight=False,
     )
 
 
-def say(stage: str, what: str) -> None:
-    """Announce a stage."""
-    console.print(f"\n[bold cyan]{stage}[/] {what}")
+def announce(stage: str, description: str) -> None:
+    """Print a heading for a stage."""
+    console.print(f"\n[bold cyan]{stage}[/] {description}")
 
 
 def run(*arguments: str) -> None:
-    """Run a chorus command; end the demo with its status if it fails."""
+    """Run a chorus command; exit with its status if it fails."""
     console.print(f"[dim]$ chorus {' '.join(arguments)}[/]")
     status = subprocess.run([CHORUS, *arguments], check=False).returncode
     if status:
@@ -120,7 +120,7 @@ def run(*arguments: str) -> None:
 
 @contextmanager
 def served(directory: Path, log: Path) -> Iterator[str]:
-    """`chorus serve` on a free port of this machine: yields its address once it is ready, and stops it afterwards."""
+    """Run `chorus serve` on a free local port. Yields its address once it is ready, and stops it afterwards."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -136,7 +136,7 @@ def served(directory: Path, log: Path) -> Iterator[str]:
 
 
 def wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path, timeout_s: float = 300) -> None:
-    """Poll /ready. Ends the demo with the server's own words if it stops or takes too long."""
+    """Poll /ready. Exits with the server's output if the server stops or `timeout_s` passes."""
     client = OpenAI(base_url=url, api_key="none", max_retries=0)
     deadline = time.monotonic() + timeout_s
     with console.status("waiting for the engine"):

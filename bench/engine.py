@@ -1,12 +1,11 @@
-"""The engine against plain vLLM serving one member, as it comes (compiled) and made eager: tokens/s for each tier and for mixed
-batches, alternating, in one run. All members run at every token (`decoding: "plain"`).
+"""Tokens/s of the engine for each tier and for mixed batches, against plain vLLM with one member (compiled and eager), in turn, in
+one run. All members run at every token (`decoding: "plain"`).
 
     python -m bench.random_population POPULATION
     python -m bench.engine POPULATION [--concurrency 1 4 16] [--repeats 5] [--tokens 192] [--json OUT]
 
-Each engine lives in a process of its own, without an API server, and waits on its input while the other is measured. A row's
-`bound` is the fraction of plain vLLM's speed that its member-rows alone would allow: plain / members. Below the table stand the
-ratios that the engine is held to.
+Each engine runs in its own process, without an API server, and is idle while another is measured. `bound` is the fraction of plain
+vLLM's speed that a row's member rows alone would allow: 1 / members. Below the table are the ratios with required bounds.
 """
 
 import argparse
@@ -35,8 +34,8 @@ def main() -> None:
     parser.add_argument("population", type=Path)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=192, help="that each request generates")
-    parser.add_argument("--dtype", default="float32", help="of weights and activations")
+    parser.add_argument("--tokens", type=int, default=192, help="tokens that each request generates")
+    parser.add_argument("--dtype", default="float32", help="dtype of weights and activations")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     population = manifest.load(arguments.population)
@@ -61,7 +60,7 @@ def main() -> None:
                     base, _ = plain.run(concurrency * [None], arguments.tokens)
                     eager_base, _ = eager.run(concurrency * [None], arguments.tokens)
                     speed, mixing_share = mixed.run(tiers, arguments.tokens)
-                    if repeat:  # the first of each is a warm-up
+                    if repeat:  # the first repeat is a warm-up
                         ratios.append(speed / base)
                         eager_ratios.append(speed / eager_base)
                         speeds.append((base, speed))
@@ -85,7 +84,7 @@ def main() -> None:
         for engine in (plain, eager, mixed):
             engine.stop()
     report(rows)
-    bars = held_to(rows, budgets, kv_capacity)
+    bars = compare_with_bars(rows, budgets, kv_capacity)
     for what, value, bar in bars:
         print(f"{what:<70} {value:6.3f}  (bar {bar})")
     if arguments.json:
@@ -99,9 +98,11 @@ def main() -> None:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def held_to(rows: list[dict[str, Any]], budgets: dict[str, int], kv_capacity: float) -> list[tuple[str, float, str]]:
-    """The ratios that the design asks for, from the rows: what, measured, bar."""
-    # What plain vLLM did beside each row says how fast the machine was then; rows are compared as if it had always been as fast.
+def compare_with_bars(
+    rows: list[dict[str, Any]], budgets: dict[str, int], kv_capacity: float
+) -> list[tuple[str, float, str]]:
+    """The ratios with required bounds: description, measured value, bar."""
+    # Rows are compared through their ratios to plain vLLM, so that changes in the machine's speed between rows cancel.
     plain = {
         concurrency: statistics.median(row["plain_tokens_per_s"] for row in rows if row["concurrency"] == concurrency)
         for concurrency in {row["concurrency"] for row in rows}
@@ -117,7 +118,7 @@ def held_to(rows: list[dict[str, Any]], budgets: dict[str, int], kv_capacity: fl
             step = speeds[concurrency, cheapest] / speeds[concurrency, mix] / budgets[mix]
             bars.append(
                 (
-                    f"step of {budgets[mix]} members / so many steps of one, {concurrency} requests",
+                    f"step of {budgets[mix]} members / {budgets[mix]} steps of one member, {concurrency} requests",
                     step,
                     "<= 0.5 if small" if concurrency == 1 else "<= 1.05",
                 )
@@ -126,7 +127,7 @@ def held_to(rows: list[dict[str, Any]], budgets: dict[str, int], kv_capacity: fl
             alone = concurrency / speeds[concurrency, cheapest] + (budgets[dearest] - 1) / speeds[1, cheapest]
             bars.append(
                 (
-                    f"mixed batch / its member-rows alone, {concurrency} requests",
+                    f"mixed batch / its member rows alone, {concurrency} requests",
                     concurrency / speeds[concurrency, mix] / alone,
                     "<= 1.10",
                 )
@@ -157,7 +158,7 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 
 class Engine:
-    """A vLLM engine in a process of its own, asked over its standard input and output."""
+    """A vLLM engine in its own process, driven through standard input and output."""
 
     def __init__(self, model: Path, *, tokenizer: Path, **options: Any) -> None:
         command = [sys.executable, __file__, "--engine", str(model), str(tokenizer), json.dumps(options)]
@@ -178,12 +179,12 @@ class Engine:
 
     @cached_property
     def kv_tokens(self) -> float:
-        """Tokens of one member that its KV cache holds."""
+        """Capacity of its KV cache, in tokens of one member."""
         return self._answer()[0]
 
     def run(self, tiers: list[Any], num_tokens: int) -> tuple[float, float]:
-        """Tokens per second of one batch of requests, one for each entry of `tiers`, and the share of time spent mixing."""
-        assert self.kv_tokens, "an engine without a cache"
+        """Run one request per entry of `tiers` as a batch. Returns tokens per second and the share of time spent mixing."""
+        assert self.kv_tokens, "the engine has no KV cache"
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps([tiers, num_tokens]) + "\n")
         self._process.stdin.flush()
@@ -200,11 +201,11 @@ class Engine:
             if line.startswith("answer "):
                 first, second = line.removeprefix("answer ").split()
                 return float(first), float(second)
-        raise SystemExit(f"the engine ended with status {self._process.wait()}; run its command by hand to see why")
+        raise SystemExit(f"the engine exited with status {self._process.wait()}; run its command by hand to see why")
 
 
 def serve_engine(model: str, tokenizer: str, options: str) -> None:
-    """The other end of `Engine`."""
+    """The engine process that `Engine` starts."""
     from vllm import LLM, SamplingParams
 
     settings = {
@@ -230,9 +231,8 @@ def serve_engine(model: str, tokenizer: str, options: str) -> None:
             SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, **more) for more in arguments
         ]
         prompts = [{"prompt_token_ids": [2 + idx, *range(3, 2 + PROMPT_TOKENS)]} for idx in range(len(tiers))]
-        engine.generate(
-            prompts, parameters, use_tqdm=False
-        )  # the other engine's threads spin on for a while: let them sleep
+        # Not timed: threads of the other engine keep spinning for a while.
+        engine.generate(prompts, parameters, use_tqdm=False)
         mixed_before = counts.mixing_s if counts else 0.0
         start = time.perf_counter()
         engine.generate(prompts, parameters, use_tqdm=False)

@@ -1,9 +1,9 @@
-"""Does q0 hold at small scale? `python -m bench.faithful WIKITEXT-2 --out DIR`; killed, it goes on; `--report` prints the tables.
+"""Reproduces q0 at small scale: `python -m bench.faithful WIKITEXT-2 --out DIR`. Resumes if killed; `--report` only prints tables.
 
-q0 against one long run, independent models, no distillation, flat weight decay, and chained independent models: at matched epochs
-and matched numbers of members, over three seeds, on articles that nothing was trained or fitted on. Members are chosen and
-weighed on the fitness and selection articles alone, by the same code for every method (`prior/`). Intervals: 95 %, documents
-resampled, paired, losses averaged over the seeds; `seeds` counts those in which the difference has the sign of the mean.
+Compares q0 with one long run, independent models, no distillation, flat weight decay and chained independent models, at matched
+epochs and numbers of members, over three seeds, on articles not used for training or fitting. Members and weights are fitted on
+the fitness and selection articles only, by the same code (`prior/`) for every method. Intervals are 95 %, from a paired bootstrap
+over documents of losses averaged over seeds. `seeds` counts the seeds in which the difference has the sign of the mean.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from chorus.prior.weights import fit_weights, mixture_losses
 from chorus.train.run import Run, member_name
 
 SEEDS = (0, 1, 2)
-CYCLES = 15  # of each of q0's three trajectories
+CYCLES = 15  # per trajectory of q0, which has three
 EPOCHS = 6 * CYCLES
-MATCHED = 6  # members
+MATCHED = 6  # members in compared mixtures
 _Q0 = {"trajectories": 3, "cycles": CYCLES, "epochs_per_cycle": 2}
 _INDEPENDENT = {"trajectories": 1, "cycles": EPOCHS // 6, "epochs_per_cycle": 6, "restart": True}
 METHODS: dict[str, dict[str, object]] = {
@@ -33,13 +33,13 @@ METHODS: dict[str, dict[str, object]] = {
     "independent models": {**_INDEPENDENT, "distil_alpha": 0.0},
     "q0 without distillation": {**_Q0, "distil_alpha": 0.0},
     "chained independent models": _INDEPENDENT,
-    # The mean of the cyclic decay, 0.7 + 0.3 / 2 of its peak.
+    # The mean of the cyclic decay: 0.7 + 0.3 / 2 of its peak.
     "q0 with flat weight decay": {**_Q0, "weight_decay": 0.85 * wikitext.BASE.weight_decay, "weight_decay_floor": 1.0},
     "q0, one trajectory": {"trajectories": 1, "cycles": 3 * CYCLES, "epochs_per_cycle": 2},
     "one long run": {"trajectories": 1, "cycles": 1, "epochs_per_cycle": EPOCHS},
 }
-# For the question how many epochs independent models need to get where q0 is: fewer of them, and longer ones.
-FURTHER: dict[str, dict[str, object]] = {
+# Fewer and longer independent models, to find how many epochs these need to match q0.
+EXTRA_METHODS: dict[str, dict[str, object]] = {
     "longer independent models": {**_INDEPENDENT, "cycles": EPOCHS // 10, "epochs_per_cycle": 10, "distil_alpha": 0.0},
 }
 Losses = NDArray[np.float64]
@@ -49,25 +49,25 @@ def main() -> None:
     """Train what is missing, then print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with valid.txt and test.txt of WikiText-2")
-    parser.add_argument("--out", type=Path, required=True, help="where the runs and results.json go")
-    parser.add_argument("--report", action="store_true", help="only print what is finished")
-    parser.add_argument("--methods", nargs="+", default=[*METHODS, *FURTHER], help="only these")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="in this order")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs and results.json")
+    parser.add_argument("--report", action="store_true", help="do not train; print finished runs")
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, *EXTRA_METHODS], help="train only these")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="train these, in this order")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if not arguments.report:
-        for methods in (METHODS, FURTHER):
+        for methods in (METHODS, EXTRA_METHODS):
             for seed in arguments.seeds:
                 for method in (method for method in methods if method in arguments.methods):
                     train(arguments.data, arguments.out, seed, method)
-    from bench.faithful_report import report  # which reads what is defined here
+    from bench.faithful_report import report  # here, because it imports this module
 
     report(arguments.out)
 
 
 def train(data: Path, out: Path, seed: int, method: str) -> None:
-    """Train and score one method under one seed, unless another process is at it."""
-    directory = place(out, seed, method)
+    """Train and score one method with one seed, unless another process is doing so."""
+    directory = run_directory(out, seed, method)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with directory.with_suffix(".lock").open("a") as lock:
         try:
@@ -75,49 +75,49 @@ def train(data: Path, out: Path, seed: int, method: str) -> None:
         except BlockingIOError:
             return
         started = time.monotonic()
-        # A further method draws its own models: none of them is one of the first six.
-        own_seed = seed + 100 * [*METHODS, *FURTHER].index(method) if method in FURTHER else seed
-        run = wikitext.prepared_run(data, directory, seed=own_seed, **{**METHODS, **FURTHER}[method])
+        # An extra method has its own seeds, so that its models differ from those of METHODS.
+        own_seed = seed + 100 * [*METHODS, *EXTRA_METHODS].index(method) if method in EXTRA_METHODS else seed
+        run = wikitext.prepared_run(data, directory, seed=own_seed, **{**METHODS, **EXTRA_METHODS}[method])
         wikitext.train_run(run)
         for split in ("fitness", "selection", "test"):
             wikitext.scores(run, split)
         print(f"seed {seed}: {method}, {time.monotonic() - started:.0f} s", flush=True)
 
 
-def place(out: Path, seed: int, method: str) -> Path:
-    """Where the run of a method under a seed lies."""
+def run_directory(out: Path, seed: int, method: str) -> Path:
+    """Directory of the run of a method with a seed."""
     return out / f"seed-{seed}" / method.replace(" ", "-").replace(",", "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """One method under one seed: what its members make of the held-out articles."""
+    """One method with one seed: its run, and its members' likelihoods (M, N) of the held-out articles."""
 
     run: Run
     fitness_MN: NDArray[np.float32]
     selection_MN: NDArray[np.float32]
     test_MN: NDArray[np.float32]
     cache: dict[object, Any] = field(default_factory=dict, repr=False)
-    """Of what several tables ask for."""
+    """Results that several tables share."""
 
     def first(self, cycles: int) -> "Trained":
-        """What was there after so many cycles of every trajectory."""
+        """The members of the first `cycles` cycles of every trajectory."""
         if ("first", cycles) in self.cache:
-            found: Trained = self.cache["first", cycles]
-            return found
+            known: Trained = self.cache["first", cycles]
+            return known
         count = cycles * self.run.settings.trajectories
         fitness, selection, test = self.fitness_MN[:count], self.selection_MN[:count], self.test_MN[:count]
         self.cache["first", cycles] = Trained(run=self.run, fitness_MN=fitness, selection_MN=selection, test_MN=test)
         return self.first(cycles)
 
     def alone(self) -> "Trained":
-        """The members of its first trajectory."""
+        """The members of the first trajectory."""
         rows = [idx for idx, (trajectory, _) in enumerate(wikitext.members(self.run)) if trajectory == 0]
         fitness, selection, test = (part[rows] for part in self.parts())
         return Trained(run=self.run, fitness_MN=fitness, selection_MN=selection, test_MN=test)
 
     def chosen(self, budget: int) -> tuple[tuple[int, ...], Losses]:
-        """At most `budget` members and the mixture's loss on each test token; test plays no part in the choice."""
+        """At most `budget` members, chosen and weighted without the test split, and their mixture's loss on each test token."""
         if budget in self.cache:
             known: tuple[tuple[int, ...], Losses] = self.cache[budget]
             return known
@@ -129,24 +129,24 @@ class Trained:
         return self.chosen(budget)
 
     def parts(self) -> tuple[NDArray[np.float32], ...]:
-        """The three matrices."""
+        """The likelihoods on fitness, selection and test."""
         return self.fitness_MN, self.selection_MN, self.test_MN
 
     def losses(self, budget: int) -> Losses:
-        """As `chosen`, the losses alone."""
+        """The losses of `chosen`."""
         return self.chosen(budget)[1]
 
     def uniform(self) -> Losses:
-        """All members under equal weights."""
+        """Test losses of all members with equal weights."""
         return np.asarray(-np.log(self.test_MN.astype(np.float64).mean(axis=0)))
 
     def fitted(self) -> Losses:
-        """All members under weights fitted on the fitness articles, as q0 fits them."""
+        """Test losses of all members with weights fitted on the fitness articles, as in q0."""
         return np.asarray(mixture_losses(self.test_MN, fit_weights(self.fitness_MN).weights_M))
 
 
 def finished(directory: Path) -> bool:
-    """Whether a run was trained and its last member scored on the last split."""
+    """Whether a run is trained and its last member scored on the last split."""
     if not (directory / "training" / "run.json").exists():
         return False
     settings = Run.load(directory).settings

@@ -1,4 +1,4 @@
-"""The tables of `bench.faithful`: means over seeds, paired differences with their intervals, one block for each question."""
+"""Prints the tables of `bench.faithful`: means over seeds and paired differences with intervals, one block per question."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -11,7 +11,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bench import wikitext
-from bench.faithful import CYCLES, EPOCHS, FURTHER, MATCHED, METHODS, SEEDS, Losses, Trained, finished, load, place
+from bench.faithful import (
+    CYCLES,
+    EPOCHS,
+    EXTRA_METHODS,
+    MATCHED,
+    METHODS,
+    SEEDS,
+    Losses,
+    Trained,
+    finished,
+    load,
+    run_directory,
+)
 from chorus.population.tokens import TokenSplit, split_path
 from chorus.prior.bootstrap import Bootstrap
 from chorus.prior.weights import fit_weights
@@ -22,14 +34,18 @@ from chorus.train.snapshot import load_member
 
 Seed = dict[str, Trained]
 Of = Callable[[Seed], Losses]
-"""Losses on the test tokens, of one seed; KeyError where it needs a method that is not finished."""
+"""Computes losses on the test tokens for one seed; raises KeyError if a method that it needs is not finished."""
 
 
 def report(out: Path) -> None:
-    """Print the tables of what is finished, and write results.json."""
-    methods = [*METHODS, *FURTHER]
+    """Print tables of the finished runs, and write results.json."""
+    methods = [*METHODS, *EXTRA_METHODS]
     seeds = [
-        {method: load(place(out, seed, method)) for method in methods if finished(place(out, seed, method))}
+        {
+            method: load(run_directory(out, seed, method))
+            for method in methods
+            if finished(run_directory(out, seed, method))
+        }
         for seed in SEEDS
     ]
     tables = Tables([seed for seed in seeds if "q0" in seed])
@@ -41,7 +57,7 @@ def report(out: Path) -> None:
 
 
 class Tables:
-    """Everything that is printed: means over seeds, and paired differences with their intervals."""
+    """Computes and prints all tables, and collects `results`."""
 
     def __init__(self, seeds: list[Seed]) -> None:
         self.seeds = seeds
@@ -49,32 +65,32 @@ class Tables:
         self.results: dict[str, object] = {}
 
     def each(self, of: Of) -> dict[int, Losses]:
-        """By seed, where its methods are finished."""
-        found = {}
+        """Losses by seed, for seeds with all methods that `of` needs."""
+        by_seed = {}
         for idx, seed in enumerate(self.seeds):
             with suppress(KeyError):
-                found[idx] = of(seed)
-        return found
+                by_seed[idx] = of(seed)
+        return by_seed
 
     def mean(self, of: Of) -> float:
-        """Nats per token, over all seeds that have it."""
+        """Mean loss over these seeds, nats per token."""
         return float(np.mean([losses.mean() for losses in self.each(of).values()]))
 
     def difference(self, name: str, ours: Of, theirs: Of) -> str:
-        """`-0.0310 [-0.0350, -0.0270], 3 of 3`: below zero, ours is better."""
+        """Format `-0.0310 [-0.0350, -0.0270], 3 of 3`: ours minus theirs, and the seeds with that sign."""
         a, b = self.each(ours), self.each(theirs)
         common = sorted(a.keys() & b.keys())
         if not common:
             return "not finished"
         paired = [np.mean([losses[idx] for idx in common], axis=0) for losses in (a, b)]
-        found = self.bootstrap.difference(*paired)
+        mean = self.bootstrap.difference(*paired)
         by_seed = [float((a[idx] - b[idx]).mean()) for idx in common]
-        agreeing = sum(np.sign(value) == np.sign(found.nats) for value in by_seed)
-        self.results[name] = {"nats": found.nats, "low": found.low, "high": found.high, "seeds": by_seed}
-        return f"{found.nats:+.4f} [{found.low:+.4f}, {found.high:+.4f}], {agreeing} of {len(common)}"
+        agreeing = sum(np.sign(value) == np.sign(mean.nats) for value in by_seed)
+        self.results[name] = {"nats": mean.nats, "low": mean.low, "high": mean.high, "seeds": by_seed}
+        return f"{mean.nats:+.4f} [{mean.low:+.4f}, {mean.high:+.4f}], {agreeing} of {len(common)}"
 
     def methods(self) -> None:
-        """Every method at the same epochs and the same number of members."""
+        """Print every method at the same epochs and number of members."""
         print(
             f"| {EPOCHS} epochs each | members | best single | K = {MATCHED} | q0 less this, K = {MATCHED} |\n|---|--:|--:|--:|---|"
         )
@@ -90,7 +106,7 @@ class Tables:
         print(f"\nq0's best single less the long run: {alone}\n")
 
     def budgets(self) -> None:
-        """Losses against K."""
+        """Print losses against K."""
         print(f"| K of q0's {3 * CYCLES} | loss | less the row above |\n|--:|--:|---|")
         for before, size in ((0, 1), (1, 2), (2, 4), (4, 6), (6, 12), (12, 3 * CYCLES)):
             step = (
@@ -101,7 +117,7 @@ class Tables:
             print(f"| {size} | {self.mean(matched('q0', size)):.4f} | {step} |")
 
     def epochs(self) -> None:
-        """Losses against epochs, and item 5: how many fewer q0 needs."""
+        """Print losses against epochs, and how many times fewer epochs q0 needs (item 5)."""
         print(
             f"\n| epochs | q0, K = {MATCHED} | all, equal weights | last singles | one trajectory, K = {MATCHED} | independent |"
         )
@@ -122,12 +138,12 @@ class Tables:
         print("\n| | reaches independent models of | with loss | after epochs | times fewer |\n|---|--:|--:|--:|--:|")
         rivals: dict[str, tuple[int, Of]] = {
             **{f"{e // 6} of 6 epochs": (e, lambda seed, c=e // 6: independent(seed, c)) for e in (36, 60, EPOCHS)},  # type: ignore[misc]
-            f"{EPOCHS // 10} of 10 epochs": (EPOCHS, everything("longer independent models")),
+            f"{EPOCHS // 10} of 10 epochs": (EPOCHS, all_members("longer independent models")),
         }
         for method, curve in curves.items():
             for rival, (epochs, of) in rivals.items():
                 if len(self.each(of)) < len(self.seeds):
-                    continue  # means over different seeds are no comparison
+                    continue  # means over different seeds are not comparable
                 theirs = self.mean(of)
                 reached = next((own for own, loss in curve.items() if loss <= theirs), None)
                 times = f"{epochs / reached:.1f}" if reached else "-"
@@ -136,7 +152,7 @@ class Tables:
         print()
 
     def checks(self) -> None:
-        """The other items of the list that a faithful reproduction must show."""
+        """Print the other items that a faithful reproduction must show."""
         q0, plain, one = "q0", "q0 without distillation", "q0, one trajectory"
         chained, alone = "chained independent models", "independent models"
         last, length = CYCLES - 1, 2 * CYCLES
@@ -188,31 +204,29 @@ class Tables:
         for name, ours, theirs in rows:
             print(f"| {name} | {self.difference(name, ours, theirs)} |")
         gains = [fitted_gain(seed[q0].fitness_MN) for seed in self.seeds]
-        print(
-            f"| 6. fitted less equal weights on the text that is fitted | {', '.join(f'{gain:+.4f}' for gain in gains)} |"
-        )
+        print(f"| 6. fitted less equal weights on the fitted text | {', '.join(f'{gain:+.4f}' for gain in gains)} |")
         within, across = np.mean([divergences(seed[q0].run) for seed in self.seeds], axis=0)
         print(f"| 7. KL of neighbours in a trajectory; across trajectories | {within:.3f}; {across:.3f} |")
         self.results["KL"] = {"within": within, "across": across}
 
 
 def independent(seed: Seed, count: int) -> Losses:
-    """The mixture of the first so many independent models, all of them weighed on held-out articles."""
+    """Test losses of the mixture of the first `count` independent models, with weights fitted on held-out articles."""
     return seed["independent models"].first(count).losses(count)
 
 
 def matched(method: str, budget: int) -> Of:
-    """A method's mixture of so many members, chosen and weighed on held-out articles."""
+    """Test losses of a method's mixture of `budget` members, chosen and weighted on held-out articles."""
     return lambda seed: seed[method].losses(budget)
 
 
-def everything(method: str) -> Of:
-    """Its mixture of at most all members."""
+def all_members(method: str) -> Of:
+    """Test losses of a method's mixture with no limit on members."""
     return lambda seed: seed[method].losses(len(seed[method].test_MN))
 
 
 def single(method: str, cycle: int) -> Of:
-    """Its members of one cycle, the mean over trajectories."""
+    """Test losses of a method's members of one cycle, averaged over trajectories."""
     return lambda seed: singles(seed[method], cycle)
 
 
@@ -223,13 +237,13 @@ def singles(trained: Trained, cycle: int) -> Losses:
 
 
 def fitted_gain(p_MN: NDArray[np.float32]) -> float:
-    """Loss of fitted less that of equal weights on the same tokens."""
+    """Loss with fitted weights minus that with equal weights, on the tokens that were fitted."""
     return float(fit_weights(p_MN).loss + np.log(p_MN.astype(np.float64).mean(axis=0)).mean())
 
 
 def pools(method: str, *, chosen: bool, fitted: bool) -> tuple[Of, Of]:
-    """A method's mixture with its probabilities averaged, and with its logits averaged, under the same weights: those that are
-    fitted to the mixture of probabilities, or equal ones.
+    """Test losses of a method's linear pool, and of the mean of its logits, with the same weights: fitted for the linear pool, or
+    equal.
     """
 
     def of(seed: Seed, idx: int) -> Losses:
@@ -247,9 +261,7 @@ def pools(method: str, *, chosen: bool, fitted: bool) -> tuple[Of, Of]:
 
 
 def pooled(run: Run, members: list[tuple[int, int]], weights_M: Losses, *, kept: str) -> Losses:
-    """Losses (2, N) on the test tokens: of the weighted mean of the members' probabilities, and of that of their logits. They stay
-    beside the run.
-    """
+    """Losses (2, N) on the test tokens of the weighted means of the members' probabilities and logits. Cached with the run."""
     path = run.directory / "scores" / f"pools-{kept}-{'-'.join(member_name(*member) for member in members)}.npy"
     if path.exists():
         return np.asarray(np.load(path))
@@ -266,7 +278,7 @@ def pooled(run: Run, members: list[tuple[int, int]], weights_M: Losses, *, kept:
 
 
 def divergences(run: Run) -> tuple[float, float]:
-    """Mean KL in nats between neighbours of one trajectory, and between trajectories at the same cycle; the last four cycles."""
+    """Mean KL in nats over the last four cycles: neighbours in a trajectory, and trajectories at the same cycle."""
     settings = run.settings
     names = [(t, c) for t in range(settings.trajectories) for c in range(settings.cycles - 4, settings.cycles)]
     log_p_MNV, _ = next(distributions(run, names, "selection"))
@@ -280,17 +292,17 @@ def divergences(run: Run) -> tuple[float, float]:
 
 
 def distributions(run: Run, names: list[tuple[int, int]], split: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Log-probabilities (M, N, V) of these members and the true tokens (N), some windows at a time."""
+    """Log-probabilities (M, N, V) of these members, and the true tokens (N), for 16 windows at a time."""
     tokens = TokenSplit.load(split_path(run.directory, split))
     models = [load_member(run, member_name(t, c), wikitext.DEVICE) for t, c in names]
     windows = tokens.windows(run.settings.context_length)
     for start in range(0, len(windows), 16):
-        found, targets = [], []
+        log_p, targets = [], []
         for _, first, stop in windows[start : start + 16]:
             ids = torch.from_numpy(tokens.tokens[first:stop].astype(np.int64)).to(wikitext.DEVICE)
             with torch.no_grad():
-                found.append(
+                log_p.append(
                     torch.stack([torch.log_softmax(m(ids[None, :-1])[0] @ m.lm_head.weight.T, -1) for m in models])
                 )
             targets.append(ids[1:])
-        yield torch.cat(found, dim=1), torch.cat(targets)
+        yield torch.cat(log_p, dim=1), torch.cat(targets)

@@ -1,6 +1,6 @@
-"""The gateway against the engine behind it: tokens per second at 16 streams, and time to the first token of a lone request.
+"""The gateway against its engine: tokens per second at 16 streams, and time to the first token of a single request.
 
-Both are asked in turn, round by round, in one run: what else the machine does falls on both. Usage:
+Both are measured in turn in every round, so that other load on the machine affects both. Usage:
 
     python bench/gateway.py DIR [--tier economy] [--each-token] [--rounds 40] [--streams 16] [--tokens 128] [-- ENGINE_ARGUMENT...]
 """
@@ -28,14 +28,14 @@ PROMPT = "def read_settings(path):\n"
 
 @contextlib.contextmanager
 def chorus_serve(directory: str, engine_arguments: list[str]) -> Iterator[tuple[str, str]]:
-    """Addresses of a gateway and of its engine."""
+    """Run `chorus serve`. Yields the addresses of the gateway and of its engine."""
     command = [sys.executable, "-m", "chorus", "serve", directory, "--port", "0", "--", *engine_arguments]
     with tempfile.TemporaryFile("w+") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
         try:
-            while not (found := re.search(r"ready in .*?(http://\S+)/v1.*engine (http://\S+)", _read(output))):
+            while not (match := re.search(r"ready in .*?(http://\S+)/v1.*engine (http://\S+)", _read(output))):
                 assert process.poll() is None, _read(output)
                 time.sleep(0.5)
-            yield found[1], found[2]
+            yield match[1], match[2]
         finally:
             process.send_signal(signal.SIGINT)
 
@@ -46,7 +46,7 @@ def _read(output) -> str:
 
 
 async def stream(session: aiohttp.ClientSession, url: str, fields: dict) -> tuple[float, int]:
-    """One streamed completion: seconds to its first event, and the number of events."""
+    """Run one streamed completion. Returns seconds to its first event, and the number of events."""
     began_at, first_s, events = time.perf_counter(), 0.0, 0
     async with session.post(f"{url}/v1/completions", json=fields) as response:
         response.raise_for_status()
@@ -58,15 +58,15 @@ async def stream(session: aiohttp.ClientSession, url: str, fields: dict) -> tupl
 
 async def measure(gateway: str, engine: str, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     body = {"prompt": PROMPT, "stream": True, "temperature": 0, "ignore_eos": True}
-    asks = {
+    targets = {
         "engine": (engine, {**body, "vllm_xargs": {"chorus_tier": options.tier}}),
         "gateway": (gateway, {**body, "budget": options.tier} | ({"stream_interval": 1} if options.each_token else {})),
     }
-    found: dict[str, dict[str, list[float]]] = {name: {"tokens_per_s": [], "first_ms": []} for name in asks}
+    measured: dict[str, dict[str, list[float]]] = {name: {"tokens_per_s": [], "first_ms": []} for name in targets}
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3)) as session:
         for round_idx in range(options.rounds + 1):
-            for name in sorted(asks, reverse=round_idx % 2 == 1):
-                url, fields = asks[name]
+            for name in sorted(targets, reverse=round_idx % 2 == 1):
+                url, fields = targets[name]
                 began_at = time.perf_counter()
                 streams = [
                     stream(session, url, fields | {"max_tokens": options.tokens}) for _ in range(options.streams)
@@ -74,52 +74,55 @@ async def measure(gateway: str, engine: str, options: argparse.Namespace) -> dic
                 await asyncio.gather(*streams)
                 tokens_per_s = options.streams * options.tokens / (time.perf_counter() - began_at)
                 if round_idx:  # the first round warms up
-                    found[name]["tokens_per_s"].append(tokens_per_s)
+                    measured[name]["tokens_per_s"].append(tokens_per_s)
             for _ in range(10 if round_idx else 3):
-                for name, (url, fields) in asks.items():
+                for name, (url, fields) in targets.items():
                     first_s, _ = await stream(session, url, fields | {"max_tokens": 2})
                     if round_idx:
-                        found[name]["first_ms"].append(1000 * first_s)
-    return found
+                        measured[name]["first_ms"].append(1000 * first_s)
+    return measured
 
 
-def ratio(found: dict[str, dict[str, list[float]]], rounds: Sequence[int]) -> float:
-    """Of the tokens per second over all these rounds. An engine on two cores has faster and slower rounds; medians jump between."""
-    seconds = {name: sum(1 / of["tokens_per_s"][idx] for idx in rounds) for name, of in found.items()}
+def ratio(measured: dict[str, dict[str, list[float]]], rounds: Sequence[int]) -> float:
+    """Ratio of tokens per second, gateway over engine, over all these rounds. On two cores, rounds are either fast or slow, and a
+    ratio of medians would jump between the two."""
+    seconds = {name: sum(1 / of["tokens_per_s"][idx] for idx in rounds) for name, of in measured.items()}
     return seconds["engine"] / seconds["gateway"]
 
 
-def interval(found: dict[str, dict[str, list[float]]]) -> tuple[float, float]:
-    """Where the ratio lies, as rounds drawn anew say (bootstrap)."""
-    num, draw = len(found["engine"]["tokens_per_s"]), random.Random(0)
-    ratios = sorted(ratio(found, draw.choices(range(num), k=num)) for _ in range(1000))
+def interval(measured: dict[str, dict[str, list[float]]]) -> tuple[float, float]:
+    """90 % interval of the ratio, by a bootstrap over rounds."""
+    num_rounds, rng = len(measured["engine"]["tokens_per_s"]), random.Random(0)
+    ratios = sorted(ratio(measured, rng.choices(range(num_rounds), k=num_rounds)) for _ in range(1000))
     return ratios[50], ratios[-50]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory")
-    parser.add_argument("--tier", default="economy", help="the cheapest tier costs the engine least, and shows us most")
+    parser.add_argument(
+        "--tier", default="economy", help="default: the cheapest tier, which makes the gateway's overhead most visible"
+    )
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--each-token", action="store_true", help="ask the gateway for an event per token, too")
+    parser.add_argument("--each-token", action="store_true", help="request one event per token from the gateway, too")
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     options, engine_arguments = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # exit normally, so that the server is stopped
     with chorus_serve(options.directory, engine_arguments) as (gateway, engine):
-        found = asyncio.run(measure(gateway, engine, options))
-    medians = {name: {key: statistics.median(values) for key, values in of.items()} for name, of in found.items()}
+        measured = asyncio.run(measure(gateway, engine, options))
+    medians = {name: {key: statistics.median(values) for key, values in of.items()} for name, of in measured.items()}
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, tier {options.tier}")
     print(f"{'':10}{'tokens/s':>12}{'first token, ms':>18}{'p99':>8}")
-    p99_ms = {name: statistics.quantiles(found[name]["first_ms"], n=100)[-1] for name in found}
+    p99_ms = {name: statistics.quantiles(measured[name]["first_ms"], n=100)[-1] for name in measured}
     for name, of in medians.items():
         print(f"{name:10}{of['tokens_per_s']:12.0f}{of['first_ms']:18.2f}{p99_ms[name]:8.2f}")
-    low, high = interval(found)
-    paired = [g - e for g, e in zip(found["gateway"]["first_ms"], found["engine"]["first_ms"], strict=True)]
+    low, high = interval(measured)
+    paired = [g - e for g, e in zip(measured["gateway"]["first_ms"], measured["engine"]["first_ms"], strict=True)]
     result = {
-        "throughput_ratio": round(ratio(found, range(options.rounds)), 3),
+        "throughput_ratio": round(ratio(measured, range(options.rounds)), 3),
         "ratio_90_percent": [round(low, 3), round(high, 3)],
         "added_first_token_ms": round(statistics.median(paired), 2),
         "added_first_token_p99_ms": round(p99_ms["gateway"] - p99_ms["engine"], 2),

@@ -1,11 +1,11 @@
-"""Builds a target of the Dockerfile without a container engine: its instructions, stage by stage, each in a root of its own.
+"""Builds a target of the Dockerfile without a container engine, each stage in its own root directory.
 
     sudo python -m bench.images gateway /var/tmp/images --mirror MIRROR
 
-The base image is stood in for by what debootstrap makes of the same Debian, with its own Python 3.11 where the image has one; so
-this shows that every RUN and COPY works on a clean system and that the image is complete, not that the base image itself is sound.
-Needs root, debootstrap and a network. Ends with the image's size and, with --population, with a run of its command under its user,
-with a read-only root, until its health check passes.
+debootstrap's build of the same Debian, with its Python 3.11, stands in for the base image. So this tests that every RUN and COPY
+works on a clean system and that the image is complete, but not the base image itself. Needs root, debootstrap and a network.
+Prints the image's size. With --population it also runs the image's command as its user, with a read-only root, until its health
+check passes.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of a Dockerfile, continuations joined: its word, and the rest."""
+    """One line of a Dockerfile with continuations joined: its keyword and its arguments."""
 
     word: str
     rest: str
@@ -33,20 +33,20 @@ class Instruction:
 
 @dataclass
 class Stage:
-    """From one FROM to the next."""
+    """The instructions from one FROM to the next."""
 
     name: str
     base: str
     instructions: list[Instruction] = field(default_factory=list)
 
     def last(self, word: str) -> str | None:
-        """The rest of the last instruction of that word."""
-        found = [each.rest for each in self.instructions if each.word == word]
-        return found[-1] if found else None
+        """Arguments of the last instruction with this keyword."""
+        matches = [each.rest for each in self.instructions if each.word == word]
+        return matches[-1] if matches else None
 
 
 def parse(text: str) -> dict[str, Stage]:
-    """The stages by name, arguments of the head filled into FROM."""
+    """Stages by name, with the ARGs before the first FROM substituted in FROM."""
     lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
     stages: dict[str, Stage] = {}
     arguments: dict[str, str] = {}
@@ -70,7 +70,7 @@ def parse(text: str) -> dict[str, Stage]:
 
 
 class Build:
-    """Roots of stages under a directory; one that is there already is taken as it is."""
+    """Builds the roots of stages in a directory. Reuses roots that are already built."""
 
     def __init__(self, directory: Path, *, mirror: str) -> None:
         self._directory = directory
@@ -78,7 +78,7 @@ class Build:
         self.stages = parse((ROOT / "Dockerfile").read_text())
 
     def stage(self, name: str) -> Path:
-        """The root of a stage, built if need be."""
+        """The root of a stage, built if necessary."""
         root = self._directory / name
         if (root / ".built").exists():
             return root
@@ -103,9 +103,9 @@ class Build:
         return root
 
     def environment(self, name: str) -> dict[str, str]:
-        """What ENV set, here and in the stages before."""
+        """Environment set by ENV in a stage and its base stages."""
         stage = self.stages[name]
-        known = (
+        environment = (
             self.environment(stage.base)
             if stage.base in self.stages
             else {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"}
@@ -113,8 +113,8 @@ class Build:
         for each in stage.instructions:
             if each.word == "ENV":
                 pairs = (word.split("=", 1) for word in shlex.split(each.rest))
-                known = known | {key: value.replace("$PATH", known["PATH"]) for key, value in pairs}
-        return known
+                environment = environment | {key: value.replace("$PATH", environment["PATH"]) for key, value in pairs}
+        return environment
 
     def _system(self) -> Path:
         root = self._directory / "system"
@@ -127,7 +127,7 @@ class Build:
                 stdout=subprocess.DEVNULL,
             )
             (root / "usr/local/bin/python").symlink_to("/usr/bin/python3")
-            # Where packages come from is this machine's affair.
+            # Package sources are those of this machine.
             if (settings := Path.home() / ".config/pip/pip.conf").exists():
                 (root / "root/.config/pip").mkdir(parents=True)
                 shutil.copy(settings, root / "root/.config/pip")
@@ -148,17 +148,21 @@ class Build:
         *sources, target = words
         place = root / target.lstrip("/") if target.startswith("/") else root / directory.lstrip("/") / target
         for source in sources:
-            found = source_root / source.lstrip("/")
-            assert found.exists(), f"COPY {source}: not there"
-            if found.is_dir():
+            source_path = source_root / source.lstrip("/")
+            assert source_path.exists(), f"COPY {source}: no such file"
+            if source_path.is_dir():
                 ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
                 shutil.copytree(
-                    found, place, symlinks=True, dirs_exist_ok=True, ignore=None if source_root != ROOT else ignore
+                    source_path,
+                    place,
+                    symlinks=True,
+                    dirs_exist_ok=True,
+                    ignore=None if source_root != ROOT else ignore,
                 )
             else:
-                into = place / found.name if target.endswith("/") or len(sources) > 1 else place
+                into = place / source_path.name if target.endswith("/") or len(sources) > 1 else place
                 into.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(found, into)
+                shutil.copy(source_path, into)
 
     def _run(self, root: Path, directory: str, rest: str, environment: dict[str, str]) -> None:
         steps = ['mount --rbind /proc "$root/proc"', 'mount --rbind /dev "$root/dev"']
@@ -169,7 +173,7 @@ class Build:
             place = root / parts["target"].lstrip("/")
             place.mkdir(parents=True, exist_ok=True)
             steps.append(f"mount --bind {shlex.quote(str(source))} {shlex.quote(str(place))}")
-        # pip's and the proxies' settings are the machine's; everything else is the image's.
+        # Settings of pip and proxies come from this machine, all others from the image.
         for name, value in os.environ.items():
             if (
                 name.startswith("PIP_")
@@ -202,13 +206,16 @@ def _bind_in(path: str) -> str:
 
 
 def size_mib(root: Path) -> float:
-    """Of what the image adds to the base system: /opt/chorus."""
+    """Size of /opt/chorus: what the image adds to the base system."""
     files = (path for path in (root / "opt/chorus").rglob("*") if path.is_file() and not path.is_symlink())
     return sum(path.stat().st_size for path in files) / 2**20
 
 
 def run_until_healthy(build: Build, name: str, population: Path, arguments: list[str], timeout_s: float) -> float:
-    """Run the image's entry point as `docker run --read-only --tmpfs /tmp -v POPULATION:/population:ro` would; seconds it took."""
+    """Run the image's entry point like `docker run --read-only --tmpfs /tmp -v POPULATION:/population:ro`, until it is healthy.
+
+    Returns the seconds that took. Raises TimeoutError after `timeout_s`.
+    """
     root = build.stage(name)
     stage = build.stages[name]
     user = (stage.last("USER") or "").split(":")[0]
@@ -250,7 +257,7 @@ def run_until_healthy(build: Build, name: str, population: Path, arguments: list
 
 
 def build_words(build: Build, name: str) -> list[str]:
-    """The image's environment, for `env`."""
+    """The image's environment as arguments of `env`."""
     return [f"{key}={value}" for key, value in build.environment(name).items()]
 
 
@@ -258,20 +265,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", choices=["gateway", "engine-cpu", "engine-cuda"])
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--mirror", required=True, help="address of a mirror of Debian, as debootstrap takes it")
-    parser.add_argument("--population", type=Path, help="Run the image with it, too.")
-    parser.epilog = "What follows -- is given to the image's command."
+    parser.add_argument("--mirror", required=True, help="address of a Debian mirror for debootstrap")
+    parser.add_argument("--population", type=Path, help="population to run the image with")
+    parser.epilog = "Arguments after -- go to the image's command."
     words = [*sys.argv[1:], "--"]
     at = words.index("--")
-    options, theirs = parser.parse_args(words[:at]), words[at + 1 : -1]
+    options, image_arguments = parser.parse_args(words[:at]), words[at + 1 : -1]
     if os.geteuid() != 0:
-        sys.exit("needs root: for debootstrap, chroot and mounts")
+        sys.exit("root is required for debootstrap, chroot and mounts")
     options.directory.mkdir(parents=True, exist_ok=True)
     build = Build(options.directory.resolve(), mirror=options.mirror)
     root = build.stage(options.target)
     print(f"{options.target}: {size_mib(root):.0f} MiB under /opt/chorus")
     if options.population is not None:
-        took_s = run_until_healthy(build, options.target, options.population.resolve(), theirs, 300)
+        took_s = run_until_healthy(build, options.target, options.population.resolve(), image_arguments, 300)
         print(f"{options.target}: healthy after {took_s:.1f} s, read-only, as its user")
 
 

@@ -1,4 +1,4 @@
-"""Ten times too much for a minute: whether everybody gets an answer, in what memory, and how soon all is well again.
+"""Ten times overload for a minute: whether every request gets an answer, peak memory, and time to recover.
 
 Measures the capacity with 16 streams, then sends Poisson arrivals at a multiple of it. Usage:
 
@@ -31,7 +31,7 @@ RECOVERY_BAR_S = 10.0
 
 
 class Memory(threading.Thread):
-    """Watches the resident memory of the gateway and of its engine, in MiB."""
+    """Samples the resident memory of the gateway and of its engine every second, in MiB."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -49,7 +49,7 @@ class Memory(threading.Thread):
 
 def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
     plan = Plan(url=url, max_tokens=options.tokens, streams=True, timeout_s=90)
-    asyncio.run(run(replace(plan, num_streams=16, duration_s=4)))  # warms up
+    asyncio.run(run(replace(plan, num_streams=16, duration_s=4)))  # warm-up
     alone_s = max(each.total_s for each in asyncio.run(run(replace(plan, num_streams=1, duration_s=4))))
     crowd = asyncio.run(run(replace(plan, num_streams=16, duration_s=10)))
     capacity = len(crowd) / max(each.at_s + each.total_s for each in crowd)
@@ -57,7 +57,7 @@ def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
 
     memory = Memory()
     memory.start()
-    # A third each: as they come, with a deadline, and with one at which the answer is cut.
+    # One third each: no deadline, a deadline, and a deadline at which the answer is truncated.
     flood = replace(plan, rate_per_s=options.factor * capacity, duration_s=options.seconds)
     sent = asyncio.run(_together(flood, alone_s))
     ended_at = time.perf_counter()
@@ -92,7 +92,7 @@ async def _together(flood: Plan, alone_s: float) -> list[Sent]:
         replace(part, budgets_ms=budgets, seed=1),
         replace(part, budgets_ms=budgets, on_deadline="truncate", streams=False, seed=2),
     ]
-    return [sent for found in await asyncio.gather(*(run(plan) for plan in plans)) for sent in found]
+    return [sent for of_plan in await asyncio.gather(*(run(plan) for plan in plans)) for sent in of_plan]
 
 
 def main() -> None:
@@ -106,11 +106,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(chorus_serve(options.directory, engine_arguments))[0]
-        found = measure(url, options)
+        results = measure(url, options)
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    for name, value in found.items():
+    for name, value in results.items():
         print(f"{name:22}{value}")
-    print(json.dumps({**found, "bars": {"failed_5xx": 0, "hung_or_broken": {}, "recovery_s": RECOVERY_BAR_S}}))
+    print(json.dumps({**results, "bars": {"failed_5xx": 0, "hung_or_broken": {}, "recovery_s": RECOVERY_BAR_S}}))
 
 
 if __name__ == "__main__":

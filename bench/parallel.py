@@ -1,4 +1,4 @@
-"""Two ranks: every member sharded over both, against whole members on each; tokens/s for each tier, alternating, in one run.
+"""Tokens/s on two ranks: every member sharded over both, against whole members on each. Per tier, in turn, in one run.
 
 python -m bench.random_population POPULATION
 python -m bench.parallel POPULATION [--concurrency 1 16] [--repeats 5] [--tokens 64]
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("population", type=Path)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=64, help="that each request generates")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens that each request generates")
     arguments = parser.parse_args()
     two_ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     engines = [

@@ -1,8 +1,8 @@
-"""How fast the prior is fitted, in what memory, and how it scales: `python -m bench.prior [--members 480]`.
+"""Time, memory and scaling of fitting a prior: `python -m bench.prior [--members 480]`.
 
-Synthetic snapshots: trajectories whose log-probabilities drift from cycle to cycle, so that neighbours are near-duplicates, as in
-a record run of q0 (5 x 96 cycles). Prints one Markdown table; entries in bench/LOG.md are made of it. The baseline in the same run
-is the reference's rule: 300 full-batch AdamW steps on softmax weights, top K, renormalised.
+Uses synthetic snapshots: trajectories whose log-probabilities drift from cycle to cycle, so that neighbours are near-duplicates,
+as in a record run of q0 (5 x 96 cycles). Prints Markdown tables for bench/LOG.md. The baseline, in the same run, is the
+reference's rule: 300 full-batch AdamW steps on softmax weights, top K, renormalised.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from chorus.prior.selection import best_set, nested_path, same_tokens
 from chorus.prior.weights import fit_weights, mixture_losses
 
 NUM_TRAJECTORIES = 5
-FREE_UP_TO = 4  # members of a set that is searched without the bond of nesting; more take minutes
+MAX_FREE_SIZE = 4  # members of a set searched without nesting; larger ones take minutes
 T = TypeVar("T")
 
 
@@ -58,7 +58,7 @@ def main() -> None:
         top_M = top_by_weight(reference_M, size)
         theirs, nested = float(mixture_losses(p_MN, top_M).mean()), path[size - 1]
         row = f"| {size} | {theirs:.4f} | {nested.loss:.4f} | {nested.loss - theirs:+.4f} |"
-        if size <= FREE_UP_TO:
+        if size <= MAX_FREE_SIZE:
             starts = (nested.members, tuple(int(idx) for idx in np.flatnonzero(top_M)))
             free = best_set(p_MN, same_tokens(arguments.tokens), size, starts=starts)
             row += f" {free.loss:.4f} | {free.loss - theirs:+.4f} |"
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def snapshots(num_members: int, num_tokens: int) -> NDArray[np.float32]:
-    """P[m, n] of `NUM_TRAJECTORIES` drifting trajectories, made row by row: memory stays at one matrix."""
+    """P[m, n] of `NUM_TRAJECTORIES` drifting trajectories. Made row by row, so that memory stays at one matrix."""
     generator = np.random.default_rng(0)
     difficulty_N = generator.gamma(2.0, 1.5, size=num_tokens).astype(np.float32)
     taste = [0.7 * generator.standard_normal(num_tokens, dtype=np.float32) for _ in range(NUM_TRAJECTORIES)]
@@ -91,7 +91,7 @@ def snapshots(num_members: int, num_tokens: int) -> NDArray[np.float32]:
 
 
 def timed(work: Callable[[], T]) -> tuple[T, float]:
-    """A result and the seconds it took."""
+    """Result of `work` and its duration in seconds."""
     start = time.perf_counter()
     return work(), time.perf_counter() - start
 

@@ -1,7 +1,7 @@
-"""Processor time of uvicorn's protocols, and of ours around one of them: `python -m bench.protocols`.
+"""Processor time of uvicorn's HTTP protocols and of ours, which wraps one of them: `python -m bench.protocols`.
 
-Bytes go in and out of a transport that is none, so that nothing but the protocol and a trivial app is measured. The best of several
-rounds that take turns: other work on the machine only ever adds.
+A dummy transport takes and gives the bytes, so that only the protocol and a trivial app are measured. Reports the minimum over
+alternating rounds, since other work on the machine can only add time.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ class _Transport(asyncio.Transport):
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """A stream of events, or a whole answer."""
+    """Answer with a stream of events, or with one event as a whole."""
     streams = json.loads((await receive())["body"])["stream"]
     length = [] if streams else [(b"content-length", str(len(EVENT)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": length})
@@ -54,7 +54,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 
 async def seconds(make: Callable[..., Any], config: uvicorn.Config, *, streams: bool, num: int) -> float:
-    """Processor time of a request."""
+    """Processor time per request."""
     state = ServerState()
     protocol = make(config=config, server_state=state, app_state={})
     protocol.connection_made(_Transport())

@@ -1,9 +1,9 @@
-"""A population of random members, made in a minute: for measurements in which it matters how large members are, not what they say.
+"""Makes a population of random members in a minute, for measurements that depend on the members' size only.
 
     python -m bench.random_population OUT [--members 8] [--layers 4] [--width 256] [--vocab-size 32000] [--spread 1.0]
 
-With a spread below 1, members are nearer to each other: 0 makes them copies of the first. Tiers of 1, 2, 4 ... members, nested,
-with equal weights. Nothing that it says means anything.
+A spread below 1 makes members more alike; at 0 they are copies of the first. Tiers are nested, with 1, 2, 4 ... members and equal
+weights. The generated text is meaningless.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def make(
     vocab_size: int = 32_000,
     spread: float = 1.0,
 ) -> Population:
-    """Write it to `directory`; see above."""
+    """Write the population to `directory`; see the module's docstring."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

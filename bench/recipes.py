@@ -1,9 +1,9 @@
-"""How to deal out a budget of epochs: `python -m bench.recipes WIKITEXT-2 --out DIR`; killed, it goes on; `--report` prints alone.
+"""Finds how to spend a budget of epochs: `python -m bench.recipes WIKITEXT-2 --out DIR`. Resumes if killed; `--report` only prints.
 
-A few long populations are trained, in the small world of `bench/wikitext.py`, and the smaller ones inside them are read off: its
-first trajectories, their first cycles. (A population trained at that length would differ from the start of a longer one in batch
-size and noise alone.) Every way to spend a budget is judged by the *mixture's* loss: at most K members, chosen and weighed on one
-of two held-out splits and scored on the other, both ways round. No test text is looked at. `train/recipes.py` rests on this.
+Trains a few long populations in the setup of `bench/wikitext.py`. Their first trajectories and first cycles serve as smaller
+populations, which differ from separately trained ones only in batch size and noise. Each way to spend a budget is ranked by the
+*mixture's* loss: at most K members, chosen and weighted on one of two held-out splits and evaluated on the other, both ways. The
+test split is not used. `train/recipes.py` is based on this.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from chorus.train.run import Run
 
 BUDGETS = (6, 12, 24, 36, 60, 90)
 MEMBERS = 6
-SEED = 100  # none of bench.faithful's
+SEED = 100  # not used by bench.faithful
 _BASE = {"trajectories": 3, "cycles": 15, "epochs_per_cycle": 2}
 POPULATIONS: dict[str, dict[str, object]] = {
     "cycles of 2": _BASE,
@@ -35,8 +35,8 @@ POPULATIONS: dict[str, dict[str, object]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """One way to spend some epochs, and what it comes to."""
+class Result:
+    """One way to spend a number of epochs, and its losses."""
 
     trajectories: int
     cycles: int
@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with valid.txt and test.txt of WikiText-2")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--report", action="store_true", help="only print what is finished")
+    parser.add_argument("--report", action="store_true", help="do not train; print finished runs")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for name in POPULATIONS if not arguments.report else ():
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def train(data: Path, directory: Path, changes: dict[str, object]) -> None:
-    """Train and score one population, unless another process is at it."""
+    """Train and score one population, unless another process is doing so."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with directory.with_suffix(".lock").open("a") as lock:
         try:
@@ -76,32 +76,32 @@ def train(data: Path, directory: Path, changes: dict[str, object]) -> None:
 
 
 def report(out: Path) -> None:
-    """By budget, the best ways to spend it, of all that were trained."""
-    ways: dict[int, list[tuple[str, Found]]] = defaultdict(list)
+    """Print the trained ways to spend each budget, best first."""
+    ways: dict[int, list[tuple[str, Result]]] = defaultdict(list)
     for name in POPULATIONS:
         directory = out / name.replace(" ", "-").replace(",", "")
         if not (directory / "training" / "run.json").exists() or not Run.load(directory).finished:
             continue
-        for found in everything_inside(Run.load(directory)):
-            budget = min(BUDGETS, key=lambda budget: abs(budget - found.epochs))
-            if 0.9 * budget <= found.epochs <= budget:
-                ways[budget].append((name, found))
+        for result in sub_populations(Run.load(directory)):
+            budget = min(BUDGETS, key=lambda budget: abs(budget - result.epochs))
+            if 0.9 * budget <= result.epochs <= budget:
+                ways[budget].append((name, result))
     print("| budget | way | trajectories x cycles | epochs | best single | mixture |\n|--:|---|---|--:|--:|--:|")
     for budget in BUDGETS:
-        for name, found in sorted(ways[budget], key=lambda way: way[1].mixture):
+        for name, result in sorted(ways[budget], key=lambda way: way[1].mixture):
             print(
-                f"| {budget} | {name} | {found.trajectories} x {found.cycles} | {found.epochs} | {found.single:.4f} | "
-                f"{found.mixture:.4f} |"
+                f"| {budget} | {name} | {result.trajectories} x {result.cycles} | {result.epochs} | {result.single:.4f} | "
+                f"{result.mixture:.4f} |"
             )
 
 
-def everything_inside(run: Run) -> list[Found]:
-    """A run's first trajectories and their first cycles, as far as a budget asks for them."""
+def sub_populations(run: Run) -> list[Result]:
+    """Results of the first trajectories and first cycles of a run, for the numbers of epochs near a budget."""
     settings, members = run.settings, wikitext.members(run)
     fitness_MN, selection_MN = wikitext.scores(run, "fitness"), wikitext.scores(run, "selection")
     both_MN: NDArray[np.float32] = np.concatenate([fitness_MN, selection_MN], axis=1)
     folds = cross_folds(fitness_MN.shape[1], selection_MN.shape[1])
-    found = []
+    results = []
     for trajectories in range(1, settings.trajectories + 1):
         for cycles in range(1, settings.cycles + 1):
             epochs = trajectories * (settings.burn_in + cycles * settings.epochs_per_cycle)
@@ -109,8 +109,8 @@ def everything_inside(run: Run) -> list[Found]:
                 continue
             rows = [idx for idx, (t, c) in enumerate(members) if t < trajectories and c < cycles]
             path = nested_path(both_MN[rows], folds, min(MEMBERS, len(rows)))
-            found.append(
-                Found(
+            results.append(
+                Result(
                     trajectories=trajectories,
                     cycles=cycles,
                     epochs=epochs,
@@ -118,7 +118,7 @@ def everything_inside(run: Run) -> list[Found]:
                     mixture=min(choice.loss for choice in path),
                 )
             )
-    return found
+    return results
 
 
 if __name__ == "__main__":

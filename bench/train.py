@@ -1,15 +1,15 @@
 """Tokens per second of the training step, against a bare PyTorch loop over the same model: `python -m bench.train`.
 
-On the same batches of one member, in turn, medians of alternating rounds:
+Medians of alternating rounds on the same batches of one member:
 
     bare     PyTorch's cross-entropy over all logits, `clip_grad_norm_`, `torch.optim.Muon` for matrices and AdamW for the rest
     bare32   the same with the Newton-Schulz steps of `torch.optim.Muon` in float32: the faster of the two is the baseline
-    ours     the step of `train.trajectory`, batch from disk, loss and optimiser included
-    taught   the same with a teacher
-    compiled `ours` under `--compile` (only if asked for)
+    ours     the step of `train.trajectory`, including reading the batch from disk, loss and optimiser
+    taught   `ours` with a teacher
+    compiled `ours` with compilation (with --compile)
 
-Beside them: the share of the machine's matrix-product rate, measured in the same run, and on a GPU that is known the model FLOP
-utilisation against the vendor's dense bfloat16 peak. For a GPU: `--layers 12 --width 768 --heads 12 --context-length 1024
+Also prints the share of the machine's matrix-product rate, measured in the same run, and on known GPUs the model FLOP utilisation
+against the vendor's dense bfloat16 peak. For a GPU: `--layers 12 --width 768 --heads 12 --context-length 1024
 --vocab-size 8192 --batch-tokens 65536` (97M parameters).
 """
 
@@ -39,33 +39,32 @@ from chorus.train.trajectory import Trajectory, autocast, micro_tokens
 from chorus.train.worker import choose_device
 
 BARS = {"ours": 0.9, "taught": 1 / 1.4}
-# Dense bfloat16, FLOP/s, from the vendor's data sheets; SXM boards where there are several.
+# Dense bfloat16 FLOP/s from the vendor's data sheets; of several boards, the SXM one.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}
 Step = Callable[[], object]
 
 
 def main() -> None:
-    """Time all ways in turn, then print the table."""
+    """Time all kinds of steps in turn, then print the table."""
     arguments = _parse()
-    if (
-        not ALLOCATOR.items() <= os.environ.items()
-    ):  # as `chorus train` starts its processes; the bare loop gains by it too
+    # `chorus train` starts its processes with this allocator. The bare loop gains from it, too.
+    if not ALLOCATOR.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, "-m", "bench.train", *sys.argv[1:]], {**os.environ, **ALLOCATOR})
     torch.set_num_threads(arguments.threads)
     device = choose_device(0)
     with tempfile.TemporaryDirectory(prefix="chorus-bench-") as name:
         run = make_run(Path(name), arguments)
-        ways = make_ways(run, device, compiled=arguments.compile)
-        begun = {way: timed(step, 2, device) * 2 for way, step in ways.items()}
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        steps = make_steps(run, device, compiled=arguments.compile)
+        first_two_s = {kind: timed(step, 2, device) * 2 for kind, step in steps.items()}
+        seconds: dict[str, list[float]] = {kind: [] for kind in steps}
         for _ in range(arguments.rounds):
-            for way, step in ways.items():
-                seconds[way].append(timed(step, arguments.steps, device))
-    report(run, {way: statistics.median(found) for way, found in seconds.items()}, begun, device, arguments)
+            for kind, step in steps.items():
+                seconds[kind].append(timed(step, arguments.steps, device))
+    report(run, {kind: statistics.median(times) for kind, times in seconds.items()}, first_two_s, device, arguments)
 
 
 def make_run(directory: Path, arguments: argparse.Namespace) -> Run:
-    """A run of one member on random tokens: what they say does not change what a step costs."""
+    """A run of one member on random tokens, since the content does not change the time of a step."""
     settings = Settings(
         corpus="random tokens", layers=arguments.layers, width=arguments.width, heads=arguments.heads,
         context_length=arguments.context_length, vocab_size=arguments.vocab_size, batch_tokens=arguments.batch_tokens,
@@ -80,9 +79,9 @@ def make_run(directory: Path, arguments: argparse.Namespace) -> Run:
     return Run.load(directory)
 
 
-def make_ways(run: Run, device: torch.device, *, compiled: bool) -> dict[str, Step]:
-    """What is timed, by name."""
-    ways: dict[str, Step] = {
+def make_steps(run: Run, device: torch.device, *, compiled: bool) -> dict[str, Step]:
+    """The steps to time, by name."""
+    steps: dict[str, Step] = {
         "bare": bare_step(run, device),
         "bare32": bare_step(run, device, newton_schulz=torch.float32),
         "ours": our_step(run, device),
@@ -94,13 +93,13 @@ def make_ways(run: Run, device: torch.device, *, compiled: bool) -> dict[str, St
             settings=Settings(**{**vars(run.settings), "compile": True}),
             prepared=run.prepared,
         )
-        ways["compiled"] = our_step(changed, device)
-        ways["compiled, taught"] = our_step(changed, device, taught=True)
-    return ways
+        steps["compiled"] = our_step(changed, device)
+        steps["compiled, taught"] = our_step(changed, device, taught=True)
+    return steps
 
 
 def our_step(run: Run, device: torch.device, *, taught: bool = False) -> Step:
-    """A step as a run takes it."""
+    """A training step as in a run."""
     trajectory = Trajectory(run, 0, device)
     trajectory._initialise(0)
     if taught:
@@ -114,7 +113,7 @@ def our_step(run: Run, device: torch.device, *, taught: bool = False) -> Step:
 
 
 def bare_step(run: Run, device: torch.device, *, newton_schulz: torch.dtype = torch.bfloat16) -> Step:
-    """What one would write without this project: the same model, micro-batches and precision, PyTorch's loss and optimisers."""
+    """A step written without this project: the same model, micro-batches and precision with PyTorch's loss and optimisers."""
     model = Llama(run.shape).to(device)
     model.initialise(torch.Generator().manual_seed(0))
     matrices = [p for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2]
@@ -148,7 +147,7 @@ def bare_step(run: Run, device: torch.device, *, newton_schulz: torch.dtype = to
 
 @contextmanager
 def newton_schulz_in(dtype: torch.dtype) -> Iterator[None]:
-    """`torch.optim.Muon` with another precision: it has no setting for it."""
+    """Run `torch.optim.Muon` with another precision, for which it has no setting."""
     original = torch.Tensor.bfloat16
     if dtype != torch.bfloat16:
         torch.Tensor.bfloat16 = lambda self: self.to(dtype).clone()  # type: ignore[method-assign]
@@ -158,11 +157,13 @@ def newton_schulz_in(dtype: torch.dtype) -> Iterator[None]:
         torch.Tensor.bfloat16 = original  # type: ignore[method-assign]
 
 
-assert "grad.bfloat16()" in Path(_muon.__file__).read_text(encoding="utf-8"), "torch.optim.Muon has changed; see above"
+assert "grad.bfloat16()" in Path(_muon.__file__).read_text(encoding="utf-8"), (
+    "torch.optim.Muon has changed: adapt newton_schulz_in"
+)
 
 
 def batch(run: Run) -> tuple[Tensor, Tensor]:
-    """A batch from disk, as each way has to fetch it."""
+    """Read a batch from disk; every kind of step includes this."""
     data = TrainTokens(run.directory / "training")
     rows = run.schedule(0).cycles()[0].batch_rows
     epoch = Epoch(data, seed=0, trajectory=0, epoch=0)
@@ -171,7 +172,7 @@ def batch(run: Run) -> tuple[Tensor, Tensor]:
 
 
 def timed(step: Step, steps: int, device: torch.device) -> float:
-    """Seconds of one step, the mean of several."""
+    """Mean seconds per step."""
     synchronise(device)
     started = time.perf_counter()
     for _ in range(steps):
@@ -181,13 +182,13 @@ def timed(step: Step, steps: int, device: torch.device) -> float:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for a GPU."""
+    """Wait for the device, if it is a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def product_rate(device: torch.device) -> tuple[float, str]:
-    """FLOP/s of a large matrix product in the precision of a step, the best of several."""
+    """FLOP/s of a large matrix product in the precision of a step: the best of 8 runs."""
     size = 8_192 if device.type == "cuda" else 1_024
     a = torch.randn(size, size, device=device)
     with autocast(device):
@@ -198,7 +199,11 @@ def product_rate(device: torch.device) -> tuple[float, str]:
 
 
 def report(
-    run: Run, seconds: dict[str, float], begun: dict[str, float], device: torch.device, arguments: argparse.Namespace
+    run: Run,
+    seconds: dict[str, float],
+    first_two_s: dict[str, float],
+    device: torch.device,
+    arguments: argparse.Namespace,
 ) -> None:
     """Print the table."""
     shape, tokens = run.shape, run.schedule(0).cycles()[0].batch_rows * run.settings.context_length
@@ -213,14 +218,14 @@ def report(
     print("| step | tokens/s | against the bare loop | bar | of the product rate | MFU | first two steps |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     baseline = min(seconds["bare"], seconds["bare32"])
-    for way, own in seconds.items():
-        work = shape.flops_per_token * tokens * (4 / 3 if "taught" in way else 1)
-        bar = f"{BARS[way]:.2f}x" if way in BARS else ""
-        against = f"{(seconds['ours'] if way == 'taught' else baseline) / own:.2f}x"
-        against += " of ours" if way == "taught" else ""
+    for kind, own in seconds.items():
+        work = shape.flops_per_token * tokens * (4 / 3 if "taught" in kind else 1)
+        bar = f"{BARS[kind]:.2f}x" if kind in BARS else ""
+        against = f"{(seconds['ours'] if kind == 'taught' else baseline) / own:.2f}x"
+        against += " of ours" if kind == "taught" else ""
         mfu = f"{work / own / peak:.1%}" if peak else "-"
         print(
-            f"| {way} | {tokens / own:,.0f} | {against} | {bar} | {work / own / rate:.0%} | {mfu} | {begun[way]:.1f} s |"
+            f"| {kind} | {tokens / own:,.0f} | {against} | {bar} | {work / own / rate:.0%} | {mfu} | {first_two_s[kind]:.1f} s |"
         )
 
 
@@ -229,9 +234,11 @@ def _parse() -> argparse.Namespace:
     for name, default in (("layers", 3), ("width", 128), ("heads", 4), ("context-length", 256), ("vocab-size", 2_048)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--batch-tokens", type=int, default=1_024)
-    parser.add_argument("--threads", type=int, default=1, help="of the process; a run gives each trajectory its share")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of this process; in a run, trajectories share the threads"
+    )
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=5, help="of each way in a round")
+    parser.add_argument("--steps", type=int, default=5, help="of each kind in a round")
     parser.add_argument("--compile", action="store_true", help="also time compiled steps")
     return parser.parse_args()
 

@@ -1,7 +1,7 @@
-"""A small world to experiment in: articles of WikiText-2, members of 0.7M parameters, runs that resume.
+"""A small setup for experiments: articles of WikiText-2, members of 0.7M parameters, resumable runs.
 
-Whole articles are dealt to the splits in one fixed order; of each the first tokens are taken, so that many articles fit into little
-compute. Train, fitness and selection come from `valid.txt`, test from `test.txt`. All training goes through `train/`.
+Whole articles are assigned to the splits in a fixed order. Only the first tokens of each are used, so that many articles need
+little compute. Train, fitness and selection come from `valid.txt`, test from `test.txt`. All training uses `train/`.
 """
 
 import re
@@ -22,7 +22,7 @@ from chorus.train.tokenizer import train_tokenizer
 from chorus.train.trajectory import Trajectory
 from chorus.train.worker import choose_device
 
-# Articles and tokens of each: enough articles for a bootstrap, little enough text that a model saturates within minutes.
+# Articles, and tokens of each: enough articles for a bootstrap, and so little text that a model saturates within minutes.
 _SPLITS = {"train": (30, 800), "fitness": (15, 1_200), "selection": (15, 1_200), "test": (62, 768)}
 _ARTICLE = re.compile(r"^ = [^=\n]+ = \n", re.MULTILINE)
 DEVICE = choose_device(0)
@@ -34,18 +34,18 @@ BASE = Settings(
 
 
 def articles(path: Path) -> list[str]:
-    """The articles of one file; each begins at a line ` = Title = `."""
+    """The articles of one file. Each begins at a line ` = Title = `."""
     text = path.read_text(encoding="utf-8")
     starts = [match.start() for match in _ARTICLE.finditer(text)]
     return [text[start:stop] for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)]
 
 
 def prepared_run(data: Path, directory: Path, **changes: object) -> Run:
-    """A run on these splits under `BASE` with some settings changed; prepared if it is not yet."""
+    """A run on these splits with the settings of `BASE`, updated by `changes`. Prepares it if necessary."""
     settings = Settings(**{**vars(BASE), **changes})  # type: ignore[arg-type]
     if runs.check_out(directory, settings):
         return Run.load(directory)
-    runs.save(directory, settings, None)  # first, so that a kill before the end leaves what can be gone on with
+    runs.save(directory, settings, None)  # first, so that a killed preparation can be resumed
     texts = _deal(data)
     tokenizer = train_tokenizer(texts["train"], settings.vocab_size or 0, directory, context_length=128)
     splits = {
@@ -75,7 +75,7 @@ def _deal(data: Path) -> dict[str, list[str]]:
 
 
 def train_run(run: Run) -> None:
-    """Train all trajectories of a run, one after the other, from where they stand."""
+    """Train all trajectories of a run, one after the other. Resumes from their checkpoints."""
     for idx in range(run.settings.trajectories):
         Trajectory(run, idx, DEVICE, checkpoint_seconds=120).train(_ignore, lambda: False)
 
@@ -86,7 +86,7 @@ def members(run: Run) -> list[tuple[int, int]]:
 
 
 def scores(run: Run, split: str) -> NDArray[np.float32]:
-    """p(ground truth) (M, N) of all members of a finished run, in the order of `members`; kept beside the run."""
+    """p(ground truth) (M, N) of all members of a finished run, in the order of `members`. Cached with the run."""
     rows = []
     for trajectory, cycle in members(run):
         name = member_name(trajectory, cycle)
@@ -100,7 +100,7 @@ def scores(run: Run, split: str) -> NDArray[np.float32]:
 
 
 def scored_offsets(run: Run, split: str) -> NDArray[np.int64]:
-    """Document d has the scored tokens offsets[d] : offsets[d + 1]: all of its tokens but the first."""
+    """Offsets (D + 1): document d has scored tokens offsets[d] : offsets[d + 1], all of its tokens but the first."""
     split_tokens = TokenSplit.load(split_path(run.directory, split))
     lengths = np.diff(split_tokens.offsets) - 1
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

@@ -1,4 +1,4 @@
-"""What a user may spend, in the user's own unit, as limits on sets of members: members, forward passes, memory or milliseconds."""
+"""Budgets in members, forward passes, bytes or milliseconds, turned into limits on sets of members."""
 
 import math
 import re
@@ -18,7 +18,7 @@ from chorus.prior.selection import Limits
 
 # M members
 Unit = Literal["members", "x", "bytes", "ms"]
-WHAT = {
+UNIT_TEXT = {
     "members": "members",
     "x": "forward passes of the largest member",
     "bytes": "bytes of weights",
@@ -32,25 +32,25 @@ _BYTES |= {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
 
 @dataclass(frozen=True, kw_only=True)
 class Amount:
-    """So much of a unit."""
+    """A number with its unit."""
 
     number: float
     unit: Unit
 
     @classmethod
     def parse(cls, text: str, where: str) -> "Amount":
-        """`3` members, `1.5x`, `200MB` or `12ms`.
+        """Parse `3` (members), `1.5x`, `200MB` or `12ms`.
 
         Raises:
-            ChorusError: it is none of these; `where` says what was being read.
+            ChorusError: `text` has another form. The message starts with `where`, the option being parsed.
         """
-        found = _AMOUNT.fullmatch(text.strip())
-        if found is None or (found["unit"] is None and "." in text):
+        match = _AMOUNT.fullmatch(text.strip())
+        if match is None or (match["unit"] is None and "." in text):
             raise ChorusError(
                 f"{where}: {text.strip()!r} is not an amount. Write it like 3 (members), 1.5x (forward passes of the "
                 "largest member), 200MB (weights) or 12ms (per token)."
             )
-        number, unit = float(found["number"]), found["unit"]
+        number, unit = float(match["number"]), match["unit"]
         if unit is None:
             return cls(number=number, unit="members")
         if unit in _BYTES:
@@ -60,105 +60,106 @@ class Amount:
 
 @dataclass(frozen=True, kw_only=True)
 class Budgets:
-    """Named tiers with what each may cost, all in one unit, and what none may exceed."""
+    """The most that each named tier may cost, and a cap for all tiers, in one unit."""
 
     tiers: Mapping[str, Amount]
-    """None, for tiers of the command's own choice."""
+    """Empty: the command chooses the tiers."""
     cap: Amount | None = None
 
     @classmethod
     def parse(cls, text: str | None, cap: Amount | None = None) -> "Budgets":
-        """From `economy=1,standard=2`, `small=200MB,big=1GB` and the like.
+        """Parse `economy=1,standard=2`, `small=200MB,big=1GB` and so on.
 
         Raises:
-            ChorusError: it is written otherwise, names a tier twice, or mixes units.
+            ChorusError: `text` cannot be parsed, names a tier twice, or mixes units.
         """
         tiers: dict[str, Amount] = {}
         for part in [] if text is None else text.split(","):
             name, separator, amount = (piece.strip() for piece in part.partition("="))
             if not (separator and amount and TIER_NAME.fullmatch(name)) or name in tiers:
                 raise ChorusError(
-                    f"--budgets {text!r} is not understood at {part!r}. Write it like `economy=1,standard=2,premium=4`."
+                    f"--budgets {text!r}: {part!r} cannot be parsed or repeats a name. Write `economy=1,standard=2,premium=4`."
                 )
             tiers[name] = Amount.parse(amount, f"--budgets {part.strip()}")
         units = {amount.unit for amount in tiers.values()}
         if len(units) > 1 or (cap is not None and units - {"members", cap.unit}):
             mixed = sorted(units | ({cap.unit} if cap else set()))
             raise ChorusError(
-                f"budgets in {' and '.join(mixed)} cannot be compared: give all of them, and the most, in one unit."
+                f"budgets in {' and '.join(mixed)} cannot be compared: give all budgets and the cap in one unit."
             )
         return cls(tiers=tiers, cap=cap)
 
     @property
     def unit(self) -> Unit:
-        """Of the limits; `members` where there are none."""
+        """The unit of the limits; `members` without limits."""
         if self.cap is not None:
             return self.cap.unit
         return next((amount.unit for amount in self.tiers.values()), "members")
 
     @property
     def counts(self) -> dict[str, int] | None:
-        """Members of each tier, where that is what was asked for."""
+        """Members of each tier; None unless all budgets are in members."""
         if not self.tiers or any(amount.unit != "members" for amount in self.tiers.values()):
             return None
         return {name: int(amount.number) for name, amount in self.tiers.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spending:
-    """Budgets as `fit_prior` takes them."""
+class ResolvedBudgets:
+    """Budgets in the form that `fit_prior` takes."""
 
     counts: dict[str, int] | None
     """Members of each tier."""
     limited: tuple[str, ...] = ()
-    """Tiers with a limit of cost, in the order of `limits.tiers`; none where `counts` are given."""
+    """Tiers with a cost limit, in the order of `limits.tiers`; empty if `counts` are given."""
     limits: Limits | None = None
 
 
-def resolve(budgets: Budgets, population: Population, directory: Path, table: LatencyTable | None) -> Spending:
-    """Limits of cost for this population. Members that cost the same turn every limit into a number of members.
+def resolve(budgets: Budgets, population: Population, directory: Path, table: LatencyTable | None) -> ResolvedBudgets:
+    """Cost limits for this population. If all members cost the same, every limit becomes a number of members.
 
     Raises:
-        ChorusError: there is no latency table for a limit in ms, a limit is below the cheapest member, or two are as good as one.
+        ChorusError: a limit is in ms and `table` is None or incomplete, a limit is below the cost of the cheapest member, or a tier
+            exceeds the cap.
     """
     if budgets.unit == "members":
-        return Spending(counts=budgets.counts)
+        return ResolvedBudgets(counts=budgets.counts)
     costs_M, limit_of = _costs(budgets.unit, population, directory, table)
     cap = math.inf if budgets.cap is None else limit_of(budgets.cap.number)
-    wished = {} if budgets.counts is not None else budgets.tiers
-    named = sorted(((name, limit_of(amount.number)) for name, amount in wished.items()), key=lambda pair: pair[1])
-    for name, limit in [*named, ("the most", cap)]:
+    requested = {} if budgets.counts is not None else budgets.tiers
+    named = sorted(((name, limit_of(amount.number)) for name, amount in requested.items()), key=lambda pair: pair[1])
+    for name, limit in [*named, ("the cap", cap)]:
         if limit < float(costs_M.min()) * (1 - 1e-9):
-            given = wished[name].number if name in wished else budgets.cap.number if budgets.cap else limit
+            given = requested[name].number if name in requested else budgets.cap.number if budgets.cap else limit
             raise ChorusError(
-                f"{name}: {given:g} {WHAT[budgets.unit]} are less than the cheapest member costs "
-                f"({_at_least(budgets.unit, float(costs_M.min()), table)}). Allow that much."
+                f"{name}: {given:g} {UNIT_TEXT[budgets.unit]} is less than the cheapest member costs "
+                f"({_min_amount(budgets.unit, float(costs_M.min()), table)}). Allow at least that."
             )
     if named and named[-1][1] > cap:
         raise ChorusError(
-            f"tier {named[-1][0]!r} may cost more than the most that any may: lower it, or raise the most."
+            f"the budget of tier {named[-1][0]!r} is above the cap for all tiers: lower it, or raise the cap."
         )
     if float(np.ptp(costs_M)) > 1e-9 * float(costs_M.max()):
         limits = Limits(costs_M=costs_M, tiers=tuple(limit for _, limit in named), cap=cap)
-        return Spending(counts=budgets.counts, limited=tuple(name for name, _ in named), limits=limits)
-    each, most = float(costs_M[0]), len(costs_M)
+        return ResolvedBudgets(counts=budgets.counts, limited=tuple(name for name, _ in named), limits=limits)
+    member_cost, num_members = float(costs_M[0]), len(costs_M)
 
-    def members(limit: float) -> int:
-        return most if limit == math.inf else min(most, int(limit / each + 1e-9))
+    def max_members(limit: float) -> int:
+        return num_members if limit == math.inf else min(num_members, int(limit / member_cost + 1e-9))
 
-    counts = budgets.counts or {name: members(limit) for name, limit in named} or None
-    if counts and max(counts.values()) > members(cap):
+    counts = budgets.counts or {name: max_members(limit) for name, limit in named} or None
+    if counts and max(counts.values()) > max_members(cap):
         name = max(counts, key=counts.__getitem__)
         raise ChorusError(
-            f"tier {name!r} asks for {counts[name]} members; within the most that any tier may cost fit {members(cap)}."
+            f"tier {name!r} has a budget of {counts[name]} members, but only {max_members(cap)} fit under the cap for all tiers."
         )
-    return Spending(counts=counts, limits=Limits(costs_M=np.ones(most), cap=float(members(cap))))
+    return ResolvedBudgets(counts=counts, limits=Limits(costs_M=np.ones(num_members), cap=float(max_members(cap))))
 
 
 def _costs(
     unit: Unit, population: Population, directory: Path, table: LatencyTable | None
 ) -> tuple[FloatArray, Callable[[float], float]]:
-    """The members' costs, and a function from an amount of the unit to a limit on their sum."""
+    """The members' costs, and a function that converts an amount of `unit` to a limit on the sum of costs."""
     relative_M = np.array([population.relative_cost((member.name,)) for member in population.members])
     if unit == "x":
         return relative_M, lambda amount: amount
@@ -170,18 +171,19 @@ def _costs(
         return np.array(sizes, dtype=np.float64), lambda amount: amount
     if table is None:
         raise ChorusError(
-            f"a limit in ms needs measured latencies. Measure the engine that will serve, "
-            f"`{command('chorus', 'prior', 'measure', directory, '--engine', 'URL')}`, or give a table with --latency."
+            f"a limit in ms needs measured latencies. Measure the engine that will serve this population, "
+            f"`{command('chorus', 'prior', 'measure', directory, '--engine', 'URL')}`, or pass a table with --latency."
         )
     if table.by_member is not None:
         if missing := [member.name for member in population.members if member.name not in table.by_member]:
             raise ChorusError(f"the latency table has no entry for {', '.join(missing)}. Add them under `by_member`.")
-        own_M = np.array([table.by_member[member.name] for member in population.members])
-        return own_M, lambda amount: amount - table.fixed_ms
+        latency_M = np.array([table.by_member[member.name] for member in population.members])
+        return latency_M, lambda amount: amount - table.fixed_ms
     return relative_M, table.cost_within
 
 
-def _at_least(unit: Unit, cost: float, table: LatencyTable | None) -> str:
+def _min_amount(unit: Unit, cost: float, table: LatencyTable | None) -> str:
+    """A cost in the unit of the budgets, for messages."""
     if unit != "ms" or table is None:
         return f"{cost:g}"
     return f"{cost + table.fixed_ms if table.by_member is not None else table.ms_of(cost):.3g}"

@@ -1,4 +1,4 @@
-"""`chorus prior`: fit the members and weights of every budget, and see what they are worth."""
+"""`chorus prior`: fits the members and weights of every tier, evaluates them and measures latencies."""
 
 import contextlib
 import logging
@@ -23,16 +23,16 @@ _MAX_BYTES = click.option(
     default=2_000_000,
     show_default=True,
     type=click.IntRange(min=1),
-    help="Most text to take from a corpus.",
+    help="Most bytes of text to take from a corpus.",
 )
 _SPLIT_ON = click.option(
-    "--split-on", help="A line of a text file where this expression matches begins a new document."
+    "--split-on", help="Start a new document at every line of a text file that matches this regular expression."
 )
 _MARKS = click.option(
     "--marks",
     type=click.Choice(["tokenizer", "both", "none"]),
-    help="What stands around each text of a corpus: what the tokenizer adds by itself, its bos and eos, or nothing. By default bos "
-    "and eos for members that `chorus train` made, and what the tokenizer adds for others.",
+    help="Tokens around each text of a corpus: what the tokenizer adds by default, its bos and eos (both), or none. Default: both "
+    "for members from `chorus train`, tokenizer for others.",
 )
 
 _TEXT_FIELD = click.option(
@@ -58,9 +58,8 @@ def prior() -> None:
     "corpora",
     multiple=True,
     metavar="[NAME=]TEXT",
-    help="Text to fit on (file, folder, dataset name or `stdlib`; JSON lines with `messages` are conversations, of which the "
-    "answers are scored); the population's own splits by default. Several, each with a name, make several priors: tiers "
-    "NAME-economy and so on.",
+    help="Text to fit on: file, folder, dataset name or `stdlib`. Of JSON lines with `messages` (conversations), only the answers "
+    "are scored. Default: the population's own splits. Repeat with names for several priors, with tiers NAME-economy and so on.",
 )
 @_MAX_BYTES
 @_SPLIT_ON
@@ -68,34 +67,36 @@ def prior() -> None:
 @_MARKS
 @click.option(
     "--budgets",
-    help="Tiers and what each may cost: members `economy=1,standard=2`, or `small=1.5x`, `small=200MB`, `small=12ms`; `max`, all "
-    "useful members, joins by itself.",
+    help="Tiers and their limits: in members `economy=1,standard=2`, or `small=1.5x`, `small=200MB`, `small=12ms`. A tier `max` of "
+    "all useful members is added if it is larger.",
 )
 @click.option(
-    "--max-latency-ms", type=click.FloatRange(min=0, min_open=True), help="Most that any tier may take per token."
+    "--max-latency-ms", type=click.FloatRange(min=0, min_open=True), help="Most milliseconds per token, for every tier."
 )
 @click.option(
     "--max-flops",
     type=click.FloatRange(min=0, min_open=True),
-    help="Most forward passes of the largest member per token.",
+    help="Most forward passes of the largest member per token, for every tier.",
 )
-@click.option("--max-memory", help="Most weights that any tier may need, as 2GB or 800MiB.")
+@click.option("--max-memory", help="Most bytes of weights, for every tier: 2GB or 800MiB.")
 @click.option(
     "--latency",
     type=click.Path(path_type=Path),
-    help="Measured ms per token; prior/latency.json, as `chorus prior measure` writes it, by default.",
+    help="Table of measured ms per token. Default: prior/latency.json, which `chorus prior measure` writes.",
 )
 @click.option(
     "--pools",
-    help="Pools to fit with a temperature: `linear`, `log` or `linear,log`; the best by held-out text is served. Without it: "
-    "linear, at temperature 1. Takes several passes over the text.",
+    help="Pools to fit with a temperature: `linear`, `log` or `linear,log`. The one with the lowest held-out loss is served. Takes "
+    "several passes over the text. Default: linear at temperature 1.",
 )
 @click.option(
     "--engine",
-    help="Address of a running `chorus engine serve` or `vllm serve` of this population: it runs the members, not this process.",
+    help="Address of a running `chorus engine serve` or `vllm serve` of this population, which then runs the members.",
 )
 @click.option(
-    "--shrink", is_flag=True, help="Draw weights towards uniform, as far as cross-validation says; for little text."
+    "--shrink",
+    is_flag=True,
+    help="Shrink weights towards uniform, with a strength from cross-validation; for small texts.",
 )
 def fit(
     directory: Path,
@@ -115,21 +116,21 @@ def fit(
 ) -> None:
     """Choose members and fit weights for every tier of the population in DIRECTORY, on held-out text.
 
-    Writes the tiers and their losses into population.json, and prior/report.md, prior/frontier.png and prior/fit.json.
+    Writes the tiers and their losses to population.json, and a report, plots and fit.json to prior/.
     """
     from chorus.prior.budgets import Budgets
-    from chorus.prior.run import OWN, fit_population
+    from chorus.prior.run import OWN_SPLITS, fit_population
 
-    wished = Budgets.parse(budgets, _cap(max_latency_ms, max_flops, max_memory))
+    parsed = Budgets.parse(budgets, _cap(max_latency_ms, max_flops, max_memory))
     with _progress() as progress:
         population, fits = fit_population(
             directory,
-            corpora=_named(corpora) if corpora else OWN,
+            corpora=_parse_corpora(corpora) if corpora else OWN_SPLITS,
             max_bytes=max_bytes,
             split_on=split_on,
             text_field=text_field,
             marks=marks,
-            budgets=wished,
+            budgets=parsed,
             latency=latency,
             shrink=shrink,
             pools=_parse_pools(pools),
@@ -153,18 +154,18 @@ def fit(
         console.print()
     reports = ", ".join(str(directory / named.directory / REPORT) for named in fits)
     click.echo(
-        f"Prior version {population.prior_version} is in {directory / 'population.json'}; "
-        f"{'the report is' if len(fits) == 1 else 'reports are'} {reports}"
+        f"Prior version {population.prior_version} written to {directory / 'population.json'}; "
+        f"{'report' if len(fits) == 1 else 'reports'}: {reports}"
     )
 
 
 @prior.command()
 @_DIRECTORY
-@click.option("--corpus", help="Text to look at: file, folder, dataset name or `stdlib`.")
+@click.option("--corpus", help="Text to evaluate on: file, folder, dataset name or `stdlib`.")
 @click.option(
     "--engine",
-    help="Address of a running `chorus serve` or `vllm serve` of this population: count the tiers through it, and compare with the "
-    "members here. Without --corpus on the population's own test split.",
+    help="Address of a running `chorus serve` or `vllm serve` of this population: evaluate the tiers through it and compare with "
+    "the checkpoints in DIRECTORY. Without --corpus: on the population's own test split.",
 )
 @_MAX_BYTES
 @_SPLIT_ON
@@ -179,9 +180,9 @@ def evaluate(
     text_field: str,
     marks: "Marks | None",
 ) -> None:
-    """Show what the tiers of the population in DIRECTORY are worth on other text, and what fitting again would gain there.
+    """Evaluate the tiers of the population in DIRECTORY on other text, and what fitting again would gain there.
 
-    With --engine: show that a running engine gives what the manifest promises.
+    With --engine: check that a running engine gives the same losses as the checkpoints.
     """
     from rich.console import Console
 
@@ -202,14 +203,15 @@ def evaluate(
             )
         click.echo(f"{split.num_scored:,} tokens in {split.split.num_documents} documents, through {engine}")
         console.print(served_table(population, served), highlight=False)
-        if wrong := [s.tier for s in served if not s.agrees]:
+        if differing := [tier.tier for tier in served if not tier.agrees]:
             raise ChorusError(
-                f"the engine at {engine} does not give what the members here give, at {', '.join(wrong)}. It may serve another "
-                "prior or other members, or compute in a coarser dtype: restart it, or serve with `-- --dtype float32` to see."
+                f"the engine at {engine} gives other losses than the checkpoints in {directory}, for {', '.join(differing)}. It "
+                "may serve another prior or other members, or compute in a coarser dtype: restart it, or serve with "
+                "`-- --dtype float32` to find out."
             )
         return
     if corpus is None:
-        raise ChorusError("evaluate needs --corpus TEXT, or --engine URL for the population's own test split.")
+        raise ChorusError("evaluate needs --corpus TEXT, or --engine URL to use the population's own test split.")
     with _progress() as progress:
         population, split, shifts = evaluate_population(
             directory,
@@ -223,9 +225,9 @@ def evaluate(
     click.echo(f"{split.num_scored:,} tokens in {split.split.num_documents} documents of {corpus}")
     console.print(shift_table(population, shifts), highlight=False)
     console.print(
-        "\nWith new weights, members: how the loss would change if the same members were weighed anew, or as many members "
-        "chosen anew, on one half of this text; counted on the other half, both ways. Only an interval wholly below zero "
-        "shows a gain.",
+        "\nWith new weights, with new members: the change in loss from fitting new weights for the same members, or from choosing "
+        "the same number of members anew. Both are fitted on one half of this text and evaluated on the other, both ways. Only an "
+        "interval entirely below zero shows a gain.",
         highlight=False,
         soft_wrap=True,
     )
@@ -235,7 +237,7 @@ def evaluate(
 @_DIRECTORY
 @click.option("--engine", required=True, help="Address of a running `chorus serve` or `vllm serve` of this population.")
 def measure(directory: Path, engine: str) -> None:
-    """Measure what a token takes at every tier of the population in DIRECTORY, on a running engine that does nothing else.
+    """Measure the time per token at every tier of the population in DIRECTORY, on a running engine without other load.
 
     Writes prior/latency.json, which `chorus prior fit --max-latency-ms` reads.
     """
@@ -257,7 +259,7 @@ def measure(directory: Path, engine: str) -> None:
         shown.add_row(tier.name, str(tier.budget), f"{point.relative_cost:.2f}x", f"{point.ms_per_token:.2f}")
     console = Console()
     console.print(shown, highlight=False)
-    click.echo(f"\nWritten to {directory / LATENCY_JSON}.")
+    click.echo(f"\nWrote {directory / LATENCY_JSON}.")
 
 
 def _cap(max_latency_ms: float | None, max_flops: float | None, max_memory: str | None) -> "Amount | None":
@@ -271,43 +273,45 @@ def _cap(max_latency_ms: float | None, max_flops: float | None, max_memory: str 
     if max_memory is not None:
         caps.append(Amount.parse(max_memory, "--max-memory"))
         if caps[-1].unit != "bytes":
-            raise ChorusError(f"--max-memory {max_memory!r} is not an amount of memory. Write it like 2GB or 800MiB.")
+            raise ChorusError(f"--max-memory {max_memory!r} is not an amount of memory. Write it as 2GB or 800MiB.")
     if len(caps) > 1:
-        raise ChorusError("give one of --max-latency-ms, --max-flops and --max-memory.")
+        raise ChorusError("give one of --max-latency-ms, --max-flops and --max-memory, not several.")
     return caps[0] if caps else None
 
 
-def _named(corpora: tuple[str, ...]) -> dict[str | None, str | None]:
-    """Priors by name. A lone corpus may go without one."""
+def _parse_corpora(corpora: tuple[str, ...]) -> dict[str | None, str | None]:
+    """Texts by name of their prior. A single corpus may have no name."""
     from chorus.prior.budgets import TIER_NAME
 
-    found: dict[str | None, str | None] = {}
+    texts: dict[str | None, str | None] = {}
     for corpus in corpora:
         name, separator, text = corpus.partition("=")
         is_named = bool(separator and text and TIER_NAME.fullmatch(name)) and not Path(corpus).exists()
         if not is_named and len(corpora) > 1:
             raise ChorusError(
-                f"--corpus {corpus!r} has no name, and there are {len(corpora)}. Write each like `--corpus news=PATH`."
+                f"--corpus {corpus!r} has no name, but there are {len(corpora)} corpora. Write each as `--corpus news=PATH`."
             )
-        if is_named and name in found:
+        if is_named and name in texts:
             raise ChorusError(f"two corpora are named {name!r}: give each prior its own name.")
         if is_named and len(name) > 40:
-            raise ChorusError(f"the name {name!r} is too long for tiers to begin with: at most 40 characters.")
-        found[name if is_named else None] = text if is_named else corpus
-    return found
+            raise ChorusError(
+                f"the prior name {name!r} is too long: it prefixes the names of tiers. Use at most 40 characters."
+            )
+        texts[name if is_named else None] = text if is_named else corpus
+    return texts
 
 
 def _parse_pools(text: str | None) -> "tuple[Pool, ...]":
     known: dict[str, Pool] = {"linear": "linear", "log": "log"}
-    wished = [] if text is None else [part.strip() for part in text.split(",")]
-    if unknown := [part for part in wished if part not in known]:
-        raise ChorusError(f"--pools {text!r}: there is no pool {unknown[0]!r}; there are linear and log.")
-    return tuple(known[part] for part in dict.fromkeys(wished))
+    requested = [] if text is None else [part.strip() for part in text.split(",")]
+    if unknown := [part for part in requested if part not in known]:
+        raise ChorusError(f"--pools {text!r}: unknown pool {unknown[0]!r}. The pools are linear and log.")
+    return tuple(known[part] for part in dict.fromkeys(requested))
 
 
 @contextlib.contextmanager
 def _progress() -> "Iterator[Progress]":
-    """One bar per member and split that is scored, or lines where there is no terminal; nothing for what is already on disk."""
+    """Progress of scoring: a bar per member and split, or lines without a terminal. Cached rows are not shown."""
     from rich.console import Console
 
     if not Console().is_terminal:
@@ -336,7 +340,7 @@ def _progress() -> "Iterator[Progress]":
 
 
 def _progress_lines() -> "Progress":
-    """A line where a member and split begin and end, and every ten seconds between."""
+    """Print a line at the start and end of each member and split, and every ten seconds in between."""
     scored_of: dict[tuple[str, str], int] = {}
     shown_at = time.monotonic()
 

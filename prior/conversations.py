@@ -1,8 +1,8 @@
-"""Conversations as held-out text: rendered by the chat template as a server renders them, scored where the assistant answers.
+"""Conversations as held-out text: rendered by the chat template as a server does, with only the assistant's answers scored.
 
-A conversation is a row of JSON lines with `messages`, and `tools` where the template takes them. It becomes one document. The
-tokens of each answer are scored, to the token that ends it, given all that stands before; what users, systems and templates write
-is context. A template may render a turn otherwise once others follow (it drops thoughts, say); such a turn is context, too.
+A conversation is a row of JSON lines with `messages`, and optionally `tools`. It becomes one document. The tokens of each answer,
+up to and including its end token, are scored given everything before them. All other text is context, and so is an answer that
+the template renders differently once more turns follow (for example without its reasoning).
 """
 
 import json
@@ -26,7 +26,7 @@ Messages = list[dict[str, JsonValue]]
 
 
 def holds_conversations(source: Path) -> bool:
-    """Whether this is a file of JSON lines whose first row has `messages` and no `text`."""
+    """Whether `source` is a JSON lines file whose first row has `messages` and no `text`."""
     if source.suffix.lower() not in JSON_LINES or not source.is_file():
         return False
     first = next(json_objects(source), {})
@@ -34,7 +34,7 @@ def holds_conversations(source: Path) -> bool:
 
 
 def read_conversations(source: Path) -> Iterator[Document]:
-    """Each conversation as a document whose text is its JSON.
+    """Yield each conversation as a document whose text is its JSON.
 
     Raises:
         ChorusError: a row is not a conversation.
@@ -43,7 +43,7 @@ def read_conversations(source: Path) -> Iterator[Document]:
         messages = row.get("messages")
         if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
             raise ChorusError(
-                f"{source}, row {number}: `messages` is not a list of messages, each with a `role` and a `content`."
+                f"{source}, row {number}: `messages` is not a list of messages, each with a `role` and `content`."
             )
         kept = {key: row[key] for key in ("messages", "tools") if row.get(key)}
         yield Document(name=f"{source.name}#{number - 1}", text=json.dumps(kept, ensure_ascii=False))
@@ -60,46 +60,50 @@ class Chat:
     directory: Path
 
     def encode(self, conversation: Document) -> tuple[list[int], list[bool]]:
-        """Token ids, and which of them are scored.
+        """Token ids, and whether each is scored.
 
         Raises:
-            ChorusError: there is no template, or it does not take this conversation.
+            ChorusError: there is no chat template, or it cannot render this conversation.
         """
         ids: list[int] = []
         is_scored: list[bool] = []
         try:
             for text, is_answer in self._segments(**json.loads(conversation.text)):
-                of_segment = self._tokenizer(text, add_special_tokens=False).input_ids
-                ids += of_segment
-                is_scored += [is_answer] * self._length(of_segment)
+                segment_ids = self._tokenizer(text, add_special_tokens=False).input_ids
+                ids += segment_ids
+                is_scored += [is_answer] * self._scored_length(segment_ids)
                 is_scored += [False] * (len(ids) - len(is_scored))
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise ChorusError(
-                f"{conversation.name} cannot be rendered by the chat template of {self.directory} ({error}). Leave that "
-                "conversation out, or give a population a template that takes it."
+                f"{conversation.name} cannot be rendered by the chat template of {self.directory} ({error}). Leave the "
+                "conversation out, or use a population whose template can render it."
             ) from None
         return ids, is_scored
 
     def _segments(self, messages: Messages, tools: list[JsonValue] | None = None) -> Iterator[tuple[str, bool]]:
-        """The rendered text in pieces, in order, up to the last answer; and whether each is an answer.
+        """The rendered text up to the last answer, in segments, and whether each is an answer.
 
-        Pieces are made tokens one by one: a server, too, makes a prompt tokens before there is an answer.
+        Segments are tokenized separately because a server tokenizes the prompt before there is an answer.
         """
         whole = self._render(messages, tools)
         done = 0
         for idx, message in enumerate(messages):
             if message["role"] != "assistant" or all(before["role"] != "user" for before in messages[:idx]):
                 continue
-            asked = self._render(messages[:idx], tools, add_generation_prompt=True)
-            answered = self._render(messages[: idx + 1], tools)
-            if done < len(asked) < len(answered) and answered.startswith(asked) and whole.startswith(answered):
-                yield whole[done : len(asked)], False
-                yield whole[len(asked) : len(answered)], True
-                done = len(answered)
+            prompt = self._render(messages[:idx], tools, add_generation_prompt=True)
+            with_answer = self._render(messages[: idx + 1], tools)
+            if (
+                done < len(prompt) < len(with_answer)
+                and with_answer.startswith(prompt)
+                and whole.startswith(with_answer)
+            ):
+                yield whole[done : len(prompt)], False
+                yield whole[len(prompt) : len(with_answer)], True
+                done = len(with_answer)
 
-    def _length(self, answer: list[int]) -> int:
-        """Tokens of an answer to the last that ends it; a template's line end behind that is never generated."""
-        ends = [idx for idx, token in enumerate(answer) if token in self._ends]
+    def _scored_length(self, answer: list[int]) -> int:
+        """Tokens of an answer up to its last end token. A newline that the template adds after that is never generated."""
+        ends = [idx for idx, token in enumerate(answer) if token in self._end_token_ids]
         return ends[-1] + 1 if ends else len(answer)
 
     def _render(self, messages: Messages, tools: list[JsonValue] | None, *, add_generation_prompt: bool = False) -> str:
@@ -114,21 +118,21 @@ class Chat:
         tokenizer = load_tokenizer(self.directory)
         if tokenizer.chat_template is None:
             raise ChorusError(
-                f"{self.directory} has no chat template, by which conversations become text. Put one there as "
-                "chat_template.jinja, or give a corpus of plain text."
+                f"{self.directory} has no chat template to render conversations with. Add one as chat_template.jinja, or "
+                "use a corpus of plain text."
             )
         return tokenizer
 
     @cached_property
-    def _ends(self) -> frozenset[int]:
+    def _end_token_ids(self) -> frozenset[int]:
         return frozenset(end_tokens(self.directory, read_config(self.directory)))
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer as Transformers, and so a server, has it.
+    """The tokenizer as Transformers, and therefore a server, loads it.
 
     Raises:
-        ChorusError: its files cannot be used.
+        ChorusError: its files cannot be loaded.
     """
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)

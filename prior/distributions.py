@@ -1,4 +1,4 @@
-"""Whole next-token distributions of a population's members, streamed window by window: what `prior.pools` is fitted on."""
+"""Streams the members' full next-token distributions over a text, in batches; `prior.pools` is fitted on them."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ _BLOCK_BYTES = 1 << 27  # of float32 log-probabilities, all members together
 
 
 class MemberDistributions:
-    """The members' distributions over splits; a `prior.pools.Source`. Members stay loaded once they were asked for."""
+    """A `prior.pools.Source`: the members' distributions over splits. A member is loaded on first use and stays loaded."""
 
     def __init__(self, population: Population, directory: Path, splits: Sequence[ScoredSplit]) -> None:
         self._population = population
@@ -25,17 +25,17 @@ class MemberDistributions:
         self._models: dict[int, PreTrainedModel] = {}
 
     def num_tokens(self, part: int) -> int:
-        """Scored tokens of a split."""
+        """Number of scored tokens in a split."""
         return self._splits[part].num_scored
 
     def blocks(self, part: int, members: tuple[int, ...]) -> Iterator[Block]:
-        """The split's tokens in batches; all members see the same batch before the next is made."""
+        """The split's tokens in batches. All members run a batch before the next one starts."""
         split = self._splits[part]
         rows = _BLOCK_BYTES // (4 * self._population.vocab_size * len(members))
         streams = [logits(self._model(member), split, rows=rows) for member in members]
-        for of_members in zip(*streams, strict=True):
-            columns_R, targets_R, _ = of_members[0]
-            log_p = [torch.log_softmax(logits_RV.float(), dim=-1) for _, _, logits_RV in of_members]
+        for batches in zip(*streams, strict=True):  # one batch per member
+            columns_R, targets_R, _ = batches[0]
+            log_p = [torch.log_softmax(logits_RV.float(), dim=-1) for _, _, logits_RV in batches]
             yield Block(positions_B=columns_R, targets_B=targets_R, log_p_KBV=torch.stack(log_p))
 
     def _model(self, member: int) -> PreTrainedModel:
@@ -44,13 +44,13 @@ class MemberDistributions:
         return self._models[member]
 
 
-def follows_from_likelihoods(tier: Tier) -> bool:
-    """Whether a tier's loss needs the true tokens' probabilities only."""
+def needs_only_likelihoods(tier: Tier) -> bool:
+    """Whether the true tokens' probabilities suffice to compute a tier's loss."""
     return tier.temperature == 1 and (tier.pool == "linear" or len(tier.members) == 1)
 
 
 def tier_losses(population: Population, directory: Path, split: ScoredSplit, tiers: Sequence[Tier]) -> list[FloatArray]:
-    """-log p of every scored token (N) under tiers of any pool and temperature, computed with the members themselves."""
+    """-log p of every scored token (N) under tiers of any pool and temperature. Runs the members."""
     idx_of = {member.name: idx for idx, member in enumerate(population.members)}
     mixtures = [
         Pooled(

@@ -1,7 +1,7 @@
-"""P[m, n]: the probability that member m gives to the true token n of a text, computed once and kept on disk.
+"""Computes and caches P[m, n], the probability that member m gives to the true token n of a text.
 
-A member's row is written as soon as it is complete (`prior.matrix` says how). So an interrupted run resumes at the member it had
-reached, a member added later costs only itself, and a row of other weights or another text is computed again.
+Each member's row is written once complete (see `prior.matrix`). An interrupted run therefore resumes at the first member without
+a row, and a member added later costs only its own row. Rows of other weights or another text are not reused.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ from chorus.prior.matrix import Index, Part, RowFile
 from chorus.prior.splits import ScoredSplit
 
 DIRECTORY = Path("prior") / "likelihoods"
-# A softmax gives no zeros; below this float32 would make one. It caps a token's loss at 87 nats.
-SMALLEST = float(np.finfo(np.float32).tiny)
-_LOGITS_BYTES = 1 << 28  # of float32 logits held at once
+# Float32 underflows to 0 below this, although a softmax is never 0. It caps a token's loss at 87 nats.
+MIN_PROBABILITY = float(np.finfo(np.float32).tiny)
+_LOGITS_BYTES = 1 << 28  # of float32 logits held at a time
 
 # M members, N scored tokens, B windows of a batch, T tokens of a window, S scored tokens of a batch, R of these, V vocabulary
 Progress = Callable[[str, str, int, int], None]
-"""Called with the names of member and split, the tokens scored since the last call, and all that there are to score."""
+"""Called with the names of member and split, the tokens scored since the last call, and the total to score."""
 
 
 def likelihoods(
@@ -41,37 +41,37 @@ def likelihoods(
     engine: Engine | None = None,
     progress: Progress | None = None,
 ) -> NDArray[np.float32]:
-    """The matrix (M, N) over the splits one after the other, read-only and memory-mapped; what is on disk is not computed.
+    """The matrix (M, N) over the concatenated splits, read-only and memory-mapped. Computes only the rows that are not on disk.
 
-    Members run here, or in `engine`, member by member through echoed prompts.
+    Members run in this process or, through echoed prompts, in `engine`; one member at a time.
 
     Raises:
         ChorusError: a member cannot be loaded or gives undefined probabilities.
     """
     file = row_file(directory, splits)
-    known = file.sound()
-    missing = {weights_digest(member): member for member in population.members if weights_digest(member) not in known}
+    valid = file.valid_rows()
+    missing = {weights_digest(member): member for member in population.members if weights_digest(member) not in valid}
     for digest, member in missing.items():
         if engine is not None:
-            rows = [_ask(engine, member, split, progress) for split in splits]
+            rows = [_engine_row(engine, member, split, progress) for split in splits]
         else:
             model = load_model(directory / member.path, population)
-            rows = [_compute(model, member, split, population, progress) for split in splits]
+            rows = [_model_row(model, member, split, population, progress) for split in splits]
         file.write(digest, np.concatenate(rows))
     if missing:
-        known = file.sound()
-    return file.matrix([known[weights_digest(member)] for member in population.members])
+        valid = file.valid_rows()
+    return file.matrix([valid[weights_digest(member)] for member in population.members])
 
 
 def row_file(directory: Path, splits: list[ScoredSplit]) -> RowFile:
-    """Where the rows of these splits are kept."""
+    """The file that caches the rows of these splits."""
     text = hashlib.sha256("\n".join(f"{split.name} {split.digest}" for split in splits).encode()).hexdigest()
     parts = tuple(Part(name=s.name, num_tokens=s.num_scored, offsets=s.offsets.tolist()) for s in splits)
     return RowFile.open(directory / DIRECTORY / text[:16], Index(text=text, parts=parts))
 
 
 def weights_digest(member: Member) -> str:
-    """One digest for all weight files of a member."""
+    """One SHA-256 over the digests of all weight files of a member."""
     return hashlib.sha256("\n".join(f"{k} {v}" for k, v in sorted(member.sha256.items())).encode()).hexdigest()
 
 
@@ -84,14 +84,16 @@ def load_model(checkpoint: Path, population: Population) -> PreTrainedModel:
         raise ChorusError(f"member {checkpoint} cannot be loaded ({error}). Restore its files.") from None
     rows = model.get_output_embeddings().weight.shape[0]
     if rows < population.vocab_size:
-        raise ChorusError(f"member {checkpoint} has {rows} output rows, the population {population.vocab_size} tokens.")
+        raise ChorusError(
+            f"member {checkpoint} has {rows} output rows, but the population's vocabulary has {population.vocab_size} tokens."
+        )
     return model.eval().to(device)
 
 
-def _compute(
+def _model_row(
     model: PreTrainedModel, member: Member, split: ScoredSplit, population: Population, progress: Progress | None
 ) -> NDArray[np.float32]:
-    """Probabilities of the scored tokens, in order; windows of like length share a batch."""
+    """Probabilities of the scored tokens, in order."""
     row_N = np.zeros(split.num_scored, dtype=np.float32)
     for columns_R, targets_R, logits_RV in logits(model, split, rows=_LOGITS_BYTES // (4 * population.vocab_size)):
         row_N[columns_R] = np.exp(target_log_probabilities(logits_RV, targets_R).cpu().numpy().astype(np.float64))
@@ -100,33 +102,33 @@ def _compute(
     return _checked(row_N, member)
 
 
-def _ask(engine: Engine, member: Member, split: ScoredSplit, progress: Progress | None) -> NDArray[np.float32]:
-    """The same row, from an engine."""
+def _engine_row(engine: Engine, member: Member, split: ScoredSplit, progress: Progress | None) -> NDArray[np.float32]:
+    """The same row, computed by an engine."""
 
-    def tell(count: int) -> None:
+    def advance(count: int) -> None:
         if progress is not None:
             progress(member.name, split.name, count, split.num_scored)
 
-    losses_N = engine_losses(engine, engine.request_member(member.name), split, progress=tell)
+    losses_N = engine_losses(engine, engine.request_member(member.name), split, progress=advance)
     return _checked(np.exp(-losses_N).astype(np.float32), member)
 
 
 def _checked(row_N: NDArray[np.float32], member: Member) -> NDArray[np.float32]:
     if not np.isfinite(row_N).all():
-        raise ChorusError(f"member {member.name!r} gives undefined probabilities: its weights hold NaN or infinity.")
-    return np.maximum(row_N, SMALLEST)
+        raise ChorusError(f"member {member.name!r} gives undefined probabilities: its weights contain NaN or infinity.")
+    return np.maximum(row_N, MIN_PROBABILITY)
 
 
 def logits(
     model: PreTrainedModel, split: ScoredSplit, *, rows: int
 ) -> Iterator[tuple[NDArray[np.int64], torch.Tensor, torch.Tensor]]:
-    """(columns_R, targets_R, logits_RV) of all scored tokens: which they are, the tokens themselves, and what predicts them.
+    """Yield (columns_R, targets_R, logits_RV) for all scored tokens: their indices, their ids and the logits that predict them.
 
-    At most `rows` at once, and at least one: so many tokens of windows share a batch, and of a longer window the logits are made
-    piece by piece. Windows are padded on the right, which attention that looks back only never sees.
+    R is at most max(`rows`, 1). Windows of similar length share a batch of at most `rows` tokens; the logits of a longer window are
+    computed in pieces. Windows are padded on the right, which causal attention never sees.
     """
     rows = max(1, rows)
-    head = _Head(model)
+    split_model = _SplitModel(model)
     windows = sorted(split.windows, key=lambda window: window[0] - window[1])
     position = 0
     while position < len(windows):
@@ -143,29 +145,29 @@ def logits(
         inputs_BT = torch.from_numpy(tokens_BT).to(model.device)
         is_scored_BT = torch.from_numpy(columns_BT >= 0).to(model.device)
         targets_S = inputs_BT[:, 1:][is_scored_BT]
-        pieces = head.logits(inputs_BT[:, :-1], is_scored_BT, rows)
+        pieces = split_model.logits(inputs_BT[:, :-1], is_scored_BT, rows)
         for start, logits_RV in zip(range(0, len(columns_S), rows), pieces, strict=True):
             yield columns_S[start : start + rows], targets_S[start : start + rows], logits_RV
 
 
-class _Head:
-    """A model in two steps, the second for some positions at a time: a long window's logits can take tens of gigabytes.
+class _SplitModel:
+    """Runs a model's decoder and output layer separately: all logits of a long window can take tens of gigabytes.
 
-    The second step is the model's own forward, for what it does behind its output layer (soft caps, scales), with the decoder's
-    output in the decoder's place. A model that this does not fit gives all logits at once.
+    The second step calls the model's own forward with the decoder replaced by its cached output at some positions. This keeps
+    whatever the model does after its output layer (soft caps, scales). Models for which this gives other logits run in one step.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._decoder: Any = model.get_decoder()
         self._probe = torch.zeros((1, 3), dtype=torch.long, device=model.device)
-        self._comes_apart = self._decoder is not model and self._is_the_same()
+        self._can_split = self._decoder is not model and self._split_matches_whole()
 
     @torch.inference_mode()
-    def _is_the_same(self) -> bool:
+    def _split_matches_whole(self) -> bool:
         expected_TV = self._model(input_ids=self._probe, use_cache=False).logits[0]
         try:
-            found_TV = self._second(self._first(self._probe), slice(1, 3))
+            found_TV = self._output_logits(self._decode(self._probe), slice(1, 3))
         except (AttributeError, TypeError):
             return False
         return found_TV.shape == expected_TV[1:].shape and torch.allclose(
@@ -173,22 +175,22 @@ class _Head:
         )
 
     def logits(self, inputs_BT: torch.Tensor, is_scored_BT: torch.Tensor, rows: int) -> Iterator[torch.Tensor]:
-        """Logits (R, V) of the positions where `is_scored_BT`, `rows` after `rows`."""
+        """Yield logits (R, V) of the positions where `is_scored_BT`, at most `rows` at a time."""
         with torch.inference_mode():
-            if not self._comes_apart:
+            if not self._can_split:
                 yield from self._model(input_ids=inputs_BT, use_cache=False).logits[is_scored_BT].split(rows)
                 return
-            output = self._first(inputs_BT)
+            output = self._decode(inputs_BT)
             output.last_hidden_state = output.last_hidden_state[is_scored_BT][None]
         for start in range(0, output.last_hidden_state.shape[1], rows):
             with torch.inference_mode():
-                logits_RV = self._second(output, slice(start, start + rows))
+                logits_RV = self._output_logits(output, slice(start, start + rows))
             yield logits_RV
 
-    def _first(self, inputs_BT: torch.Tensor) -> Any:
+    def _decode(self, inputs_BT: torch.Tensor) -> Any:
         return self._decoder(input_ids=inputs_BT, use_cache=False)
 
-    def _second(self, output: Any, positions: slice) -> torch.Tensor:
+    def _output_logits(self, output: Any, positions: slice) -> torch.Tensor:
         piece = copy(output)
         piece.last_hidden_state = output.last_hidden_state[:, positions]
         self._decoder.forward = lambda *args, **kwargs: piece

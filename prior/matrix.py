@@ -1,11 +1,10 @@
-"""P[m, n] on disk: one memory-mapped float32 file for each text, a row for each member, appended as members are scored.
+"""P[m, n] on disk: one memory-mapped float32 file per text, with one row per member, appended as members are scored.
 
-    DIR/prior/likelihoods/<digest of the text>/rows.f32      row after row, N numbers each, little-endian
-    DIR/prior/likelihoods/<digest of the text>/index.json    whose rows these are, their checksums, where parts and documents begin
+    DIR/prior/likelihoods/<digest of the text>/rows.f32      rows of N numbers each, little-endian
+    DIR/prior/likelihoods/<digest of the text>/index.json    each row's member and checksum, and where parts and documents begin
 
-A row counts once the index names it, and the index is replaced after the row is on disk: a run that is killed loses the row it was
-writing and no other. Rows belong to digests of weights and text, so a file of another population or another text is never taken
-for this one.
+The index is replaced only after a new row is on disk, so a killed run loses at most the row it was writing. Rows are keyed by
+digests of weights and text, so rows of another population or text are never used by mistake.
 """
 
 import logging
@@ -29,14 +28,14 @@ logger = logging.getLogger(__name__)
 
 
 class Part(BaseModel):
-    """A split's place among the columns."""
+    """The columns of one split."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     num_tokens: int
     offsets: list[int]
-    """(D + 1), from 0: where its documents begin among its scored tokens."""
+    """(D + 1), from 0: where its documents begin, counted in its scored tokens."""
 
 
 class Row(BaseModel):
@@ -50,23 +49,23 @@ class Row(BaseModel):
 
 
 class Index(BaseModel):
-    """What the rows are."""
+    """Describes the rows of a file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     text: str
-    """Digest of all that a likelihood depends on besides the member."""
+    """Digest of everything besides the member that a likelihood depends on."""
     parts: tuple[Part, ...]
     rows: tuple[Row, ...] = ()
 
     @property
     def num_tokens(self) -> int:
-        """Columns."""
+        """Number of columns."""
         return sum(part.num_tokens for part in self.parts)
 
 
 class RowFile:
-    """The rows of one text."""
+    """The likelihood rows of one text."""
 
     def __init__(self, directory: Path, empty: Index) -> None:
         self._directory = directory
@@ -74,61 +73,60 @@ class RowFile:
 
     @classmethod
     def open(cls, directory: Path, empty: Index) -> Self:
-        """The file in `directory`, which need not exist yet. `empty` is its index without rows."""
+        """The file in `directory`, which is created if needed. `empty` is its index without rows."""
         directory.mkdir(parents=True, exist_ok=True)
         return cls(directory, empty)
 
-    def sound(self) -> dict[str, int]:
-        """Digest of weights to row number, of all rows whose checksum holds. Reads them once."""
-        index = self._index()
-        found = {}
-        for number, row in enumerate(index.rows):
-            if self._is_sound(number, row):
-                found[row.weights] = number
+    def valid_rows(self) -> dict[str, int]:
+        """Row index by digest of weights, for all rows whose checksum matches. Reads every row once."""
+        valid = {}
+        for row_idx, row in enumerate(self._index().rows):
+            if self._is_valid(row_idx, row):
+                valid[row.weights] = row_idx
             else:
                 logger.warning(
-                    "row %d of %s is damaged or belongs to another text and is computed again",
-                    number,
+                    "row %d of %s is damaged or belongs to another text; recomputing it",
+                    row_idx,
                     self._directory / ROWS,
                 )
-        return found
+        return valid
 
     def write(self, weights: str, row_N: NDArray[np.float32]) -> None:
-        """Keep a member's row: in the place of its damaged one, else after the last."""
+        """Write a member's row, over its damaged row if there is one, else at the end."""
         assert row_N.shape == (self._empty.num_tokens,)
         data = np.ascontiguousarray(row_N, dtype=_DTYPE).tobytes()
         with locked(self._directory / ".lock"):
             index = self._index()
             rows = list(index.rows)
-            number = next((idx for idx, row in enumerate(rows) if row.weights == weights), len(rows))
-            rows[number : number + 1] = [Row(weights=weights, crc32=zlib.crc32(data))]
+            row_idx = next((idx for idx, row in enumerate(rows) if row.weights == weights), len(rows))
+            rows[row_idx : row_idx + 1] = [Row(weights=weights, crc32=zlib.crc32(data))]
             handle = os.open(self._directory / ROWS, os.O_WRONLY | os.O_CREAT, 0o644)
             with os.fdopen(handle, "wb") as file:
-                file.seek(number * len(data))
+                file.seek(row_idx * len(data))
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             written = index.model_copy(update={"rows": tuple(rows)})
             write_text(self._directory / INDEX, written.model_dump_json() + "\n")
 
-    def matrix(self, numbers: Sequence[int]) -> NDArray[np.float32]:
-        """The rows of those numbers, read-only (M, N).
+    def matrix(self, row_idxs: Sequence[int]) -> NDArray[np.float32]:
+        """These rows (M, N), read-only.
 
-        Rows that follow one another, as a population's do that has only grown, are a view of the file: what is read can be dropped
-        from memory again, and nothing is held twice. Rows in another order are copied.
+        Consecutive rows, as in a population that has only grown, are a view of the file: the system can evict pages that were read,
+        and nothing is held twice. Rows in another order are copied.
         """
-        shape = (max(numbers) + 1, self._empty.num_tokens)
+        shape = (max(row_idxs) + 1, self._empty.num_tokens)
         mapped_RN: NDArray[np.float32] = np.memmap(self._directory / ROWS, dtype=_DTYPE, mode="r", shape=shape)
-        first = numbers[0]
-        if list(numbers) == list(range(first, first + len(numbers))):
-            return mapped_RN[first : first + len(numbers)]
-        return mapped_RN[list(numbers)]
+        first = row_idxs[0]
+        if list(row_idxs) == list(range(first, first + len(row_idxs))):
+            return mapped_RN[first : first + len(row_idxs)]
+        return mapped_RN[list(row_idxs)]
 
-    def _is_sound(self, number: int, row: Row) -> bool:
+    def _is_valid(self, row_idx: int, row: Row) -> bool:
         size = self._empty.num_tokens * _DTYPE.itemsize
         try:
             with (self._directory / ROWS).open("rb") as file:
-                file.seek(number * size)
+                file.seek(row_idx * size)
                 return zlib.crc32(file.read(size)) == row.crc32
         except OSError:
             return False
@@ -136,13 +134,13 @@ class RowFile:
     def _index(self) -> Index:
         path = self._directory / INDEX
         try:
-            found = Index.model_validate_json(path.read_bytes())
+            index = Index.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             return self._empty
         except ValidationError as error:
-            logger.warning("%s is damaged and its rows are computed again (%s)", path, type(error).__name__)
+            logger.warning("%s is damaged; recomputing its rows (%s)", path, type(error).__name__)
             return self._empty
-        if found.model_copy(update={"rows": ()}) != self._empty:
-            logger.warning("%s belongs to another text and its rows are computed again", path)
+        if index.model_copy(update={"rows": ()}) != self._empty:
+            logger.warning("%s belongs to another text; recomputing its rows", path)
             return self._empty
-        return found
+        return index

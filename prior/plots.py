@@ -1,4 +1,4 @@
-"""The fit in two pictures: what a forward pass more buys in loss, and how the members relate."""
+"""Plots of a fit: loss against cost, and the members' weights and correlations."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ STYLE = {
 
 
 def save_frontier(out: Path, population: Population, fit: PriorFit) -> None:
-    """Loss against relative cost: the nested path with intervals, its tiers and knee, single members, the reference's rule."""
+    """Plot loss against relative cost: nested path with intervals, tiers, knee, single members and the reference's rule."""
     costs = [cost(population, mixture) for mixture in fit.path]
     losses = [mixture.test.nats for mixture in fit.path]
     with mpl.rc_context(STYLE):
@@ -53,18 +53,18 @@ def save_frontier(out: Path, population: Population, fit: PriorFit) -> None:
             zorder=2,
         )
         axes.axhline(fit.uniform.nats, color=GREY, lw=1, ls=":", zorder=1, label="all members, equal weights")
-        _name_tiers(axes, population, fit)
-        found = knee(costs, losses)
-        if found is not None:
+        _label_tiers(axes, population, fit)
+        knee_idx = knee(costs, losses)
+        if knee_idx is not None:
             axes.plot(
-                costs[found],
-                losses[found],
+                costs[knee_idx],
+                losses[knee_idx],
                 "o",
                 ms=15,
                 mfc="none",
                 mec=INK,
                 mew=1.2,
-                label=f"knee: {found + 1} members",
+                label=f"knee: {knee_idx + 1} members",
             )
         _zoom(axes, fit, single_losses)
         axes.set_xlabel("cost per token, forward passes of the largest member")
@@ -76,13 +76,8 @@ def save_frontier(out: Path, population: Population, fit: PriorFit) -> None:
             figure.savefig(temporary, format="png")
 
 
-def _reference_costs(population: Population, fit: PriorFit) -> list[float]:
-    by_weight = [population.members[int(idx)].name for idx in np.argsort(-fit.reference_M, kind="stable")]
-    return [population.relative_cost(tuple(by_weight[: k + 1])) for k in range(len(fit.reference))]
-
-
 def save_members(out: Path, population: Population, fit: PriorFit) -> None:
-    """The weight of each member in each tier, and the correlation of members' losses; members by trajectory and cycle."""
+    """Plot each member's weight in each tier and the correlation of members' losses, ordered by trajectory and cycle."""
     order = sorted(
         range(len(population.members)),
         key=lambda idx: (population.members[idx].trajectory or 0, population.members[idx].cycle or 0, idx),
@@ -91,8 +86,8 @@ def save_members(out: Path, population: Population, fit: PriorFit) -> None:
     weights = np.zeros((len(fit.tiers) + 1, len(order)))
     for row, tier in zip(weights, fit.tiers, strict=False):
         row[[order.index(member) for member in tier.mixture.members]] = tier.mixture.weights
-    weights[-1] = fit.everyone.weights_M[order]
-    correlation = fit.portrait.correlation_MM[np.ix_(order, order)]
+    weights[-1] = fit.all_members.weights_M[order]
+    correlation = fit.member_stats.correlation_MM[np.ix_(order, order)]
     size = min(max(4.2, 0.32 * len(order)), 12)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(2 * size + 1.2, size + 0.8), dpi=120, layout="constrained")
@@ -100,7 +95,7 @@ def save_members(out: Path, population: Population, fit: PriorFit) -> None:
         rows = [*(tier.name for tier in fit.tiers), "all members"]
         left.imshow(weights.T, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         _label(left, rows, labels, "Weight of each member")
-        _write(left, weights.T)
+        _annotate_cells(left, weights.T)
         between = np.where(np.eye(len(order), dtype=bool), np.nan, correlation)
         colours = mpl.colormaps["Blues"].with_extremes(bad="#e4e7eb")
         shown = right.imshow(between, cmap=colours)
@@ -120,7 +115,7 @@ def _label(axes: Axes, columns: list[str], rows: list[str], title: str) -> None:
     axes.set_title(title, loc="left", fontweight="bold", fontsize=11)
 
 
-def _write(axes: Axes, values: NDArray[np.float64]) -> None:
+def _annotate_cells(axes: Axes, values: NDArray[np.float64]) -> None:
     if len(values) > 40:
         return
     for y, x in np.argwhere(values >= 0.005):
@@ -129,7 +124,7 @@ def _write(axes: Axes, values: NDArray[np.float64]) -> None:
 
 
 def _draw_path(axes: Axes, costs: list[float], losses: list[float], differences: list[Interval]) -> None:
-    """Bars are those of the paired difference: how hard the documents are is common to all points and would hide the curve."""
+    """Draw the path with intervals of the paired difference: the documents' difficulty is common to all points and hides it."""
     below = [difference.nats - difference.low for difference in differences]
     above = [difference.high - difference.nats for difference in differences]
     axes.errorbar(costs, losses, yerr=[below, above], fmt="none", ecolor=BLUE, elinewidth=1.6, alpha=0.45, zorder=2)
@@ -137,13 +132,13 @@ def _draw_path(axes: Axes, costs: list[float], losses: list[float], differences:
     axes.plot(costs, losses, "-o", color=BLUE, ms=4, lw=1.8, label=label, zorder=3)
 
 
-def _name_tiers(axes: Axes, population: Population, fit: PriorFit) -> None:
+def _label_tiers(axes: Axes, population: Population, fit: PriorFit) -> None:
     for tier in fit.tiers:
-        here = cost(population, tier.mixture), tier.mixture.test.nats
-        axes.plot(*here, "o", ms=8, color=BLUE, zorder=4)
+        point = cost(population, tier.mixture), tier.mixture.test.nats
+        axes.plot(*point, "o", ms=8, color=BLUE, zorder=4)
         axes.annotate(
-            f"{tier.name}  {here[1]:.3f}",
-            here,
+            f"{tier.name}  {point[1]:.3f}",
+            point,
             xytext=(6, 9),
             textcoords="offset points",
             fontweight="bold",
@@ -154,7 +149,7 @@ def _name_tiers(axes: Axes, population: Population, fit: PriorFit) -> None:
 
 
 def _zoom(axes: Axes, fit: PriorFit, single_losses: list[float]) -> None:
-    """Keep the frontier readable: members far worse than the best are counted in a note instead of stretching the axis."""
+    """Scale the loss axis to the frontier: a note counts the single members that lie above it."""
     paired = [(m.test.nats, m.to_best_single) for m in fit.path]
     low = min(fit.uniform.nats, *(nats - d.nats + d.low for nats, d in paired))
     high = max(*(nats - d.nats + d.high for nats, d in paired), *(interval.nats for interval in fit.reference))

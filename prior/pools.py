@@ -1,14 +1,14 @@
-"""Pools that need whole distributions: the log pool and temperatures, fitted with the exact normaliser over the vocabulary.
+"""Fits pools that need whole distributions: log pools and temperatures, with the exact normaliser over the vocabulary.
 
     log pool:     log p ~ sum_m x_m log p_m,         x >= 0        weights w = x / sum(x), temperature T = 1 / sum(x)
     linear pool:  log p ~ b log sum_m w_m p_m,       b >= 0        temperature T = 1 / b; the weights w stay those fitted at T = 1
 
-Both are one problem: minimise the mean over tokens of A(x) - x . f(target), where f are features of every vocabulary entry (the
-members' log-probabilities, or that of the linear mixture alone) and A(x) = log sum_v exp(x . f(v)). It is convex in x, weights and
-temperature together. Its gradient is the features' mean under the pool minus that at the target, its Hessian their covariance.
-A temperature for each member of a log pool is the same family: it only rescales x_m.
+Both minimise the mean over tokens of A(x) - x . f(target). The features f of a vocabulary entry are the members' log-probabilities,
+or that of the linear mixture alone; A(x) = log sum_v exp(x . f(v)). This is convex in x, so in weights and temperature together.
+The gradient is the features' mean under the pool minus their value at the target; the Hessian is their covariance. A temperature
+for each member of a log pool would add nothing: it only rescales x_m.
 
-The distributions are streamed: a pass over the text serves all sets, pools and folds at once, and holds one block of tokens.
+Distributions are streamed: each pass over the text serves all sets, pools and folds, and only one block of tokens is held.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,43 +23,43 @@ from torch import Tensor
 from chorus.population.manifest import Pool
 from chorus.prior.quadratic import FloatArray, minimise_quadratic
 
-# K members of a set, F features, B tokens of a block, V vocabulary, N tokens of a part
+# K members of a set, F features, B tokens of a block, V vocabulary, N tokens of a split
 DEFAULT_GAP = 1e-5
-MAX_SHARPNESS = 8.0  # of sum(x) = 1 / T: no temperature is below an eighth
+MAX_SHARPNESS = 8.0  # bound on sum(x) = 1 / T: temperatures are at least 1/8
 _MIN_SHARPNESS = 1e-3
 _MAX_PASSES = 20
-_ROUNDING = 1e-7  # nats by which a loss summed from float32 may err
-_FLOOR = -1e4  # of a log-probability: no probability at all, without infinities that a weight of 0 would turn into NaN
+_ROUNDING = 1e-7  # nats; error of a loss summed in float32
+_MIN_LOG_P = -1e4  # stands for log(0): a weight of 0 times -inf would be NaN
 FITNESS, SELECTION, TEST = range(3)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Distributions of some tokens."""
+    """The members' distributions for a batch of tokens."""
 
     positions_B: NDArray[np.int64]
-    """Where the tokens stand among the scored tokens of their part."""
+    """Indices of the tokens among the scored tokens of their split."""
     targets_B: Tensor
     """Vocabulary index of the true token."""
     log_p_KBV: Tensor
-    """Normalised log-probabilities of the members that were asked for, in their order."""
+    """Normalised log-probabilities of the requested members, in the order of the request."""
 
 
 class Source(Protocol):
-    """Something that streams distributions over the parts of a text."""
+    """Streams distributions over the splits of a text; `part` is FITNESS, SELECTION or TEST."""
 
     def blocks(self, part: int, members: tuple[int, ...]) -> Iterator[Block]:
-        """All scored tokens of a part, once each."""
+        """All scored tokens of a split, once each."""
         ...
 
     def num_tokens(self, part: int) -> int:
-        """Scored tokens of a part."""
+        """Number of scored tokens in a split."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pooled:
-    """How a set of members is pooled, as the manifest says it."""
+    """A pool of a set of members, as in a tier of the manifest."""
 
     members: tuple[int, ...]
     weights: tuple[float, ...]
@@ -69,11 +69,11 @@ class Pooled:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSet:
-    """A set with the weights of its linear pool at temperature 1: fitted on each of the two parts, and on both."""
+    """A set of members with the weights of its linear pool at temperature 1, fitted on each split and on both."""
 
     members: tuple[int, ...]
     weights_on: tuple[FloatArray, FloatArray, FloatArray] = field(repr=False)
-    """On fitness, on selection, on both."""
+    """Fitted on fitness, on selection, and on both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class PoolFit:
 
     pooled: Pooled
     held_out_loss: float
-    """Fitted on one part and counted on the other, both ways; nats per token."""
+    """Fitted on one split and evaluated on the other, both ways; nats per token."""
     gap: float
     """Upper bound on the excess over the optimum on the fitted text, nats per token."""
 
@@ -90,10 +90,10 @@ class PoolFit:
 def fit_pools(
     source: Source, sets: Sequence[LinearSet], *, pools: Sequence[Pool] = ("linear", "log"), gap: float = DEFAULT_GAP
 ) -> list[list[PoolFit]]:
-    """For every set, each of `pools` with its temperature. A single member is fitted once: its two pools are one.
+    """Fit each of `pools` with its temperature, for every set. A single member is fitted once, since its two pools are the same.
 
-    Every problem takes Newton steps with x >= 0, shortened where they do not lower the loss, until its certificate (see
-    `Problem.step`) is at most `gap`. Each round of steps is one pass over the fitness and the selection part.
+    Every problem takes Newton steps with x >= 0, shortened if they do not lower the loss, until its certificate (see
+    `Problem.step`) is at most `gap`. Each round of steps is one pass over the fitness and selection splits.
     """
     trials = [
         _Trial(linear_set, pool)
@@ -108,7 +108,7 @@ def fit_pools(
         for part in (FITNESS, SELECTION):
             for block in source.blocks(part, members):
                 for trial in trials:
-                    trial.observe(part, block, members, gap)
+                    trial.add(part, block, members, gap)
         for trial in trials:
             for problem in trial.problems:
                 problem.step(gap)
@@ -118,51 +118,51 @@ def fit_pools(
     for part in (FITNESS, SELECTION):
         for block in source.blocks(part, members):
             for trial in trials:
-                trial.count(part, block, members)
+                trial.add_held_out(part, block, members)
     num_tokens = source.num_tokens(FITNESS) + source.num_tokens(SELECTION)
     return [[trial.result(num_tokens) for trial in trials if trial.linear_set is s] for s in sets]
 
 
 def pooled_losses(source: Source, part: int, mixtures: Sequence[Pooled]) -> list[FloatArray]:
-    """-log p of every token of a part (N) under each mixture, nats."""
+    """-log p of every token of a split (N) under each mixture, in nats."""
     members = tuple(sorted({member for mixture in mixtures for member in mixture.members}))
-    found = [np.full(source.num_tokens(part), np.nan) for _ in mixtures]
+    losses = [np.full(source.num_tokens(part), np.nan) for _ in mixtures]
     for block in source.blocks(part, members):
-        for losses_N, mixture in zip(found, mixtures, strict=True):
+        for losses_N, mixture in zip(losses, mixtures, strict=True):
             log_p_KBV = block.log_p_KBV[[members.index(member) for member in mixture.members]]
             log_p_BV = log_pool(log_p_KBV, mixture.weights, mixture.pool, mixture.temperature)
             chosen_B = log_p_BV.gather(1, block.targets_B[:, None])[:, 0]
             losses_N[block.positions_B] = -chosen_B.double().cpu().numpy()
-    return found
+    return losses
 
 
 def log_pool(log_p_KBV: Tensor, weights: Sequence[float], pool: Pool, temperature: float) -> Tensor:
-    """Log-probabilities (B, V) of a mixture: what a tier of the manifest means."""
-    log_p_KBV = log_p_KBV.clamp(min=_FLOOR)
+    """Log-probabilities (B, V) of a mixture: the definition of a tier's distribution."""
+    log_p_KBV = log_p_KBV.clamp(min=_MIN_LOG_P)
     weights_K11 = log_p_KBV.new_tensor(weights)[:, None, None]
     pooled_BV = _linear(log_p_KBV, weights_K11) if pool == "linear" else (weights_K11 * log_p_KBV).sum(0)
     return torch.log_softmax(pooled_BV / temperature, dim=-1)
 
 
 def _linear(log_p_KBV: Tensor, weights_K11: Tensor) -> Tensor:
-    return torch.logsumexp(log_p_KBV + weights_K11.log(), dim=0).clamp(min=_FLOOR)
+    return torch.logsumexp(log_p_KBV + weights_K11.log(), dim=0).clamp(min=_MIN_LOG_P)
 
 
 class Problem:
-    """One convex problem of F unknowns. A pass adds its tokens at `x_F`; then `step` moves `x_F`."""
+    """One convex problem with F unknowns: `add` the tokens of a pass at `x_F`, then `step` to the next `x_F`."""
 
     def __init__(self, start_F: FloatArray) -> None:
         self.x_F = start_F.copy()
         self.gap = np.inf
         self.is_stalled = False
         self._best_F = start_F.copy()
-        self._best = np.inf
+        self._best_loss = np.inf
         self._direction_F = np.zeros_like(start_F)
-        self._share = 1.0
+        self._step_size = 1.0
         self._clear()
 
     def add(self, features_FBV: Tensor, target_FB: Tensor) -> None:
-        """Loss, gradient and Hessian of some tokens at `x_F`, summed."""
+        """Add the loss, gradient and Hessian of some tokens at `x_F`."""
         log_z_B, p_BV = self._pool(features_FBV)
         x_F1 = features_FBV.new_tensor(self.x_F)[:, None]
         mean_FB = torch.einsum("bv,fbv->fb", p_BV, features_FBV)
@@ -179,9 +179,9 @@ class Problem:
         return float((self._pool(features_FBV)[0] - (x_F1 * target_FB).sum(0)).double().sum())
 
     def step(self, gap: float) -> None:
-        """Judge the point that the pass has looked at, and choose the next.
+        """Accept or reject the point evaluated in this pass, and choose the next.
 
-        The certificate is the one of Frank and Wolfe: for a convex loss L over {x >= 0, sum(x) <= S}, L(x) - min L is at most
+        Uses the Frank-Wolfe certificate: for a convex loss L over {x >= 0, sum(x) <= S}, L(x) - min L is at most
         grad . x - min(0, S min_f grad_f).
         """
         if self.gap <= gap or self.is_stalled or not self._num_tokens:
@@ -189,26 +189,26 @@ class Problem:
         loss, gradient_F = self._loss / self._num_tokens, self._gradient_F / self._num_tokens
         hessian_FF = self._hessian_FF / self._num_tokens
         self._clear()
-        if loss > self._best + _ROUNDING:
-            self._share /= 4
-            self.is_stalled = self._share < 1e-3
-            self.x_F = self._best_F if self.is_stalled else self._best_F + self._share * self._direction_F
+        if loss > self._best_loss + _ROUNDING:
+            self._step_size /= 4
+            self.is_stalled = self._step_size < 1e-3
+            self.x_F = self._best_F if self.is_stalled else self._best_F + self._step_size * self._direction_F
             return
-        found = float(gradient_F @ self.x_F - min(0.0, MAX_SHARPNESS * float(gradient_F.min())))
-        if loss > self._best - _ROUNDING and found >= self.gap:
+        certificate = float(gradient_F @ self.x_F - min(0.0, MAX_SHARPNESS * float(gradient_F.min())))
+        if loss > self._best_loss - _ROUNDING and certificate >= self.gap:
             self.is_stalled, self.x_F = True, self._best_F
             return
-        self._best, self._best_F, self.gap = loss, self.x_F.copy(), found
+        self._best_loss, self._best_F, self.gap = loss, self.x_F.copy(), certificate
         if self.gap <= gap:
             return
         hessian_FF[np.diag_indices_from(hessian_FF)] += 1e-9 * float(np.trace(hessian_FF)) / len(hessian_FF) + 1e-12
         target_F = minimise_quadratic(hessian_FF, hessian_FF @ self.x_F - gradient_F, self.x_F)
         target_F *= min(1.0, MAX_SHARPNESS / max(float(target_F.sum()), MAX_SHARPNESS))
-        self._direction_F, self._share = target_F - self.x_F, 1.0
+        self._direction_F, self._step_size = target_F - self.x_F, 1.0
         self.x_F = target_F
 
     def finish(self) -> None:
-        """Return to the best point that was looked at, where the passes ended before the problem did."""
+        """Return to the best point evaluated, in case the passes ended before convergence."""
         self.x_F = self._best_F
 
     def _pool(self, features_FBV: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,32 +223,32 @@ class Problem:
 
 
 class _Trial:
-    """One pool of one set: a problem on each of the two parts, and one on both."""
+    """One pool of one set: a problem on each of the two splits, and one on both."""
 
     def __init__(self, linear_set: LinearSet, pool: Pool) -> None:
         self.linear_set = linear_set
         self.members = linear_set.members
         self._pool = pool
-        self._held_out = 0.0
+        self._held_out_loss = 0.0
         starts = (
             [np.ones(1)] * 3 if pool == "linear" else [np.asarray(w, dtype=np.float64) for w in linear_set.weights_on]
         )
         self.problems = [Problem(start_F) for start_F in starts]
 
-    def observe(self, part: int, block: Block, members: tuple[int, ...], gap: float) -> None:
-        """Add a block to the problems that fit on its part and are not done."""
+    def add(self, part: int, block: Block, members: tuple[int, ...], gap: float) -> None:
+        """Add a block to the unfinished problems that are fitted on its split."""
         for idx in (part, 2):
             problem = self.problems[idx]
             if problem.gap > gap and not problem.is_stalled:
                 problem.add(*self._features(idx, block, members))
 
-    def count(self, part: int, block: Block, members: tuple[int, ...]) -> None:
-        """Count a block under what was fitted on the other part."""
+    def add_held_out(self, part: int, block: Block, members: tuple[int, ...]) -> None:
+        """Add the loss of a block under the pool fitted on the other split."""
         other = SELECTION if part == FITNESS else FITNESS
-        self._held_out += self.problems[other].loss_of(*self._features(other, block, members))
+        self._held_out_loss += self.problems[other].loss_of(*self._features(other, block, members))
 
     def result(self, num_tokens: int) -> PoolFit:
-        """The pool fitted on both parts; a pool that would be flat keeps its weights and a high temperature."""
+        """The pool fitted on both splits. If x is 0 (a uniform distribution), it keeps its weights at a high temperature."""
         x_F = self.problems[2].x_F
         sharpness = max(float(x_F.sum()), _MIN_SHARPNESS)
         weights_K = self.linear_set.weights_on[2]
@@ -260,11 +260,11 @@ class _Trial:
             pool=self._pool,
             temperature=1 / sharpness,
         )
-        return PoolFit(pooled=pooled, held_out_loss=self._held_out / num_tokens, gap=self.problems[2].gap)
+        return PoolFit(pooled=pooled, held_out_loss=self._held_out_loss / num_tokens, gap=self.problems[2].gap)
 
     def _features(self, idx: int, block: Block, members: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         rows = [members.index(member) for member in self.members]
-        log_p_KBV = block.log_p_KBV[rows].clamp(min=_FLOOR)
+        log_p_KBV = block.log_p_KBV[rows].clamp(min=_MIN_LOG_P)
         if self._pool == "linear":
             weights_K11 = log_p_KBV.new_tensor(self.linear_set.weights_on[idx])[:, None, None]
             log_p_KBV = _linear(log_p_KBV, weights_K11)[None]

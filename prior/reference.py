@@ -1,4 +1,4 @@
-"""The rule of q0's benchmark code, as the baseline that every fit here is compared with."""
+"""The weighting rule of q0's benchmark code: the baseline for every fit."""
 
 import numpy as np
 
@@ -10,9 +10,9 @@ _BETAS, _EPSILON, _DECAY = (0.9, 0.999), 1e-8, 0.01  # PyTorch's defaults for Ad
 
 
 def reference_weights(probabilities_MN: Probabilities) -> FloatArray:
-    """Softmax weights of all members after 300 full-batch AdamW steps of rate 0.5, from uniform, on -mean_n log q_n.
+    """Softmax weights of all members: 300 full-batch AdamW steps at learning rate 0.5 on -mean_n log q_n, from uniform weights.
 
-    q0's code for the unlimited track of the NanoGPT Slowrun. The gradient with respect to logit m is
+    Source: q0's code for the unlimited track of the NanoGPT Slowrun. The gradient with respect to logit m is
     w_m (1 - mean_n P[m, n] / q_n).
     """
     problem = Problem(probabilities_MN, pseudo_tokens=0.0)
@@ -29,7 +29,7 @@ def reference_weights(probabilities_MN: Probabilities) -> FloatArray:
 
 
 def top_by_weight(weights_M: FloatArray, num_members: int) -> FloatArray:
-    """The `num_members` largest weights, renormalised, zero elsewhere: the reference's answer to a budget."""
+    """The `num_members` largest weights, renormalised, and zero elsewhere: how the reference meets a budget."""
     chosen = np.argsort(-weights_M, kind="stable")[:num_members]
     top_M = np.zeros_like(weights_M)
     top_M[chosen] = weights_M[chosen] / weights_M[chosen].sum()

@@ -1,4 +1,4 @@
-"""A fit in words and tables: Markdown for the population directory, a table for the terminal."""
+"""Reports a fit: Markdown for the population directory, tables for the terminal."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ REPORT = "report.md"
 
 
 def tier_table(population: Population, fit: PriorFit) -> Table:
-    """Tier, budget, cost, test loss, difference to the best single member. Fits a terminal of 80 columns."""
+    """Per tier: members, cost, test loss and difference to the best single member. Fits 80 columns."""
     table = Table("tier", box=None, pad_edge=False)
     for heading in ("members", "cost", "test loss, nats", "to the best single"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -36,7 +36,7 @@ def tier_table(population: Population, fit: PriorFit) -> Table:
 
 
 def member_table(population: Population, fit: PriorFit) -> Table:
-    """The members of every tier with their weights."""
+    """Per tier: its members and their weights."""
     table = Table("tier", box=None, pad_edge=False)
     table.add_column("members and weights", overflow="fold")
     for tier in fit.tiers:
@@ -46,15 +46,15 @@ def member_table(population: Population, fit: PriorFit) -> Table:
     return table
 
 
-def _pool_text(mixture: Mixture, before: str) -> str:
-    """How a mixture is pooled, where that is not the usual way."""
+def _pool_text(mixture: Mixture, prefix: str) -> str:
+    """Pool and temperature, unless linear at temperature 1."""
     if (mixture.pool, mixture.temperature) == ("linear", 1.0):
         return ""
-    return f"{before}({mixture.pool} pool, temperature {mixture.temperature:.3f})"
+    return f"{prefix}({mixture.pool} pool, temperature {mixture.temperature:.3f})"
 
 
 def save_report(out: Path, population: Population, fit: PriorFit, text: FittedText) -> None:
-    """Write report.md into the directory of a fit."""
+    """Write report.md to `out`."""
     sections = [
         _headline(population, fit, text),
         _tiers(population, fit),
@@ -67,16 +67,16 @@ def save_report(out: Path, population: Population, fit: PriorFit, text: FittedTe
 
 
 def _headline(population: Population, fit: PriorFit, text: FittedText) -> str:
-    best, last = min(fit.singles, key=lambda single: single.nats), fit.tiers[-1]
+    best_single, last = min(fit.singles, key=lambda single: single.nats), fit.tiers[-1]
     parts = ", ".join(f"{k} {text.num_tokens[k]:,} ({text.num_documents[k]} documents)" for k in text.num_tokens)
     lines = [
         f"# The prior of {population.name}",
         "",
         f"Version {population.prior_version}, {len(population.members)} members, fitted on {text.source}. Tokens: {parts}.",
         "",
-        f"**{last.name}** mixes {len(last.mixture.members)} members and reaches {last.mixture.test.nats:.4f} nats per token on the "
-        f"test split; the best single member reaches {best.nats:.4f}: a difference of {signed_text(last.mixture.to_best_single)}"
-        f"{_unless_shown(last.mixture.to_best_single)}.",
+        f"**{last.name}** mixes {len(last.mixture.members)} members and reaches {last.mixture.test.nats:.4f} nats per token on "
+        f"the test split; the best single member reaches {best_single.nats:.4f}: a difference of "
+        f"{signed_text(last.mixture.to_best_single)}{_chance_note(last.mixture.to_best_single)}.",
     ]
     if fit.warnings:
         lines += ["", *(f"> **Warning**: {warning}." for warning in fit.warnings)]
@@ -99,8 +99,8 @@ def _tiers(population: Population, fit: PriorFit) -> str:
     table = _markdown(("tier", "budget", "cost", "test loss, nats", "members and weights"), rows, right={1, 2, 3})
     return (
         f"## Tiers\n\n{table}\n\n![Loss against cost]({FRONTIER_PNG})\n\n"
-        "Members are chosen and weights fitted on the fitness and selection splits; losses are on the test split, which "
-        "has no part in that. In brackets are 95 % intervals from a bootstrap over documents."
+        "Members are chosen and weights fitted on the fitness and selection splits. Losses are on the test split, which is not "
+        "used for that. Brackets are 95 % intervals from a bootstrap over documents."
     )
 
 
@@ -128,13 +128,13 @@ def _comparisons(fit: PriorFit) -> str:
     )
     return (
         f"## Differences\n\n{_markdown(heads, rows, right={1, 2, 3, 4, 5, 6})}\n\n"
-        "Test loss of the tier minus that of the other, in nats, paired by document: below zero the tier is better, "
-        "but where the interval holds zero this text cannot tell the two apart. The best "
-        "single member is the one that is best on the test split, picked with hindsight. The reference's rule takes as many "
-        "members by the weight of one softmax fit and renormalises. The best free set has as many members but need not contain "
-        "the tier below: that column is the price of nesting, both pooled linearly. The last column is the difference on the "
-        "text that weights were fitted on. It may be above zero: members are chosen by text that did not fit their weights, and "
-        "hold the tier below."
+        "Test loss of the tier minus that of the alternative, in nats, paired by document. Negative means the tier is better; if "
+        "the interval contains zero, this text cannot tell the two apart. The best single member is the best on the test split, "
+        "picked with hindsight. The reference's rule takes the same number of members with the largest weights of one softmax fit "
+        "and renormalises. The best free set has the same number of members but need not contain the tier below: that column is "
+        "the price of nesting, with both sets pooled linearly. The last column is the difference on the text that the weights were "
+        "fitted on. It can be positive: members are chosen on text that their weights were not fitted on, and include those of "
+        "the tier below."
     )
 
 
@@ -142,30 +142,30 @@ def _pools(fit: PriorFit) -> str:
     rows = []
     for tier in fit.tiers:
         served = tier.mixture.pool, tier.mixture.temperature
-        tried = [("linear", 1.0, tier.linear.held_out_loss, "")]
-        tried += [(p.pooled.pool, p.pooled.temperature, p.held_out_loss, f"{p.gap:.0e}") for p in tier.pools]
+        candidates = [("linear", 1.0, tier.linear.held_out_loss, "")]
+        candidates += [(p.pooled.pool, p.pooled.temperature, p.held_out_loss, f"{p.gap:.0e}") for p in tier.pools]
         rows += [
             (f"**{tier.name}**", pool, f"{t:.3f}", f"{loss:.4f}", gap, "served" if (pool, t) == served else "")
-            for pool, t, loss, gap in tried
+            for pool, t, loss, gap in candidates
         ]
     heads = ("tier", "pool", "temperature", "held-out loss", "certificate", "")
     return (
         f"## Pools\n\n{_markdown(heads, rows, right={2, 3, 4})}\n\n"
-        "Held-out: fitted on one of the fitness and selection splits and counted on the other, both ways. The certificate bounds "
-        f"the excess over the optimum, in nats. A pool is served where it gains more than {POOL_NATS:g} nats over the linear pool "
-        "at temperature 1."
+        "Held-out loss: fitted on one of the fitness and selection splits and evaluated on the other, both ways. The certificate "
+        f"bounds the excess over the optimum, in nats. The best pool replaces the linear pool at temperature 1 if it gains more "
+        f"than {POOL_NATS:g} nats."
     )
 
 
 def _path(population: Population, fit: PriorFit) -> str:
     costs = [cost(population, mixture) for mixture in fit.path]
-    marked = knee(costs, [mixture.test.nats for mixture in fit.path])
+    knee_idx = knee(costs, [mixture.test.nats for mixture in fit.path])
     previous: set[int] = set()
     rows = []
     for idx, mixture in enumerate(fit.path):
         joined = ", ".join(population.members[m].name for m in mixture.members if m not in previous)
         previous = set(mixture.members)
-        note = "knee" if idx == marked else ""
+        note = "knee" if idx == knee_idx else ""
         rows.append(
             (
                 str(idx + 1),
@@ -180,13 +180,13 @@ def _path(population: Population, fit: PriorFit) -> str:
     heads = ("members", "joins", "cost", "held-out loss", "test loss", "reference's rule, test", "")
     return (
         f"## The frontier\n\n{_markdown(heads, rows, right={0, 2, 3, 4, 5})}\n\n"
-        f"{fit.num_useful} members come within {USEFUL_NATS:g} nats of the lowest held-out loss; `{MAX_TIER}` holds no more. "
-        f"All members at their optimal weights reach {interval_text(fit.everyone_test)} on the test split (fitted to within "
-        f"{fit.everyone.gap:.1e} nats of the optimum); at equal weights {interval_text(fit.uniform)}.\n\n"
-        f"If the weights of {fit.tiers[-1].name} followed the text (the prior times each member's likelihood of the document so "
-        f"far to the power {fit.following.power:g}), the test loss would change by {signed_text(fit.following.difference)}"
-        f"{_unless_shown(fit.following.difference)}. "
-        "This is not served."
+        f"{fit.num_useful} members come within {USEFUL_NATS:g} nats of the lowest held-out loss; `{MAX_TIER}` has no more. "
+        f"All members at their optimal weights reach {interval_text(fit.all_members_test)} on the test split (fitted to within "
+        f"{fit.all_members.gap:.1e} nats of the optimum); at equal weights {interval_text(fit.uniform)}.\n\n"
+        f"If the weights of {fit.tiers[-1].name} adapted to each document (the prior times each member's likelihood of the text so "
+        f"far, raised to the power {fit.sequential.power:g}), the test loss would change by "
+        f"{signed_text(fit.sequential.difference)}{_chance_note(fit.sequential.difference)}. "
+        "Serving does not do this."
     )
 
 
@@ -198,8 +198,8 @@ def _members(population: Population, fit: PriorFit) -> str:
         weights = [dict(zip(t.mixture.members, t.mixture.weights, strict=True)).get(idx) for t in fit.tiers]
         origin = ("" if v is None else f"{v:g}" for v in (member.trajectory, member.cycle))
         shown = ("" if weight is None else f"{weight:.3f}" for weight in weights)
-        alone, won = interval_text(fit.singles[idx]), str(fit.portrait.documents_won_M[idx])
-        rows.append((member.name, *origin, alone, won, f"{fit.everyone.weights_M[idx]:.3f}", *shown))
+        alone, won = interval_text(fit.singles[idx]), str(fit.member_stats.documents_won_M[idx])
+        rows.append((member.name, *origin, alone, won, f"{fit.all_members.weights_M[idx]:.3f}", *shown))
     heads = (
         "member",
         "trajectory",
@@ -209,11 +209,11 @@ def _members(population: Population, fit: PriorFit) -> str:
         "weight among all",
         *(tier.name for tier in fit.tiers),
     )
-    wins = ", ".join(f"{t.name} {w}" for t, w in zip(fit.tiers, fit.portrait.tier_wins, strict=True))
+    wins = ", ".join(f"{t.name} {w}" for t, w in zip(fit.tiers, fit.member_stats.tier_wins, strict=True))
     return (
         f"## Members\n\n{_markdown(heads, rows, right=set(range(1, len(heads))))}\n\n"
-        f"Documents won: test documents, of {fit.portrait.num_documents}, on which the member is the best of all. "
-        f"Documents on which a tier is better than the best single member: {wins}.\n\n"
+        f"Documents won: on how many of {fit.member_stats.num_documents} test documents the member is the best of all. "
+        f"Documents on which each tier beats the best single member: {wins}.\n\n"
         f"![Weights and correlations of the members]({MEMBERS_PNG})"
     )
 
@@ -223,9 +223,9 @@ def _markdown(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: se
     return "\n".join(["| " + " | ".join(heads) + " |", f"|{rule}|", *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def _unless_shown(difference: Interval) -> str:
-    """What to add to a difference that may be chance."""
-    return ", which may be chance: the interval holds zero" if not difference.excludes_zero else ""
+def _chance_note(difference: Interval) -> str:
+    """Text to append to a difference whose interval contains zero."""
+    return ", which may be chance: the interval contains zero" if not difference.excludes_zero else ""
 
 
 def interval_text(interval: Interval) -> str:

@@ -1,4 +1,4 @@
-"""A fit in the population's own words: names for numbers, tiers for the manifest, one JSON file of everything."""
+"""Converts a fit to member names: tiers and losses for the manifest, and everything as JSON."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ FIT_JSON = "fit.json"
 
 @dataclass(frozen=True, kw_only=True)
 class FittedText:
-    """Which text a prior was fitted on, for the report."""
+    """The text that a prior was fitted on, for the report."""
 
     source: str
     num_tokens: dict[str, int]
@@ -28,7 +28,7 @@ class FittedText:
 
 @dataclass(frozen=True, kw_only=True)
 class NamedFit:
-    """A fit on one text. Where a population has several priors each has a name, and its tiers' names begin with it."""
+    """A fit on one text. With several priors, each has a name that prefixes the names of its tiers."""
 
     name: str | None
     held_out: HeldOut
@@ -37,16 +37,15 @@ class NamedFit:
 
     @property
     def directory(self) -> Path:
-        """Of its report and plots, below the population's."""
+        """Where its report and plots go, relative to the population directory."""
         return Path("prior") if self.name is None else Path("prior") / self.name
 
 
 def fitted_population(population: Population, fits: Sequence[NamedFit]) -> Population:
-    """The population with the tiers and losses of all fits, one prior version later.
+    """The population with the tiers and losses of all fits and the next prior version.
 
-    Tiers stand from the cheapest to the dearest. Of tiers that cost the same, those of the first fit come last, so that a number of
-    members asks for the first prior where both have such a tier. Members' own losses are those on the
-    first fit's test part.
+    Tiers are sorted by rising cost. Among tiers of the same cost, those of the first fit come last: a budget given as a number of
+    members then selects the first prior. Members' own losses are those on the first fit's test split.
     """
     tiers = [
         Tier(
@@ -73,18 +72,18 @@ def fitted_population(population: Population, fits: Sequence[NamedFit]) -> Popul
 
 
 def with_prior(current: Population, fitted: Population) -> Population:
-    """The population as it stands now under the prior that was fitted to it as it stood before.
+    """The current population with the prior of `fitted`, which was fitted to an earlier state of it.
 
-    Members that joined in between keep what the manifest says of them; no tier names them yet. A tier keeps the `decoding` of the
-    one that had its name.
+    Members added since then keep their manifest entries and belong to no tier yet. A tier keeps the `decoding` of the current tier
+    of that name.
 
     Raises:
-        ChorusError: a member that the prior was fitted for is gone or has other weights.
+        ChorusError: a member that the prior was fitted for has been removed or has other weights.
     """
     weights = {member.name: member.sha256 for member in current.members}
-    if lost := [member.name for member in fitted.members if weights.get(member.name) != member.sha256]:
+    if stale := [member.name for member in fitted.members if weights.get(member.name) != member.sha256]:
         raise ChorusError(
-            f"the population changed while its prior was fitted: {', '.join(lost)} is gone or has other weights. Fit again."
+            f"the population changed while its prior was fitted: {', '.join(stale)} was removed or has other weights. Fit again."
         )
     losses = {member.name: member.test_loss for member in fitted.members}
     members = tuple(
@@ -108,57 +107,57 @@ def _loss(held_out: HeldOut, interval: Interval) -> Loss:
 
 
 def names(population: Population, mixture: Mixture) -> tuple[str, ...]:
-    """Names of a mixture's members, by falling weight."""
+    """Names of a mixture's members, in descending order of weight."""
     return tuple(population.members[idx].name for idx in mixture.members)
 
 
 def cost(population: Population, mixture: Mixture) -> float:
-    """A mixture's relative cost; see `Population.relative_cost`."""
+    """Relative cost of a mixture; see `Population.relative_cost`."""
     return population.relative_cost(names(population, mixture))
 
 
 def save_json(directory: Path, population: Population, named: NamedFit) -> None:
-    """Everything that the fit found, in fit.json of its directory."""
+    """Write all results of a fit to fit.json in its directory."""
     fit, text = named.fit, named.text
 
-    def mixture(found: Mixture) -> dict[str, JsonValue]:
+    def mixture_json(mixture: Mixture) -> dict[str, JsonValue]:
         return {
-            "weights": dict(zip(names(population, found), found.weights, strict=True)),
-            "pool": found.pool,
-            "temperature": found.temperature,
-            "relative_cost": cost(population, found),
-            "held_out_loss": found.held_out_loss,
-            "fitted_loss": found.fitted_loss,
-            "pseudo_tokens": found.pseudo_tokens,
-            "test_loss": asdict(found.test),
+            "weights": dict(zip(names(population, mixture), mixture.weights, strict=True)),
+            "pool": mixture.pool,
+            "temperature": mixture.temperature,
+            "relative_cost": cost(population, mixture),
+            "held_out_loss": mixture.held_out_loss,
+            "fitted_loss": mixture.fitted_loss,
+            "pseudo_tokens": mixture.pseudo_tokens,
+            "test_loss": asdict(mixture.test),
         }
 
-    def tier(found: TierFit) -> dict[str, JsonValue]:
+    def tier_json(tier: TierFit) -> dict[str, JsonValue]:
         return {
-            "budget": len(found.mixture.members),
-            **mixture(found.mixture),
+            "budget": len(tier.mixture.members),
+            **mixture_json(tier.mixture),
             "difference_to": {
-                "best_single": asdict(found.mixture.to_best_single),
-                "uniform": asdict(found.to_uniform),
-                "reference": asdict(found.to_reference),
-                "tier_below": None if found.to_tier_below is None else asdict(found.to_tier_below),
+                "best_single": asdict(tier.mixture.to_best_single),
+                "uniform": asdict(tier.to_uniform),
+                "reference": asdict(tier.to_reference),
+                "tier_below": None if tier.to_tier_below is None else asdict(tier.to_tier_below),
             },
-            "unrestricted": mixture(found.unrestricted),
-            "price_of_nesting": asdict(found.price_of_nesting),
-            "fitted_to_reference": found.fitted_to_reference,
-            "linear": mixture(found.linear),
+            "unrestricted": mixture_json(tier.unrestricted),
+            "price_of_nesting": asdict(tier.price_of_nesting),
+            "fitted_to_reference": tier.fitted_to_reference,
+            "linear": mixture_json(tier.linear),
             "pools": [
                 {
-                    "pool": tried.pooled.pool,
-                    "temperature": tried.pooled.temperature,
+                    "pool": pool_fit.pooled.pool,
+                    "temperature": pool_fit.pooled.temperature,
                     "weights": {
                         population.members[m].name: w
-                        for m, w in zip(tried.pooled.members, tried.pooled.weights, strict=True)
+                        for m, w in zip(pool_fit.pooled.members, pool_fit.pooled.weights, strict=True)
                     },
-                    "held_out_loss": tried.held_out_loss,
-                    "gap": tried.gap,
+                    "held_out_loss": pool_fit.held_out_loss,
+                    "gap": pool_fit.gap,
                 }
-                for tried in found.pools
+                for pool_fit in tier.pools
             ],
         }
 
@@ -168,24 +167,24 @@ def save_json(directory: Path, population: Population, named: NamedFit) -> None:
         "prior_version": population.prior_version,
         "fitted_at": manifest.now().isoformat(),
         "text": {"source": text.source, "tokens": dict(text.num_tokens), "documents": dict(text.num_documents)},
-        "tiers": {found.name: tier(found) for found in fit.tiers},
-        "path": [mixture(found) for found in fit.path],
+        "tiers": {tier.name: tier_json(tier) for tier in fit.tiers},
+        "path": [mixture_json(mixture) for mixture in fit.path],
         "num_useful": fit.num_useful,
         "singles": {name: asdict(single) for name, single in zip(member_names, fit.singles, strict=True)},
         "uniform": asdict(fit.uniform),
         "all_members": {
-            "weights": dict(zip(member_names, map(float, fit.everyone.weights_M), strict=True)),
-            "fitted_loss": fit.everyone.loss,
-            "gap": fit.everyone.gap,
-            "test_loss": asdict(fit.everyone_test),
+            "weights": dict(zip(member_names, map(float, fit.all_members.weights_M), strict=True)),
+            "fitted_loss": fit.all_members.loss,
+            "gap": fit.all_members.gap,
+            "test_loss": asdict(fit.all_members_test),
         },
         "reference": {
             "weights": dict(zip(member_names, map(float, fit.reference_M), strict=True)),
             "test_loss": [asdict(interval) for interval in fit.reference],
         },
-        "following_weights": {"power": fit.following.power, "difference": asdict(fit.following.difference)},
-        "correlation": [[round(float(value), 6) for value in row] for row in fit.portrait.correlation_MM],
-        "documents_won": dict(zip(member_names, map(int, fit.portrait.documents_won_M), strict=True)),
+        "following_weights": {"power": fit.sequential.power, "difference": asdict(fit.sequential.difference)},
+        "correlation": [[round(float(value), 6) for value in row] for row in fit.member_stats.correlation_MM],
+        "documents_won": dict(zip(member_names, map(int, fit.member_stats.documents_won_M), strict=True)),
         "warnings": list(fit.warnings),
     }
     write_text(directory / named.directory / FIT_JSON, json.dumps(written, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The whole of `chorus prior fit`, from a population directory to the same directory with tiers."""
+"""`chorus prior fit`: reads a population directory, fits its priors, and writes tiers, reports and plots back to it."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 from chorus.population import manifest
 from chorus.population.errors import ChorusError
 from chorus.population.manifest import Name, Pool, Population
-from chorus.prior.budgets import Budgets, Spending, resolve
+from chorus.prior.budgets import Budgets, ResolvedBudgets, resolve
 from chorus.prior.distributions import MemberDistributions
 from chorus.prior.engine import Engine, connect
 from chorus.prior.fit import HeldOut, PriorFit, check_budgets, fit_prior
@@ -25,14 +25,14 @@ from chorus.prior.splits import HELD_OUT, ScoredSplit, corpus_splits, own_splits
 logger = logging.getLogger(__name__)
 
 NO_BUDGETS = Budgets(tiers={})
-OWN: Mapping[Name | None, str | None] = {None: None}
-"""The population's own splits, as the one prior, without a name."""
+OWN_SPLITS: Mapping[Name | None, str | None] = {None: None}
+"""One unnamed prior, fitted on the population's own splits."""
 
 
 def fit_population(
     directory: Path,
     *,
-    corpora: Mapping[Name | None, str | None] = OWN,
+    corpora: Mapping[Name | None, str | None] = OWN_SPLITS,
     max_bytes: int = 2_000_000,
     split_on: str | None = None,
     text_field: str = "text",
@@ -44,65 +44,66 @@ def fit_population(
     engine: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[Population, list[NamedFit]]:
-    """Fit the priors of a population and write manifest, reports, plots and JSON. The manifest is written last.
+    """Fit the priors of a population and write reports, plots, JSON and, last, the manifest.
 
-    Several fits at once are written one after the other, each under a version of its own.
+    Concurrent fits are written one after the other, each with its own prior version.
 
     Args:
-        directory: the population's.
-        corpora: name of each prior, and its text; one prior may go without a name, and without a text: see `OWN`.
-        max_bytes: most text to take from a corpus.
-        split_on: see `population.corpus.read_documents`; and `text_field` too.
-        marks: what stands around each text of a corpus; what the members know by default, see `Reader.of`.
-        budgets: what tiers may cost.
-        latency: a table for budgets in milliseconds; prior/latency.json of the population where there is one.
-        shrink: draw weights towards uniform; see `fit_prior`.
+        directory: the population directory.
+        corpora: text of each prior, by name. A single prior may have no name, and None as its text: see `OWN_SPLITS`.
+        max_bytes: most bytes of text to take from a corpus.
+        split_on: see `population.corpus.read_documents`.
+        text_field: see `population.corpus.read_documents`.
+        marks: tokens around each text of a corpus; by default those that the members were trained with, see `Reader.of`.
+        budgets: cost limits of the tiers.
+        latency: table for budgets in milliseconds; default: prior/latency.json of the population.
+        shrink: shrink weights towards uniform; see `fit_prior`.
         pools: pools to try besides the linear one at temperature 1; see `fit_prior`.
-        engine: address of a running engine of this population, which then runs the members instead of this process.
+        engine: address of a running engine of this population, which runs the members instead of this process.
         progress: see `prior.likelihoods`.
 
     Raises:
-        ChorusError: the population or the text cannot be used; nothing has been computed or written then.
+        ChorusError: the population or the text cannot be used, or the population changed meanwhile. The manifest is then unchanged.
     """
     population = manifest.load(directory)
-    spending = _spending(budgets, population, directory, latency)
-    check_budgets(spending.counts, len(population.members))
+    resolved = _resolve_budgets(budgets, population, directory, latency)
+    check_budgets(resolved.counts, len(population.members))
     logger.info("Checking the files of %d members ...", len(population.members))
     manifest.verify(population, directory)
     texts = {
         name: _splits(population, directory, text, max_bytes, split_on, text_field, marks)
         for name, text in corpora.items()
     }
-    asked = None if engine is None else connect(engine, population)
-    if asked is not None:
-        asked.request_member(population.members[0].name)  # refused before anything is computed
+    connected = None if engine is None else connect(engine, population)
+    if connected is not None:
+        connected.request_member(population.members[0].name)  # a gateway raises here, before anything is computed
     fits = []
     for name, splits in texts.items():
-        logger.info("%s: %s", corpora[name] or "the population's own held-out splits", _amounts(splits))
-        held_out = measure(population, directory, splits, progress, engine=asked)
+        logger.info("%s: %s", corpora[name] or "the population's own held-out splits", _describe_sizes(splits))
+        held_out = measure(population, directory, splits, progress, engine=connected)
         logger.info(
             "Choosing members and fitting weights%s ...",
-            " and pools, which reads the text several times" if pools else "",
+            " and pools (several passes over the text)" if pools else "",
         )
         source = MemberDistributions(population, directory, [splits[part] for part in HELD_OUT]) if pools else None
-        found = fit_prior(
+        fit = fit_prior(
             held_out,
-            budgets=spending.counts,
-            limited=spending.limited,
-            limits=spending.limits,
+            budgets=resolved.counts,
+            limited=resolved.limited,
+            limits=resolved.limits,
             shrink=shrink,
             source=source,
             pools=pools,
         )
         text = FittedText(
-            source=_source(corpora[name], splits),
+            source=_describe_source(corpora[name], splits),
             num_tokens={part: split.num_scored for part, split in splits.items()},
             num_documents={part: split.split.num_documents for part, split in splits.items()},
         )
-        fits.append(NamedFit(name=name, held_out=held_out, fit=_under(name, found), text=text))
+        fits.append(NamedFit(name=name, held_out=held_out, fit=_prefix_tiers(name, fit), text=text))
 
     with manifest.updating(directory):
-        current = manifest.load(directory)  # another fit may have ended meanwhile, or a member joined
+        current = manifest.load(directory)  # another fit may have finished meanwhile, or a member been added
         fitted = fitted_population(population.model_copy(update={"prior_version": current.prior_version}), fits)
         updated = with_prior(current, fitted)
         for named in fits:
@@ -123,7 +124,7 @@ def measure(
     *,
     engine: Engine | None = None,
 ) -> HeldOut:
-    """Likelihoods of all members on the three splits."""
+    """Likelihoods of all members on the three held-out splits."""
     parts = [splits[name] for name in HELD_OUT]
     return HeldOut(
         probabilities_MN=likelihoods(population, directory, parts, engine=engine, progress=progress),
@@ -134,33 +135,33 @@ def measure(
     )
 
 
-def _amounts(splits: Mapping[str, ScoredSplit]) -> str:
+def _describe_sizes(splits: Mapping[str, ScoredSplit]) -> str:
     return ", ".join(f"{s.name} {s.num_scored:,} tokens in {s.split.num_documents} documents" for s in splits.values())
 
 
-def _source(corpus: str | None, splits: dict[str, ScoredSplit]) -> str:
+def _describe_source(corpus: str | None, splits: dict[str, ScoredSplit]) -> str:
     if corpus is None:
         return "the population's own held-out splits"
     is_chat = any(split.is_scored is not None for split in splits.values())
     return f"the answers in the conversations of {corpus}" if is_chat else corpus
 
 
-def _under(name: str | None, fit: PriorFit) -> PriorFit:
-    """The fit with the prior's name before those of its tiers."""
+def _prefix_tiers(name: str | None, fit: PriorFit) -> PriorFit:
+    """The fit with its tiers' names and its warnings prefixed by the prior's name."""
     if name is None:
         return fit
     tiers = tuple(replace(tier, name=f"{name}-{tier.name}") for tier in fit.tiers)
     return replace(fit, tiers=tiers, warnings=tuple(f"{name}: {warning}" for warning in fit.warnings))
 
 
-def _spending(budgets: Budgets, population: Population, directory: Path, latency: Path | None) -> Spending:
+def _resolve_budgets(
+    budgets: Budgets, population: Population, directory: Path, latency: Path | None
+) -> ResolvedBudgets:
     table = None
     if budgets.unit == "ms" and (latency is not None or (directory / LATENCY_JSON).is_file()):
         table = load_table(latency or directory / LATENCY_JSON)
     elif latency is not None and budgets.unit != "ms":
-        raise ChorusError(
-            "a latency table was given, but no limit in ms: add --max-latency-ms, or budgets like small=10ms."
-        )
+        raise ChorusError("--latency was given, but no limit in ms: add --max-latency-ms, or budgets like small=10ms.")
     return resolve(budgets, population, directory, table)
 
 

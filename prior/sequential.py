@@ -1,10 +1,9 @@
-"""Weights that follow the text: the prior times what each member has made of the tokens so far. Evaluated offline.
+"""Weights that adapt to each document, evaluated offline. Serving does not use them yet; the losses show whether it should.
 
     w_m(t)  ~  w_m * ( prod_{s < t} P[m, s] ) ^ power        within one document
 
-Power 0 is the prior itself, power 1 exact Bayes for "one member wrote the whole document", which commits too soon where members are
-alike; the best power is chosen by cross-validation over documents. Serving does not do this yet: the numbers here say whether it
-should. Arrays in, losses out.
+Power 0 is the prior. Power 1 is exact Bayes for "one member wrote the whole document", which commits too early if members are
+alike. The best power is chosen by cross-validation over documents. Arrays in, losses out.
 """
 
 import itertools
@@ -24,9 +23,9 @@ POWERS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 def sequential_losses(
     probabilities_MN: Probabilities, weights_M: FloatArray, offsets: NDArray[np.int64], power: float
 ) -> FloatArray:
-    """-log q_n of every token (N), the weights starting afresh at `weights_M` in each document.
+    """-log q_n of every token (N). The weights start at `weights_M` in each document and adapt to its previous tokens only.
 
-    `offsets` (D + 1): document d has the tokens offsets[d] : offsets[d + 1]. A token's own probability enters after it is counted.
+    `offsets` (D + 1): document d has the tokens offsets[d] : offsets[d + 1].
     """
     losses_N = np.empty(probabilities_MN.shape[1])
     with np.errstate(divide="ignore"):
@@ -46,12 +45,12 @@ def sequential_losses(
 
 @dataclass(frozen=True, kw_only=True)
 class SequentialFit:
-    """What following the text would gain."""
+    """The best power, and cross-validated losses."""
 
     power: float
-    """The best over all documents, for use on others."""
+    """The best power over all documents, for use on other text."""
     losses_N: FloatArray
-    """Of every token, under the power that the documents of the other folds preferred; so no document chose for itself."""
+    """Loss of every token, with the power that is best on the other folds, so that no document influences its own power."""
 
 
 def fit_power(
@@ -69,8 +68,8 @@ def fit_power(
     """
     fold_N = document_folds(offsets, num_folds)
     losses_PN = np.stack([sequential_losses(probabilities_MN, weights_M, offsets, power) for power in powers])
-    found_N = np.empty(losses_PN.shape[1])
+    losses_N = np.empty(losses_PN.shape[1])
     for fold in range(int(fold_N.max()) + 1):
         inside = fold_N == fold
-        found_N[inside] = losses_PN[int(losses_PN[:, ~inside].sum(axis=1).argmin()), inside]
-    return SequentialFit(power=powers[int(losses_PN.sum(axis=1).argmin())], losses_N=found_N)
+        losses_N[inside] = losses_PN[int(losses_PN[:, ~inside].sum(axis=1).argmin()), inside]
+    return SequentialFit(power=powers[int(losses_PN.sum(axis=1).argmin())], losses_N=losses_N)

@@ -1,4 +1,4 @@
-"""The weights of a mixture: a convex problem on the simplex, solved with a certificate of how far from the optimum it stopped.
+"""Fits the weights of a mixture: a convex problem on the simplex, solved until a certificate bounds the excess loss.
 
     minimise  L(w) = -mean_n log q_n,   q_n = sum_m w_m P[m, n],   w >= 0, sum_m w_m = 1
 
@@ -6,16 +6,16 @@ P[m, n] is the probability that member m gave to the true token n. L is convex, 
 
     gap(w) = max_m mean_n P[m, n] / q_n - 1  >=  L(w) - min L
 
-(Jensen: L(w) - L(v) <= log sum_m v_m mean_n P[m, n] / q_n <= log(1 + gap) for every v). The solver stops by that gap, not by a
-number of steps.
+(Jensen: L(w) - L(v) <= log sum_m v_m mean_n P[m, n] / q_n <= log(1 + gap) for every v). The solver stops when the gap is small
+enough, not after a number of steps.
 
-It is sequential quadratic programming on a working set, as in mixsqp (Kim, Carbonetto, Stephens and Anitescu, A fast algorithm
-for maximum likelihood estimation of mixture proportions using sequential quadratic programming, arXiv 1806.01412): EM steps
-(w_m <- w_m mean_n P[m, n] / q_n, which never raise L) find the neighbourhood, Newton steps with w >= 0 end it. EM alone needs
-thousands of passes where members are nearly alike.
+Method: sequential quadratic programming on a working set, as in mixsqp (Kim, Carbonetto, Stephens and Anitescu, A fast algorithm
+for maximum likelihood estimation of mixture proportions using sequential quadratic programming, arXiv 1806.01412). EM steps
+(w_m <- w_m mean_n P[m, n] / q_n, which never raise L) get close; Newton steps with w >= 0 converge. EM alone needs thousands of
+passes if members are nearly alike.
 
-Arrays in, weights out; it reads no file and knows no population. P may be float32 and memory-mapped: it is read in blocks of
-columns that fit the processor's cache, and everything is summed in float64.
+Arrays in, weights out. P may be float32 and memory-mapped: it is read in blocks of columns that fit the processor's cache, and
+sums are float64.
 """
 
 import math
@@ -33,24 +33,24 @@ Probabilities = NDArray[np.float32] | NDArray[np.float64]
 
 DEFAULT_GAP = 1e-7
 _BLOCK_ELEMENTS = 1 << 18  # 2 MB in float64: stays in cache between the conversion and the products
-# OpenBLAS gives a matrix product of more multiplications to several threads; on a busy machine they then wait for one another,
-# 50 ms where the product takes 0.4 (measured, 2 cores), so small products are kept below.
+# OpenBLAS runs matrix products with more multiplications than this on several threads. On a busy machine these wait for each
+# other: 50 ms instead of 0.4 (measured, 2 cores). So small products are kept below it.
 _ONE_THREAD_PRODUCT = 1 << 18
-_EM_STEPS = 4  # before the first Newton step, where all members are in play
-_WORKING_SET = 48  # members that join the working set at once; all of them where there are fewer
+_EM_STEPS = 4  # over all members, to choose the initial working set
+_WORKING_SET = 48  # most members that the working set starts with, or gains in a step
 _MAX_STEPS = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """Weights with the proof of their quality."""
+    """Weights with a certificate of optimality."""
 
     weights_M: FloatArray
     """On the simplex."""
     loss: float
-    """-mean_n log q_n at these weights, nats per token; infinite where some token has probability 0 under all members."""
+    """-mean_n log q_n at these weights, nats per token; infinite if some token has probability 0 under all members."""
     gap: float
-    """Upper bound on the loss in excess of the optimum's, nats per token."""
+    """Upper bound on the excess over the optimal loss, nats per token."""
     num_steps: int
 
 
@@ -62,26 +62,26 @@ def fit_weights(
     pseudo_tokens: float = 0.0,
     max_steps: int = _MAX_STEPS,
 ) -> Fit:
-    """Weights that minimise the mixture's loss on these tokens, to within `gap` nats of the optimum.
+    """Weights that minimise the mixture's loss on these tokens, within `gap` nats of the optimum.
 
     Args:
-        probabilities_MN: non-negative; every column has an entry above zero. Never written to, never copied whole.
-        gap: the certificate at which to stop, nats per token.
-        start_M: weights to start from; they need not be normalised. The optimum does not depend on them.
-        pseudo_tokens: strength of a Dirichlet prior centred on uniform weights: as if the data held that many more tokens, of each
-            of which one member is certain and the others exclude it, equally many for each member. `loss` stays the loss on the
-            data alone; `gap` bounds the excess of the penalised objective.
-        max_steps: bound on the number of steps; when it is reached, `gap` tells what was attained.
+        probabilities_MN: non-negative; every column has an entry above zero. Never written to, never copied as a whole.
+        gap: stop at a certificate of at most this, nats per token.
+        start_M: weights to start from, not necessarily normalised. The optimum does not depend on them.
+        pseudo_tokens: strength of a Dirichlet prior centred on uniform weights. It acts like this many additional tokens, equally
+            many per member, to which that member gives probability 1 and all others 0. `loss` is the loss on the data alone; `gap`
+            bounds the excess of the penalised objective.
+        max_steps: most steps to take; afterwards, `gap` is the certificate reached.
 
     Raises:
-        ChorusError: the matrix is empty, holds NaN, infinite or negative entries, or a column of zeros.
+        ChorusError: the matrix is empty, or has NaN, infinite or negative entries, or a column of zeros.
     """
     check_probabilities(probabilities_MN)
     return solve(probabilities_MN, gap=gap, start_M=start_M, pseudo_tokens=pseudo_tokens, max_steps=max_steps)
 
 
 def mixture_losses(probabilities_MN: Probabilities, weights_M: FloatArray) -> FloatArray:
-    """-log sum_m w_m P[m, n] of every token, nats; infinite where the mixture gives it no probability."""
+    """-log sum_m w_m P[m, n] of every token, nats; infinite where the mixture has probability 0."""
     support = np.flatnonzero(weights_M)
     losses_N = np.empty(probabilities_MN.shape[1])
     for start, stop in _ranges(len(support), probabilities_MN.shape[1]):
@@ -92,7 +92,7 @@ def mixture_losses(probabilities_MN: Probabilities, weights_M: FloatArray) -> Fl
 
 
 def check_probabilities(probabilities_MN: Probabilities) -> None:
-    """Refuse a matrix that no mixture can be fitted to; see `fit_weights`."""
+    """Raise ChorusError for a matrix that no mixture can be fitted to; see `fit_weights`."""
     if probabilities_MN.ndim != 2 or 0 in probabilities_MN.shape:
         raise ChorusError(
             f"likelihoods of shape {probabilities_MN.shape} cannot be fitted: at least one member and one token are needed."
@@ -102,15 +102,15 @@ def check_probabilities(probabilities_MN: Probabilities) -> None:
         low, largest = float(block.min()), block.max(axis=0)
         if not (low >= 0 and np.isfinite(largest).all()):  # a NaN fails both
             raise ChorusError(
-                f"likelihoods of tokens {start} to {stop - 1} hold negative, infinite or undefined values: probabilities are "
-                "expected. A member whose weights are damaged gives such values; check the population with "
+                f"likelihoods of tokens {start} to {stop - 1} contain negative, infinite or undefined values; expected "
+                "probabilities. Damaged weights of a member cause such values: check the population with "
                 "`chorus population show DIR --verify`."
             )
         if not largest.all():
             token = start + int((largest == 0).argmax())
             raise ChorusError(
-                f"every member gives probability 0 to token {token} of the held-out text: no mixture has a finite loss there. "
-                "Leave that token out, or add a member that can produce it."
+                f"every member gives probability 0 to token {token} of the held-out text, so no mixture has a finite loss. "
+                "Remove that token, or add a member that can produce it."
             )
 
 
@@ -122,7 +122,7 @@ def solve(
     pseudo_tokens: float = 0.0,
     max_steps: int = _MAX_STEPS,
 ) -> Fit:
-    """`fit_weights` without its checks, for callers that made them once. A column of zeros gives an infinite loss and gap."""
+    """`fit_weights` for a matrix that was already checked. A column of zeros gives an infinite loss and gap."""
     problem = Problem(probabilities_MN, pseudo_tokens)
     weights_M = _starting_point(problem, start_M)
     if weights_M is None:
@@ -130,15 +130,15 @@ def solve(
         return Fit(weights_M=uniform_M, loss=math.inf, gap=math.inf, num_steps=0)
     steps = 0
     objective, gradient_M = problem.gradient(weights_M)
-    while (found := float(gradient_M.max()) - 1) > gap and steps < max_steps:
+    while (reached := float(gradient_M.max()) - 1) > gap and steps < max_steps:
         weights_M = problem.newton_step(weights_M, objective, gradient_M)
         objective, gradient_M = problem.gradient(weights_M)
         steps += 1
-    return Fit(weights_M=weights_M, loss=problem.loss(weights_M), gap=max(found, 0.0), num_steps=steps)
+    return Fit(weights_M=weights_M, loss=problem.loss(weights_M), gap=max(reached, 0.0), num_steps=steps)
 
 
 def _starting_point(problem: "Problem", start_M: FloatArray | None) -> FloatArray | None:
-    """Weights of finite objective, few of them non-zero where there are many members; None where there are no such weights."""
+    """Weights with a finite objective, sparse if there are many members; None if no weights have one."""
     uniform_M = np.full(problem.num_members, 1 / problem.num_members)
     if start_M is not None and start_M.sum() > 0:
         given_M: FloatArray = start_M / start_M.sum()
@@ -151,13 +151,13 @@ def _starting_point(problem: "Problem", start_M: FloatArray | None) -> FloatArra
     weights_M = uniform_M
     for _ in range(_EM_STEPS):
         weights_M = weights_M * problem.gradient(weights_M)[1]
-    few_M = np.where(weights_M >= np.partition(weights_M, -_WORKING_SET)[-_WORKING_SET], weights_M, 0.0)
-    few_M /= few_M.sum()
-    return few_M if math.isfinite(problem.objective(few_M)) else np.asarray(weights_M / weights_M.sum())
+    sparse_M = np.where(weights_M >= np.partition(weights_M, -_WORKING_SET)[-_WORKING_SET], weights_M, 0.0)
+    sparse_M /= sparse_M.sum()
+    return sparse_M if math.isfinite(problem.objective(sparse_M)) else np.asarray(weights_M / weights_M.sum())
 
 
 class Problem:
-    """The objective -(sum_n log q_n + c/M sum_m log w_m) / (N + c), its gradient and its steps; c = `pseudo_tokens`."""
+    """The objective -(sum_n log q_n + c/M sum_m log w_m) / (N + c), its gradient and Newton steps; c = `pseudo_tokens`."""
 
     def __init__(self, probabilities_MN: Probabilities, pseudo_tokens: float) -> None:
         self.probabilities_MN = probabilities_MN
@@ -177,7 +177,7 @@ class Problem:
         return float(sum_loss / self.total)
 
     def gradient(self, weights_M: FloatArray) -> tuple[float, FloatArray]:
-        """The objective and, for each member, minus its derivative: mean_n P[m, n] / q_n. Its maximum less 1 is the gap."""
+        """The objective and, for each member, its negative derivative: mean_n P[m, n] / q_n. The maximum minus 1 is the gap."""
         sum_loss, sum_M = 0.0, np.zeros(self.num_members)
         for block_MB in self._blocks():
             mixed_B = weights_M @ block_MB
@@ -189,31 +189,31 @@ class Problem:
         return sum_loss / self.total, sum_M / self.total
 
     def newton_step(self, weights_M: FloatArray, objective: float, gradient_M: FloatArray) -> FloatArray:
-        """A step that lowers the objective: the quadratic model's minimiser, shortened as needed; else one EM step.
+        """A step that lowers the objective: towards the minimiser of the quadratic model, with a line search; else an EM step.
 
-        The model is that of objective + sum_m w_m over w >= 0, whose minimiser lies on the simplex (mixsqp, proposition 1).
+        It models objective + sum_m w_m over w >= 0, whose minimiser lies on the simplex (mixsqp, proposition 1).
         """
         joining = (weights_M == 0) & (gradient_M > 1)
         if joining.sum() > _WORKING_SET:
             joining &= gradient_M >= np.partition(gradient_M[joining], -_WORKING_SET)[-_WORKING_SET]
         working = np.flatnonzero((weights_M > 0) | joining)
         hessian_AA = self._hessian(weights_M, working)
-        # Near-duplicates make the Hessian singular; the ridge picks one of many equal steps and the line search guards it.
+        # Near-duplicate members make the Hessian singular. The ridge picks one of many equivalent steps; the line search checks it.
         hessian_AA[np.diag_indices_from(hessian_AA)] += 1e-9 * float(np.trace(hessian_AA)) / len(working)
-        here_A = weights_M[working]
-        linear_A = hessian_AA @ here_A - (1 - gradient_M[working])
-        direction_A = minimise_quadratic(hessian_AA, linear_A, here_A) - here_A
-        share = 1.0
-        while share > 1e-4:
-            tried_M = np.zeros_like(weights_M)
-            tried_M[working] = np.maximum(here_A + share * direction_A, 0.0)
-            if (total := float(tried_M.sum())) > 0:
-                tried_M /= total
-                if self.objective(tried_M) < objective:
-                    return tried_M
-            share /= 2
-        stepped_M = weights_M * gradient_M
-        return np.asarray(stepped_M / stepped_M.sum())
+        current_A = weights_M[working]
+        linear_A = hessian_AA @ current_A - (1 - gradient_M[working])
+        direction_A = minimise_quadratic(hessian_AA, linear_A, current_A) - current_A
+        step_size = 1.0
+        while step_size > 1e-4:
+            trial_M = np.zeros_like(weights_M)
+            trial_M[working] = np.maximum(current_A + step_size * direction_A, 0.0)
+            if (total := float(trial_M.sum())) > 0:
+                trial_M /= total
+                if self.objective(trial_M) < objective:
+                    return trial_M
+            step_size /= 2
+        em_M = weights_M * gradient_M
+        return np.asarray(em_M / em_M.sum())
 
     def _hessian(self, weights_M: FloatArray, working: NDArray[np.intp]) -> FloatArray:
         hessian_AA = np.zeros((len(working), len(working)))

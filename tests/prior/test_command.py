@@ -161,10 +161,10 @@ def test_fits_a_population_without_splits_on_a_corpus(tiny, tmp_path):
         (lambda d: None, ["--max-memory", "2x"], "not an amount of memory"),
         (lambda d: None, ["--max-memory", "2GB", "--max-flops", "3"], "give one of"),
         (lambda d: None, ["--max-flops", "3", "--latency", "t.json"], "no limit in ms"),
-        (lambda d: None, ["--pools", "cubic"], "there are linear and log"),
+        (lambda d: None, ["--pools", "cubic"], "The pools are linear and log"),
         (lambda d: None, ["--corpus", "stdlib", "--corpus", "b=stdlib"], "has no name"),
         (lambda d: None, ["--corpus", "a=stdlib", "--corpus", "a=stdlib"], "its own name"),
-        (lambda d: None, ["--budgets", "economy=0"], "asks for 0"),
+        (lambda d: None, ["--budgets", "economy=0"], "has a budget of 0 members"),
         (lambda d: None, ["--budgets", "economy:1"], "economy=1,standard=2"),
         (lambda d: None, ["--budgets", "a=1,a=2"], "economy=1,standard=2"),
     ],
@@ -341,4 +341,4 @@ def test_paths_with_spaces_and_brackets_are_quoted_and_never_wrapped(tiny, tmp_p
         CliRunner().invoke(cli, ["prior", "evaluate", str(directory), "--corpus", "x"], catch_exceptions=False)
     assert shlex.split(str(caught.value).split("`")[1]) == ["chorus", "prior", "fit", str(directory)]
     result = CliRunner().invoke(cli, ["prior", "fit", str(directory)], catch_exceptions=False)
-    assert f"{directory}/population.json; the report is {directory}/prior/report.md" in result.output
+    assert f"{directory}/population.json; report: {directory}/prior/report.md" in result.output

@@ -77,7 +77,7 @@ def test_a_member_that_joins_during_a_fit_stays(tiny: Path, monkeypatch: pytest.
 def test_a_member_that_goes_during_a_fit_ends_it_with_a_sentence(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = manifest.load(tiny)
     fewer = whole.model_copy(update={"members": whole.members[1:]}).with_uniform_tiers()
-    with pytest.raises(ChorusError, match=f"{whole.members[0].name} is gone or has other weights"):
+    with pytest.raises(ChorusError, match=f"{whole.members[0].name} was removed or has other weights"):
         during_a_fit(tiny, monkeypatch, lambda: manifest.save(fewer, tiny))
     assert manifest.load(tiny) == fewer
     assert not (tiny / "prior" / "fit.json").exists()

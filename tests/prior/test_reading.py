@@ -182,7 +182,7 @@ def test_an_engine_scores_the_same_tokens_as_this_process(gathered: Path, monkey
         return [float(log_p_TV[idx, token]) for idx, token in enumerate(tokens[1:])]
 
     asked: list[int] = []
-    monkeypatch.setattr(through_engine, "_ask", echo)
+    monkeypatch.setattr(through_engine, "_window_log_p", echo)
     corpus = write_conversations(gathered / "talk.jsonl", TALK, TALK[:3])
     shape = {"context_length": 16, "vocab_size": 512, "max_bytes": 10_000, "split_on": None}
     split = whole_corpus(corpus, Reader.of(population, gathered), **shape)  # type: ignore[arg-type]

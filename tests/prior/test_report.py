@@ -20,7 +20,7 @@ def with_difference(fit: PriorFit, difference: Interval) -> PriorFit:
     last = fit.tiers[-1]
     last = replace(last, mixture=replace(last.mixture, to_best_single=difference))
     return replace(
-        fit, tiers=(*fit.tiers[:-1], last), following=replace(fit.following, difference=difference), warnings=()
+        fit, tiers=(*fit.tiers[:-1], last), sequential=replace(fit.sequential, difference=difference), warnings=()
     )
 
 
@@ -28,7 +28,7 @@ def with_difference(fit: PriorFit, difference: Interval) -> PriorFit:
     ("low", "high", "is_chance"),
     [(-0.229, 0.085, True), (-0.229, -0.001, False), (0.001, 0.085, False), (-0.2, 0.0, True)],
 )
-def test_a_difference_whose_interval_holds_zero_is_called_chance(
+def test_a_difference_whose_interval_contains_zero_is_called_chance(
     low: float, high: float, is_chance: bool, tiny_population: Path, tmp_path: Path
 ) -> None:
     fit = with_difference(fit_prior(some_held_out(4)), Interval(nats=-0.044, low=low, high=high))
@@ -37,7 +37,7 @@ def test_a_difference_whose_interval_holds_zero_is_called_chance(
     for sentence in (r"the best single member reaches [^:]*: a difference of", r"the test loss would change by"):
         found = re.search(rf"{sentence} -0\.0440 \[[^]]*\](.*)", report)
         assert found is not None
-        assert found[1].startswith(", which may be chance: the interval holds zero.") == is_chance
+        assert found[1].startswith(", which may be chance: the interval contains zero.") == is_chance
 
 
 @pytest.mark.parametrize(
@@ -58,5 +58,5 @@ def test_the_command_warns_where_a_tier_shows_no_gain_over_the_best_single_membe
     sizes = {tier.name: len(tier.mixture.members) for tier in fit.tiers}
     (warning,) = _warnings(list(fit.tiers), sizes, Many())  # type: ignore[arg-type]
     assert warning.startswith(
-        f"{fit.tiers[-1].name} {words} the best single member on the test part: {difference.nats:+.4f}"
+        f"{fit.tiers[-1].name} {words} the best single member on the test split: {difference.nats:+.4f}"
     )

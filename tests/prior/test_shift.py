@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from chorus.population.errors import ChorusError
-from chorus.prior.shift import Offer, evaluate_shift
+from chorus.prior.shift import WeightedTier, evaluate_shift
 from chorus.prior.weights import fit_weights, mixture_losses
 from tests.prior.matrices import some_likelihoods
 
@@ -23,9 +23,9 @@ def fitted(p_MN, members):
 
 def test_shows_what_fitting_again_would_gain_on_other_text():
     home, away = two_kinds_of_text()
-    offers = [Offer(name="standard", members=(0, 1), weights=fitted(home, (0, 1)))]
+    tiers = [WeightedTier(name="standard", members=(0, 1), weights=fitted(home, (0, 1)))]
 
-    at_home, elsewhere = (evaluate_shift(p, OFFSETS, offers)[0] for p in (home, away))
+    at_home, elsewhere = (evaluate_shift(p, OFFSETS, tiers)[0] for p in (home, away))
 
     assert elsewhere.loss.nats > at_home.loss.nats + 0.5
     assert elsewhere.new_members.high < -0.5  # it takes the members that are good there
@@ -37,7 +37,9 @@ def test_weights_fitted_elsewhere_are_found_again():
     home, away = two_kinds_of_text()
     everyone = tuple(range(6))
 
-    shift = evaluate_shift(away, OFFSETS, [Offer(name="max", members=everyone, weights=fitted(home, everyone))])[0]
+    shift = evaluate_shift(away, OFFSETS, [WeightedTier(name="max", members=everyone, weights=fitted(home, everyone))])[
+        0
+    ]
 
     assert shift.new_weights.high < 0
     optimum = fit_weights(away).loss
@@ -50,7 +52,7 @@ def test_the_loss_is_that_of_the_weights_given():
     home, _ = two_kinds_of_text()
     weights = (0.2, 0.5, 0.3)
 
-    shift = evaluate_shift(home, OFFSETS, [Offer(name="x", members=(4, 0, 2), weights=weights)])[0]
+    shift = evaluate_shift(home, OFFSETS, [WeightedTier(name="x", members=(4, 0, 2), weights=weights)])[0]
 
     assert shift.loss.nats == pytest.approx(mixture_losses(home[[4, 0, 2]], np.array(weights)).mean())
 
@@ -59,4 +61,4 @@ def test_refuses_a_single_document():
     home, _ = two_kinds_of_text()
 
     with pytest.raises(ChorusError, match="at least 2"):
-        evaluate_shift(home, np.array([0, 0, 2_000]), [Offer(name="x", members=(0,), weights=(1.0,))])
+        evaluate_shift(home, np.array([0, 0, 2_000]), [WeightedTier(name="x", members=(0,), weights=(1.0,))])

@@ -112,7 +112,7 @@ def test_a_prior_that_is_not_the_served_one_is_found_out(
 
     assert [found.agrees for found in served] == [True, False]
     assert isinstance(result.exception, ChorusError)
-    assert "at three" in str(result.exception)
+    assert "for three" in str(result.exception)
 
 
 def test_members_are_scored_by_an_engine_as_they_are_here(
@@ -133,7 +133,7 @@ def test_members_are_scored_by_an_engine_as_they_are_here(
     assert result.exit_code == 0, result.exception
     assert manifest.load(refitted).prior_version == population.prior_version + 1
     refused = CliRunner().invoke(cli, [*command, chorus_server.url])
-    assert "answers with tiers only" in str(refused.exception)
+    assert "offers tiers only" in str(refused.exception)
 
 
 def test_latencies_are_measured_and_fitted_within(chorus_server: ChorusServe, refitted: Path) -> None:
@@ -154,7 +154,7 @@ def test_refuses_what_is_no_engine_of_this_population(chorus_server: ChorusServe
         connect("127.0.0.1:8000", population)
     with pytest.raises(ChorusError, match="Is an engine running"):
         connect("http://127.0.0.1:9", population)
-    with pytest.raises(ChorusError, match="expected were 'elsewhere'"):
+    with pytest.raises(ChorusError, match="expected 'elsewhere'"):
         connect(chorus_server.url, population.model_copy(update={"name": "elsewhere"}))
     split = ScoredSplit(name="test", split=TokenSplit.from_documents([[1, 2, 3]]), context_length=9)
     engine = connect(chorus_server.engine_url, population)

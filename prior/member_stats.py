@@ -1,4 +1,4 @@
-"""How the members relate: which err on the same tokens, and which documents each of them and each tier wins. Arrays in and out."""
+"""Statistics of members on the test split: correlation of their losses, and on how many documents members and tiers win."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,25 +15,27 @@ _BLOCK_TOKENS = 4_096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Portrait:
-    """What the test part says about the members among themselves."""
+class MemberStats:
+    """Member statistics on the test split."""
 
     correlation_MM: FloatArray
-    """Of the members' losses over tokens; near 1 two members err on the same tokens, and a mixture of both gains little."""
+    """Correlation of the members' token losses. Near 1, two members err on the same tokens and mixing them gains little."""
     documents_won_M: NDArray[np.int64]
-    """Documents on which a member is the best of all members."""
+    """On how many documents each member has the lowest loss of all members."""
     tier_wins: tuple[int, ...]
-    """Documents on which each tier has a lower loss than the single member that is best overall."""
+    """On how many documents each tier has a lower loss than the best single member overall."""
     num_documents: int
 
 
-def portray(probabilities_MN: Probabilities, bootstrap: Bootstrap, tier_losses: Sequence[FloatArray]) -> Portrait:
-    """The portrait; `tier_losses` are each tier's losses over the same tokens."""
+def compute_member_stats(
+    probabilities_MN: Probabilities, bootstrap: Bootstrap, tier_losses: Sequence[FloatArray]
+) -> MemberStats:
+    """Statistics from likelihoods; `tier_losses` holds each tier's losses (N) on the same tokens."""
     one = np.ones(1)
     by_document_MD = np.stack([bootstrap.by_document(mixture_losses(row[None], one)) for row in probabilities_MN])
     means_M = np.array([mixture_losses(row[None], one).mean() for row in probabilities_MN])
     best_D = by_document_MD[int(means_M.argmin())]
-    return Portrait(
+    return MemberStats(
         correlation_MM=loss_correlation(probabilities_MN),
         documents_won_M=np.bincount(by_document_MD.argmin(axis=0), minlength=len(probabilities_MN)),
         tier_wins=tuple(int((bootstrap.by_document(losses_N) < best_D).sum()) for losses_N in tier_losses),

@@ -1,7 +1,7 @@
 import numpy as np
 
 from chorus.prior.bootstrap import Bootstrap
-from chorus.prior.portrait import loss_correlation, portray
+from chorus.prior.member_stats import compute_member_stats, loss_correlation
 from chorus.prior.weights import mixture_losses
 from tests.prior.matrices import some_likelihoods
 
@@ -23,8 +23,8 @@ def test_documents_go_to_the_member_that_is_best_on_them():
     offsets = np.arange(0, 61, 10)
     even_N = mixture_losses(p_MN, np.full(3, 1 / 3))
 
-    portrait = portray(p_MN, Bootstrap(offsets), [even_N])
+    stats = compute_member_stats(p_MN, Bootstrap(offsets), [even_N])
 
-    assert portrait.documents_won_M.tolist() == [2, 4, 0]
-    assert portrait.tier_wins == (4,)  # better than member 0, best overall, wherever that one is not alone ahead
-    assert portrait.num_documents == 6
+    assert stats.documents_won_M.tolist() == [2, 4, 0]
+    assert stats.tier_wins == (4,)  # better than member 0, best overall, wherever that one is not alone ahead
+    assert stats.num_documents == 6

@@ -51,7 +51,7 @@ def test_each_pool_and_temperature_is_exact(engine: Any, engine_directory: Path,
             rows_TV = log_p_TV[len(output.prompt_token_ids) - 1 : -1]
             assert tokens == rows_TV.argmax(-1).tolist()
             got = [step[token].logprob for step, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
-            assert got == pytest.approx(rows_TV.gather(1, torch.tensor(tokens)[:, None]).reserve(1).tolist(), abs=1e-4)
+            assert got == pytest.approx(rows_TV.gather(1, torch.tensor(tokens)[:, None]).squeeze(1).tolist(), abs=1e-4)
     finally:
         manifest.save(before, engine_directory)
 

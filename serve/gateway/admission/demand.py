@@ -1,4 +1,4 @@
-"""How much is being asked for lately."""
+"""Demand: the tokens per second that were requested lately."""
 
 import math
 import time
@@ -6,18 +6,18 @@ from dataclasses import dataclass, fields
 
 from chorus.serve.gateway.request.size import Size
 
-_BUDGETS = 1.5
-"""Time budgets for which a request is remembered: what came in that time is what may still run or wait."""
-_SHORTEST_S, _LONGEST_S = 1.0, 60.0
-_LEAST = 0.3
-"""Part of the memory that must have passed since anybody asked: the first requests alone say nothing of a rate."""
-_NOBODY = 0.05
-"""Requests that are none, when those that came have faded."""
+_MEMORY_BUDGETS = 1.5
+"""The memory, in mean time budgets: what came in that time may still run or wait."""
+_MIN_MEMORY_S, _MAX_MEMORY_S = 1.0, 60.0
+_MIN_OBSERVED = 0.3
+"""Part of the memory over which rates are taken at least: a first request alone is no rate."""
+_NEGLIGIBLE = 0.05
+"""Faded requests that count as no traffic."""
 
 
 @dataclass(kw_only=True)
-class _Asked:
-    """What requests of one kind asked for: sums that fade, like the seconds in which it came."""
+class _Requested:
+    """Sums over the requests of one kind that fade with time, as do the seconds over which they came."""
 
     requests: float = 0.0
     sequences: float = 0.0
@@ -35,23 +35,22 @@ class _Asked:
     def fade(self, kept: float, memory_s: float) -> None:
         for each in fields(self):
             setattr(self, each.name, kept * getattr(self, each.name))
-        self.seconds = self.seconds + (1 - kept) * memory_s if self.requests > _NOBODY else 0.0
+        self.seconds = self.seconds + (1 - kept) * memory_s if self.requests > _NEGLIGIBLE else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What is asked for per second."""
+    """Demand per second. Flexible requests have a time budget and a floor below their tier; all others are fixed."""
 
-    free_sequences: float
-    """Answers to those who have a time budget and may have more members or fewer."""
-    free_tokens: float
-    """Tokens of these answers."""
+    flexible_sequences: float
+    flexible_tokens: float
+    """Of their answers."""
     budget_s: float
     """Their mean time budget."""
     scatter: float
-    """Standard deviation of the tokens of theirs that are asked for in a second, as they come at random."""
+    """Standard deviation of their tokens in a second, if they come at random."""
     fixed_tokens: float
-    """Tokens of all other answers."""
+    """Of the answers of fixed requests."""
     fixed_rows: float
     """The same, counted once for each member."""
     prompt_tokens: float
@@ -60,32 +59,32 @@ class Rates:
     @property
     def tokens(self) -> float:
         """Of all answers."""
-        return self.free_tokens + self.fixed_tokens
+        return self.flexible_tokens + self.fixed_tokens
 
 
 class Demand:
-    """Exponentially weighted means over the last seconds, since anybody asked at all."""
+    """Exponentially weighted means over the last seconds, or since the first request if that is shorter."""
 
     def __init__(self) -> None:
-        self._free, self._fixed = _Asked(), _Asked()
-        """Those that have a time budget and may have more members or fewer, and all others."""
-        self._memory_s = _SHORTEST_S
+        self._flexible, self._fixed = _Requested(), _Requested()
+        self._memory_s = _MIN_MEMORY_S
         self._at = time.perf_counter()
 
-    def note_free(self, size: Size, *, prompt_tokens: float, budget_s: float, now: float) -> None:
-        """A request was made that has so many seconds, and may have more members or fewer."""
+    def note_flexible(self, size: Size, *, prompt_tokens: float, budget_s: float, now: float) -> None:
+        """A request with that much time, whose number of members is the gateway's to choose."""
         self._fade(now)
         tokens = _tokens(size)
-        self._free.requests += 1
-        self._free.sequences += size.num_sequences
-        self._free.tokens += tokens
-        self._free.squares += tokens**2
-        self._free.prompt_tokens += prompt_tokens
-        self._free.budgets_s += size.num_sequences * budget_s
-        self._memory_s = min(_LONGEST_S, max(_SHORTEST_S, _BUDGETS * self._free.budgets_s / self._free.sequences))
+        self._flexible.requests += 1
+        self._flexible.sequences += size.num_sequences
+        self._flexible.tokens += tokens
+        self._flexible.squares += tokens**2
+        self._flexible.prompt_tokens += prompt_tokens
+        self._flexible.budgets_s += size.num_sequences * budget_s
+        mean_budget_s = self._flexible.budgets_s / self._flexible.sequences
+        self._memory_s = min(_MAX_MEMORY_S, max(_MIN_MEMORY_S, _MEMORY_BUDGETS * mean_budget_s))
 
     def note_fixed(self, size: Size, *, prompt_tokens: float, members: int, now: float) -> None:
-        """A request was made that is served by so many members, as far as time budgets go."""
+        """A request with a given number of members."""
         self._fade(now)
         self._fixed.requests += 1
         self._fixed.tokens += _tokens(size)
@@ -93,32 +92,29 @@ class Demand:
         self._fixed.prompt_tokens += prompt_tokens
 
     def rates(self, now: float) -> Rates | None:
-        """What is asked for; None if by nobody who may have more members or fewer."""
+        """The demand; None without flexible requests."""
         self._fade(now)
-        if self._free.requests < _NOBODY:
+        if self._flexible.requests < _NEGLIGIBLE:
             return None
-        # At first over the time since anybody asked: a mean over the whole memory would be too low.
-        free_s, fixed_s = (
-            max(self._free.seconds, _LEAST * self._memory_s),
-            max(self._fixed.seconds, _LEAST * _SHORTEST_S),
-        )
+        flexible_s = max(self._flexible.seconds, _MIN_OBSERVED * self._memory_s)
+        fixed_s = max(self._fixed.seconds, _MIN_OBSERVED * _MIN_MEMORY_S)
         return Rates(
-            free_sequences=self._free.sequences / free_s,
-            free_tokens=self._free.tokens / free_s,
-            budget_s=self._free.budgets_s / self._free.sequences,
-            scatter=math.sqrt(self._free.squares / free_s),
+            flexible_sequences=self._flexible.sequences / flexible_s,
+            flexible_tokens=self._flexible.tokens / flexible_s,
+            budget_s=self._flexible.budgets_s / self._flexible.sequences,
+            scatter=math.sqrt(self._flexible.squares / flexible_s),
             fixed_tokens=self._fixed.tokens / fixed_s,
             fixed_rows=self._fixed.rows / fixed_s,
-            prompt_tokens=self._free.prompt_tokens / free_s + self._fixed.prompt_tokens / fixed_s,
+            prompt_tokens=self._flexible.prompt_tokens / flexible_s + self._fixed.prompt_tokens / fixed_s,
         )
 
     def _fade(self, now: float) -> None:
         kept = math.exp(-max(0.0, now - self._at) / self._memory_s)
         self._at = max(self._at, now)
-        self._free.fade(kept, self._memory_s)
+        self._flexible.fade(kept, self._memory_s)
         self._fixed.fade(kept, self._memory_s)
 
 
 def _tokens(size: Size) -> int:
-    """Of a request's answers. Where only the prompt is to be scored a token is generated all the same."""
+    """Of a request's answers. A request that only scores its prompt generates a token all the same."""
     return size.num_sequences * max(1, size.max_tokens)

@@ -1,17 +1,13 @@
-"""How many members everybody may have as things go: one number for all who may have more or fewer, not for each what is idle.
+"""The member cap: the most members that requests with a time budget begin with, one number per engine for all of them.
 
-What runs now says little about the next second: beside an idle engine all members always fit, and whoever comes next pays for it.
-Gains fall with every further member, so it is better to serve all with the same number. Where what can be kept up lies between two
-numbers, these take turns. While anybody has the larger one, each step runs all its members, so that serving some with more and some
-with fewer costs nearly as much as serving all with more; but time budgets are a store. The larger number runs while it fills the
-queue, the smaller one while that drains. A full store is nothing to fall back on, though: where the next number down costs much
-more than this one brings, less is risked.
+A step runs every member that any of its requests has, so one request with many members costs nearly as much as if all had them.
+The cap follows from demand (tokens per second that were requested lately) and from what each step costs. It may exceed what can be
+sustained while the backlog is short: the time budgets leave slack, and the cap falls before the backlog has used it up.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from statistics import NormalDist
 
 from chorus.serve.expected_loss import expected_loss
@@ -19,167 +15,142 @@ from chorus.serve.gateway.admission.demand import Rates
 from chorus.serve.gateway.engines.costs import StepCosts
 from chorus.serve.gateway.engines.latency import LatencyModel, Load, Work
 
-_STORE = 0.9
-"""Part of what time budgets leave that a queue may take: the rest is for what nobody expects."""
-_AGAIN = 2.0
-"""A number is taken again, while requests wait, where it could be kept up with so many times as many."""
-_BEGIN_S = 0.5
-"""A number that cannot be kept up is begun only if it lasts for so long: in less, those who had another one are not even gone."""
-_TAKE_S = 0.2
-"""And gone down to only if it lasts for so long beside the queue that stands."""
-_BURSTS = 1.0
-"""Standard deviations by which more may come than on average."""
-_RISK_S = 1.0
-"""For so long the number below must be kept up with, for a number to be worth its risk."""
-_LEAST_RISK = 0.05
-"""And not with less than this probability, or more than 1 less this, whatever is lost or gained."""
-_MOST_PROMPTS = 0.95
-"""Part of an engine's time that prompts may seem to take: with more, nothing could be said."""
-_PROMPT = 256
-"""Tokens over which a prompt's cost is taken from the model."""
+_MAX_BACKLOG_TO_RISE = 0.5
+"""Part of its slack that the backlog may take for the cap to rise to a number of members."""
+_HORIZON_S = 1.0
+"""Time over which one member less must be sustainable, for a number to be worth its risk."""
+_MAX_PROMPT_SHARE = 0.95
+"""Most of an engine's time that prompts are taken to need."""
+_PROMPT_TOKENS = 256
+"""Tokens over which a prompt's cost is taken from the latency model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Supply:
-    """What there is to serve requests."""
+    """The engines that serve the demand."""
 
     model: LatencyModel
     costs: StepCosts | None
-    """What a step costs, where the engine says so; else that is guessed from the model."""
+    """What the engine reports of its steps; without it they are estimated by the model."""
     num_engines: int
     max_sequences: int
-    """That run on each engine at once."""
+    """On each engine at once."""
     probability: float
     """With which a time budget is to be kept."""
 
 
-class Level:
-    """The number of members that everybody may have."""
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What to expect if all flexible requests have a number of members. In tokens of answers."""
+
+    slack: float
+    """Tokens that may wait without a request missing its time budget."""
+    excess: float
+    """Tokens requested beyond those served, per second."""
+    scatter: float
+    """Standard deviation of the tokens that are requested in a second."""
+
+    @property
+    def is_sustainable(self) -> bool:
+        """Whether the backlog does not grow."""
+        return self.excess <= 0
+
+    def probability_sustained(self, seconds: float) -> float:
+        """Probability that no more is requested in that time than is served, if requests come at random."""
+        return NormalDist(self.excess * seconds, max(1e-9, self.scatter * math.sqrt(seconds))).cdf(0.0)
+
+
+class MemberCap:
+    """The cap of one engine. It has a state: it falls late and rises early, each by its own rule."""
 
     def __init__(self) -> None:
         self._members = 0
 
-    def choose(
+    def update(
         self,
         rates: Rates | None,
         supply: Supply,
         *,
         most: int,
-        waiting_tokens: float,
+        backlog: float,
         losses: Mapping[int, float] | None = None,
     ) -> int:
-        """From 1 to `most`, while requests of so many tokens of answers wait. `losses` are those of mixtures, by their size.
+        """The cap, from 1 to `most`, at a backlog of that many tokens of answers. `losses`: of mixtures, by their size, in nats.
 
-        It goes down once the queue takes more than it may of the time budgets, as far as it has to. It goes up to what can be kept
-        up when little is left of the queue, and to one more when nothing is. It is never more than what is worth its risk.
+        It falls to the largest number whose slack still holds the backlog. It rises to the largest sustainable number once the
+        backlog takes at most half of that one's slack, and by one more when there is no backlog. Numbers that are not worth their
+        risk do not count.
         """
         if rates is None:
             return most
-        prospects = {members: prospect(rates, supply, members) for members in range(1, most + 1)}
-        known = frozenset((losses or {}).items())
-        worth = [
-            members
-            for members in prospects
-            if members <= 2 or prospects[members - 1].probability_kept_up(_RISK_S) >= _enough(members, known)
-        ]
-        held = [
-            members
-            for members, each in prospects.items()
-            if members in worth and each.lasts_s(waiting_tokens) > (0.0 if members == self._members else _TAKE_S)
-        ]
-        kept_up = [members for members in held if prospects[members].lasts_s(_AGAIN * waiting_tokens) == math.inf]
-        highest = max(kept_up, default=1)
-        if not waiting_tokens and highest + 1 in worth and prospects[highest + 1].lasts_s(0.0) > _BEGIN_S:
+        forecasts = {members: forecast(rates, supply, members) for members in range(1, most + 1)}
+        worthwhile = {
+            members: each
+            for members, each in forecasts.items()
+            if members <= 2
+            or forecasts[members - 1].probability_sustained(_HORIZON_S) >= _critical_ratio(members, losses or {})
+        }
+        highest = max(
+            (m for m, f in worthwhile.items() if f.is_sustainable and backlog < _MAX_BACKLOG_TO_RISE * f.slack),
+            default=1,
+        )
+        if not backlog and highest + 1 in worthwhile and worthwhile[highest + 1].slack > 0:
             highest += 1
-        self._members = max([highest, *(members for members in held if members <= self._members)])
+        kept = (m for m, f in worthwhile.items() if m <= self._members and backlog < f.slack)
+        self._members = max(highest, *kept, 1)
         return self._members
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prospect:
-    """What becomes of the queue if all have so many members. In tokens of answers."""
+def _critical_ratio(members: int, losses: Mapping[int, float]) -> float:
+    """Probability with which one member less must be sustainable, for `members` to be worth their risk.
 
-    store: float
-    """That may wait without too much being taken of the time budgets."""
-    excess: float
-    """Per second, by which more come than are served."""
-    scatter: float
-    """Standard deviation of those that come in a second."""
-
-    def lasts_s(self, waiting: float) -> float:
-        """Seconds until more wait than may, if so many wait now.
-
-        After a time t there are e t more on average, with a standard deviation of d sqrt(t) where requests come at random: the s
-        that may still come to wait are reached at e t + d sqrt(t) = s, or never.
-        """
-        store = self.store - waiting
-        if store <= 0:
-            return 0.0
-        bursts = _BURSTS * self.scatter
-        under_root = bursts**2 + 4 * self.excess * store
-        return (2 * store / (bursts + math.sqrt(under_root))) ** 2 if under_root >= 0 else math.inf
-
-    def probability_kept_up(self, seconds: float) -> float:
-        """That no more come in so many seconds than are served."""
-        return NormalDist(self.excess * seconds, max(1e-9, self.scatter * math.sqrt(seconds))).cdf(0.0)
-
-
-@lru_cache
-def _enough(members: int, losses: frozenset[tuple[int, float]]) -> float:
-    """Probability with which one member less must be kept up for `members` to be worth their risk.
-
-    They fill the queue, so that in the next burst there are two fewer. The critical ratio of the newsvendor (Arrow, Harris,
-    Marschak 1951), of what that costs and what they bring. Where no losses are known, they are taken to fall with 1 / members,
-    like the variance of a mean.
+    They fill the backlog, so that the next burst is served with two fewer. This is the critical ratio of the newsvendor (Arrow,
+    Harris, Marschak 1951), of what that loses and what they gain. Without losses, gains fall as 1 / members, like the variance of
+    a mean.
     """
 
     def loss(size: int) -> float:
-        return expected_loss(size, dict(losses)) if losses else 1 / size
+        return expected_loss(size, losses) if losses else 1 / size
 
-    brings, costs = (max(0.0, loss(size - 1) - loss(size)) for size in (members, members - 1))
-    ratio = costs / (brings + costs) if brings + costs else 0.5
-    return min(1 - _LEAST_RISK, max(_LEAST_RISK, ratio))
+    gain, risk = (max(0.0, loss(size - 1) - loss(size)) for size in (members, members - 1))
+    return risk / (gain + risk) if gain + risk else 0.5
 
 
-def prospect(rates: Rates, supply: Supply, members: int) -> Prospect:
-    """What to expect if all who may have more members or fewer have so many."""
-    tokens = rates.free_tokens / rates.free_sequences
-    token_s, rate = _pace(rates, supply, members)
+def forecast(rates: Rates, supply: Supply, members: int) -> Forecast:
+    """What to expect if all flexible requests have that number of members."""
+    tokens = rates.flexible_tokens / rates.flexible_sequences
+    token_s, served = _pace(rates, supply, members)
     total_s = tokens * token_s
     total_s *= supply.model.margin(supply.probability, total_s)
-    return Prospect(
-        store=_STORE * (rates.budget_s - total_s) * rate,
-        excess=rates.tokens - rate,
-        scatter=rates.scatter,
-    )
+    return Forecast(slack=(rates.budget_s - total_s) * served, excess=rates.tokens - served, scatter=rates.scatter)
 
 
 def _pace(rates: Rates, supply: Supply, members: int) -> tuple[float, float]:
-    """Seconds per token if those who may had so many members, and the most tokens per second that would be served.
+    """Seconds per token, and the most tokens per second that can be served, if flexible requests have that number of members.
 
-    A step takes a + b n with n sequences in it. Where all n places are taken, tokens come at n / (a + b n). Else, by Little's law,
-    n is the rate at which tokens are asked for, r, times the step's length, which is therefore a / (1 - b r).
+    A step takes a + b n with n sequences in it. If all n places are taken, tokens come at n / (a + b n). Else, by Little's law, n
+    is the rate r at which tokens are requested times the length of the step, which is therefore a / (1 - b r).
     """
     rate = rates.tokens / supply.num_engines
-    rows = (rates.free_tokens * members + rates.fixed_rows) / rates.tokens
+    rows = (rates.flexible_tokens * members + rates.fixed_rows) / rates.tokens
     if (costs := supply.costs) is not None:
-        step_s = costs.step + costs.member * _active(rates, supply, costs, members)
-        context = rates.free_tokens / rates.free_sequences * (rates.prompt_tokens / rates.tokens + 0.5)
+        step_s = costs.step + costs.member * _active_members(rates, supply, costs, members)
+        context = rates.flexible_tokens / rates.flexible_sequences * (rates.prompt_tokens / rates.tokens + 0.5)
         sequence_s = costs.request + (costs.row + costs.context * context) * rows
         prompt_token_s = costs.row * members
     else:
         step_s = supply.model.token_s(Load(members=members))
         sequence_s = rows * (supply.model.token_s(Load(members=members, rows=1)) - step_s)
         prompt_token_s = _prompt_token_s(supply.model, members)
-    left = 1 - min(_MOST_PROMPTS, prompt_token_s * rates.prompt_tokens / supply.num_engines)
+    left = 1 - min(_MAX_PROMPT_SHARE, prompt_token_s * rates.prompt_tokens / supply.num_engines)
     full_s = (step_s + sequence_s * supply.max_sequences) / left
     rest = left - sequence_s * rate
     token_s = min(full_s, step_s / rest) if rest > 0 else full_s
     return token_s, supply.num_engines * supply.max_sequences / full_s
 
 
-def _active(rates: Rates, supply: Supply, costs: StepCosts, members: int) -> float:
-    """Members that run at all: more than `members` while a request is there that is served by more whatever happens."""
+def _active_members(rates: Rates, supply: Supply, costs: StepCosts, members: int) -> float:
+    """Expected number of members that a step runs: more than `members` while a request with a fixed, larger number is in flight."""
     if not rates.fixed_tokens:
         return members
     more = max(0.0, rates.fixed_rows / rates.fixed_tokens - members)
@@ -188,6 +159,6 @@ def _active(rates: Rates, supply: Supply, costs: StepCosts, members: int) -> flo
 
 
 def _prompt_token_s(model: LatencyModel, members: int) -> float:
-    """Seconds that a prompt's token takes, as first tokens make one think."""
-    short, long = (Work(members=members, prompt_tokens=tokens, max_tokens=1) for tokens in (0, _PROMPT))
-    return (model.first_s(Load(), long) - model.first_s(Load(), short)) / _PROMPT
+    """Seconds per token of a prompt, by the expected times to a first token."""
+    short, long = (Work(members=members, prompt_tokens=tokens, max_tokens=1) for tokens in (0, _PROMPT_TOKENS))
+    return (model.first_s(Load(), long) - model.first_s(Load(), short)) / _PROMPT_TOKENS

@@ -1,13 +1,12 @@
-"""Whether a request can begin on an engine now, and at which tier. Pure decisions; `admission` applies them.
+"""Placement: whether a request can begin on an engine now, at which tier and with how many members. Pure decisions.
 
-With a deadline: of the numbers of members that everybody may have as things go (`level`), the largest at which the request is
-expected in time, with the set probability, and at which everybody else who has a deadline could still be in time if taken down to
-as many. That shares what there is: gains fall with every further member, so several requests at a middling number are worth more
-than one large among small ones. A number between two tiers is the larger tier, begun without some members.
+A request with a deadline gets the largest number of members, up to the member cap, at which it is expected in time and at which
+every other request with a deadline can still be in time if taken down to as many. Gains fall with every further member, so several
+requests with a middling number are worth more than one with many among others with few. A number between two tiers is the larger
+tier, begun without its lightest members.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
@@ -17,8 +16,8 @@ from chorus.serve.gateway.engines.latency import LatencyModel, Load, Work
 from chorus.serve.gateway.engines.traffic import Traffic
 from chorus.serve.gateway.request.size import Size
 
-_AT_FLOOR = 0.8
-"""Probability with which a request must be expected in time to begin at its floor, where the only choice is to begin or to wait."""
+_FLOOR_PROBABILITY = 0.8
+"""Probability with which a request must be expected in time to begin at its floor, where the alternative is to wait."""
 
 
 class Blocked(Enum):
@@ -31,12 +30,25 @@ class Blocked(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be planned."""
+    """A request to place."""
 
     tiers: Sequence[Tier]
-    """Those that may serve it, from the largest to its floor."""
+    """Tiers that may serve it, from the largest to its floor."""
     size: Size
     finish_by: float | None
+    """Its deadline, on the clock of `time.perf_counter`."""
+    is_hopeless: bool = False
+    """Whether even an idle engine would have been too slow when it came: it runs at its floor, without a deadline."""
+
+    @property
+    def has_deadline(self) -> bool:
+        """Whether it can be in time."""
+        return self.finish_by is not None and not self.is_hopeless
+
+    @property
+    def is_flexible(self) -> bool:
+        """Whether its number of members is the gateway's to choose."""
+        return self.has_deadline and len(self.tiers) > 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +60,7 @@ class Plan:
     """Its members may be fewer than the tier's."""
     first_s: float
     token_s: float
-    """Expected; 0 while nothing is known."""
+    """Expected times; 0 if unknown."""
 
     @property
     def total_s(self) -> float:
@@ -56,7 +68,7 @@ class Plan:
         return self.first_s + max(0, self.work.max_tokens - 1) * self.token_s
 
 
-def plan(
+def place(
     job: Job,
     traffic: Traffic,
     model: LatencyModel,
@@ -65,50 +77,45 @@ def plan(
     probability: float,
     max_sequences: int,
     pressure: float = 0.0,
-    level: Callable[[], float] = lambda: math.inf,
+    member_cap: int | None = None,
 ) -> Plan | Blocked:
-    """How `job` begins now. `pressure`, from 0 to 1, takes away the largest tiers in proportion.
-
-    `level` says how many members everybody may have as things go; it is asked only where that matters.
-    """
+    """How `job` begins now. `pressure`, from 0 to 1, takes away the largest tiers in proportion."""
     if traffic.num_sequences + job.size.num_sequences > max_sequences:
         return Blocked.FULL
-    tiers = job.tiers[min(len(job.tiers) - 1, round(pressure * (len(job.tiers) - 1))) :]
-    if job.finish_by is None or not model.is_seeded:
+    tiers = job.tiers[-1:] if job.is_hopeless else job.tiers[round(pressure * (len(job.tiers) - 1)) :]
+    if not job.has_deadline or not model.is_seeded:
         return _expect_whole(tiers[0], job, traffic, model)
+    assert job.finish_by is not None, "it has a deadline"
     left_s = job.finish_by - now
     rungs = _rungs(tiers)
-    most = level() if len(rungs) > 1 else math.inf
     for rung in rungs:
         is_floor = rung is rungs[-1]
-        if len(rung.members) > most and not is_floor:
+        if member_cap is not None and len(rung.members) > member_cap and not is_floor:
             continue
         before, during = _loads(rung, job, traffic)
-        found = _expect(rung, job, before, during, model)
-        margin = model.margin(_AT_FLOOR if is_floor else probability, found.total_s, can_shrink=not is_floor)
-        if found.total_s * margin <= left_s and not _makes_others_late(
-            traffic, model, before, during, now, probability
-        ):
-            return found
+        plan = _expect(rung, job, before, during, model)
+        margin = model.margin(_FLOOR_PROBABILITY if is_floor else probability, plan.total_s, can_shrink=not is_floor)
+        if plan.total_s * margin > left_s:
+            continue
+        if not _makes_others_late(traffic, model, before, during, now, probability):
+            return plan
     if least_s(job, model) > left_s:
         return Blocked.LATE
-    if not traffic.in_flight:
-        return at_floor(job, traffic, model)  # nothing will be better for waiting
-    return Blocked.LATE_NOW
+    return Blocked.LATE_NOW if traffic.in_flight else at_floor(job, traffic, model)  # waiting would not help
 
 
 def at_floor(job: Job, traffic: Traffic, model: LatencyModel) -> Plan:
-    """The least that can be done for a request that will be late whatever is done."""
+    """The smallest plan, for a request that will be late in any case."""
     return _expect_whole(job.tiers[-1], job, traffic, model)
 
 
 def least_s(job: Job, model: LatencyModel) -> float:
-    """Expected seconds at its floor on an idle engine; 0 while nothing is known."""
+    """Expected seconds at its floor on an idle engine; 0 if unknown."""
     return alone_s(job.tiers[-1], job, model)
 
 
 def alone_s(tier: Tier, job: Job, model: LatencyModel) -> float:
-    """Expected seconds at that tier on an idle engine; 0 while nothing is known."""
+    """Expected seconds at that tier on an idle engine; 0 if unknown."""
     if not model.is_seeded:
         return 0.0
     rung = _Rung(tier=tier, members=tier.members)
@@ -118,7 +125,7 @@ def alone_s(tier: Tier, job: Job, model: LatencyModel) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class _Rung:
-    """A tier, or as many of its members as are wanted."""
+    """A tier, or the first members of one."""
 
     tier: Tier
     members: Sequence[str]
@@ -135,8 +142,8 @@ def _rungs(tiers: Sequence[Tier]) -> list[_Rung]:
 
 
 def _loads(rung: _Rung, job: Job, traffic: Traffic) -> tuple[Load, Load]:
-    """What runs before it begins and with it. With a deadline: if nobody else who has one had more members than this."""
-    within = None if job.finish_by is None else len(rung.members)
+    """The load before it begins and with it. With a deadline: if no other request that has one had more members than this one."""
+    within = None if not job.has_deadline else len(rung.members)
     during = traffic.load(adding=rung.members, num_sequences=job.size.num_sequences, within=within)
     return traffic.load(within=within), during
 
@@ -159,12 +166,8 @@ def _work(rung: _Rung, size: Size, model: LatencyModel) -> Work:
 def _makes_others_late(
     traffic: Traffic, model: LatencyModel, before: Load, during: Load, now: float, probability: float
 ) -> bool:
-    """Whether somebody who could be in time without the new request could not with it: the load goes from `before` to `during`."""
-    others = [
-        (in_flight.tokens_left(now), in_flight.finish_by - now)
-        for in_flight in traffic.in_flight
-        if in_flight.finish_by is not None
-    ]
+    """Whether a request that could be in time at the load `before` could not be at the load `during`."""
+    others = [(each.tokens_left(now), each.finish_by - now) for each in traffic.in_flight if each.finish_by is not None]
     if not others:
         return False
     before_s, after_s = model.token_s(before), model.token_s(during)

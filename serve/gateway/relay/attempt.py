@@ -8,7 +8,7 @@ from dataclasses import replace
 import aiohttp
 
 from chorus.population.manifest import Tier
-from chorus.serve.gateway.admission.admission import Grant
+from chorus.serve.gateway.admission.queue import Grant
 from chorus.serve.gateway.engines import upstream
 from chorus.serve.gateway.engines.engine import Engine
 from chorus.serve.gateway.relay.context import RequestContext

@@ -9,7 +9,8 @@ from starlette.types import Receive, Scope, Send
 
 from chorus.population.manifest import Tier
 from chorus.serve.gateway.admission import quotas
-from chorus.serve.gateway.admission.admission import Grant, deadline_exceeded
+from chorus.serve.gateway.admission.admission import deadline_exceeded
+from chorus.serve.gateway.admission.queue import Grant
 from chorus.serve.gateway.engines import upstream
 from chorus.serve.gateway.engines.engine import Engine
 from chorus.serve.gateway.relay import outcome

@@ -12,8 +12,9 @@ import httpx
 import pytest
 
 from chorus.population.manifest import Population
-from chorus.serve.gateway.admission.admission import Admission, Grant, Limits
-from chorus.serve.gateway.admission.placement import Job, plan
+from chorus.serve.gateway.admission.admission import Admission, Limits
+from chorus.serve.gateway.admission.placement import Job, place
+from chorus.serve.gateway.admission.queue import Grant
 from chorus.serve.gateway.engines.engine import Engine
 from chorus.serve.gateway.request.call import Call, read_call
 from chorus.serve.gateway.request.errors import ApiError
@@ -242,7 +243,7 @@ def test_planning_beside_a_full_engine_is_quick_enough(tiny: Population) -> None
             await door.ask(latency_budget_ms=80_000_000)
         job = Job(tiers=tiny.tiers[::-1], size=read(tiny).size, finish_by=time.perf_counter() + 3600)
         began_at = time.process_time()
-        plan(job, door.engine.traffic, door.engine.model, now=time.perf_counter(), probability=0.9, max_sequences=999)
+        place(job, door.engine.traffic, door.engine.model, now=time.perf_counter(), probability=0.9, max_sequences=999)
         assert time.process_time() - began_at < 0.1
 
     at_the_door(tiny, story, max_sequences=999)

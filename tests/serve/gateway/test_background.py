@@ -89,8 +89,8 @@ def test_the_gateway_keeps_its_queue_after_a_failure(
         raise RuntimeError("unforeseen")
 
     monkeypatch.setattr(pair.gateway.admission, "look", fails)
-    monkeypatch.setattr(pair.gateway.admission, "_num_waiting", 1)
+    pair.gateway.admission._queue._length = 1
     counted = "chorus_gateway_background_failures_total 1.0"
     wait_for("the failure to be counted", lambda: counted in httpx.get(f"{pair.url}/metrics").text, timeout_s=10)
-    pair.gateway.admission._num_waiting = 0
+    pair.gateway.admission._queue._length = 0
     assert {task.get_name() for task in pair.gateway.background._tasks} >= {"the queue", "the watch over an engine"}

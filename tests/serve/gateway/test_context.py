@@ -26,13 +26,20 @@ def shown(url: str) -> set[int]:
     return {card["max_model_len"] for card in httpx.get(f"{url}/v1/models").json()["data"]}
 
 
-def test_models_and_the_planner_use_the_context_that_the_engine_was_started_with(tiny: Population) -> None:
+def test_models_and_the_planner_use_the_context_that_the_engine_was_started_with(
+    tiny: Population, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert tiny.context_length == 256
     with gateway_before(starting_with(64), tiny) as pair:
         wait_for("its length", lambda: pair.gateway.pool.context_length, timeout_s=5)
         assert shown(pair.url) == {64}
         seen = []
-        pair.gateway.admission._note = lambda ask: seen.append(ask.call.size.max_tokens)  # type: ignore[method-assign]
+        note = pair.gateway.admission._caps.note
+        monkeypatch.setattr(
+            pair.gateway.admission._caps,
+            "note",
+            lambda job, engine: (seen.append(job.size.max_tokens), note(job, engine)),
+        )
         body = {"messages": [{"role": "user", "content": "a"}]}
         httpx.post(f"{pair.url}/v1/chat/completions", json=body).raise_for_status()
         assert seen == [64]

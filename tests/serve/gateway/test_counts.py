@@ -125,14 +125,14 @@ def test_a_request_that_cannot_be_planned_fails_alone(tiny: Population, monkeypa
     """Whatever overflows: nothing stays taken, and who waits behind it, or ends before it, notices nothing."""
 
     async def story(door: Door) -> None:
-        charge = door.admission._charge
+        charge = door.admission._queue.charge
 
-        def overflow(ask: Any, found: Any) -> None:
-            if ask.tenant.name == "poison":
+        def overflow(pending: Any, plan: Any) -> None:
+            if pending.tenant.name == "poison":
                 raise OverflowError("int too large to convert to float")
-            charge(ask, found)
+            charge(pending, plan)
 
-        monkeypatch.setattr(door.admission, "_charge", overflow)
+        monkeypatch.setattr(door.admission._queue, "charge", overflow)
         with pytest.raises(OverflowError):
             await door.ask(Tenant(name="poison"))
         assert door.engine.traffic.num_sequences == 0

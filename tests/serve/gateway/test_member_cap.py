@@ -5,11 +5,11 @@ import time
 from dataclasses import replace
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chorus.serve.gateway.admission.demand import Demand, Rates
-from chorus.serve.gateway.admission.member_cap import Level, Prospect, Supply, prospect
+from chorus.serve.gateway.admission.member_cap import Forecast, MemberCap, Supply, forecast
 from chorus.serve.gateway.engines.costs import StepCosts
 from chorus.serve.gateway.request.size import Size
 from tests.serve.gateway.conftest import known
@@ -34,7 +34,7 @@ def demand(rate: float, *, budget_s: float = 1.0, prompt_tokens: float = 0.0, nu
     found, began_at = Demand(), time.perf_counter()
     for idx in range(round(60 * rate)):
         now = began_at + idx / rate
-        found.note_free(Size(max_tokens=TOKENS), prompt_tokens=prompt_tokens, budget_s=budget_s, now=now)
+        found.note_flexible(Size(max_tokens=TOKENS), prompt_tokens=prompt_tokens, budget_s=budget_s, now=now)
     for _ in range(num_fixed):
         found.note_fixed(Size(max_tokens=TOKENS), prompt_tokens=0, members=6, now=began_at + 60)
     rates = found.rates(began_at + 60)
@@ -42,37 +42,12 @@ def demand(rate: float, *, budget_s: float = 1.0, prompt_tokens: float = 0.0, nu
     return rates
 
 
-@given(
-    store=st.floats(0.1, 1e4),
-    excess=st.floats(-1e3, 1e3),
-    scatter=st.floats(0.1, 1e3),
-    waiting=st.floats(0, 1e4),
-)
-def test_a_queue_is_full_when_it_crosses_what_may_wait(
-    store: float, excess: float, scatter: float, waiting: float
-) -> None:
-    assume(abs(scatter**2 + 4 * excess * (store - waiting)) > 1e-3 * scatter**2)  # touches it, or just does not
-    found = Prospect(store=store, excess=excess, scatter=scatter).lasts_s(waiting)
-    if waiting >= store:
-        assert found == 0
-        return
-
-    def expected(seconds: float) -> float:
-        return waiting + excess * seconds + scatter * math.sqrt(seconds)
-
-    if found == math.inf:
-        assert all(expected(10 ** (exponent / 20)) < store for exponent in range(-200, 200))
-    else:
-        assert expected(found) == pytest.approx(store, rel=1e-6)
-        assert all(expected(found * part) < store * (1 + 1e-9) for part in (0.1, 0.5, 0.9, 0.999))
-
-
 @pytest.mark.parametrize("prompt_tokens", [0.0, 20.0])
 @pytest.mark.parametrize("rate", [5, 20, 60])
 @pytest.mark.parametrize("members", [1, 2, 4])
 def test_what_is_served_is_what_steps_allow(rate: float, members: int, prompt_tokens: float) -> None:
     asked = demand(rate, prompt_tokens=prompt_tokens)
-    found = prospect(asked, supply(), members)
+    found = forecast(asked, supply(), members)
     # Step by step: with n sequences at a time, each step gives n tokens; prompts take their part of the time.
     left = 1 - COSTS.row * members * asked.prompt_tokens
     running = 0.0
@@ -83,13 +58,13 @@ def test_what_is_served_is_what_steps_allow(rate: float, members: int, prompt_to
     assert asked.tokens - found.excess == pytest.approx(16 / full_s)
     total_s = TOKENS * step_s
     total_s *= supply().model.margin(0.95, total_s)
-    assert found.store == pytest.approx(0.9 * (1.0 - total_s) * 16 / full_s)
+    assert found.slack == pytest.approx((1.0 - total_s) * 16 / full_s)
     assert found.scatter == pytest.approx(TOKENS * math.sqrt(rate), rel=0.25), "the last seconds count most"
 
 
 def test_rates_are_those_of_the_last_seconds() -> None:
     found = demand(40.0, budget_s=0.5, prompt_tokens=10)
-    assert found.free_sequences == pytest.approx(40, rel=0.02)
+    assert found.flexible_sequences == pytest.approx(40, rel=0.02)
     assert found.tokens == pytest.approx(40 * TOKENS, rel=0.02)
     assert found.prompt_tokens == pytest.approx(400, rel=0.02)
     assert found.budget_s == pytest.approx(0.5)
@@ -99,26 +74,26 @@ def test_at_first_they_are_those_since_anybody_asked() -> None:
     asked, began_at = Demand(), time.perf_counter()
     for beginning in (began_at, began_at + 3600):
         for idx in range(120):
-            asked.note_free(Size(max_tokens=TOKENS), prompt_tokens=0, budget_s=2.0, now=beginning + idx / 80)
+            asked.note_flexible(Size(max_tokens=TOKENS), prompt_tokens=0, budget_s=2.0, now=beginning + idx / 80)
         found = asked.rates(beginning + 1.5)
         assert found is not None
-        assert found.free_sequences == pytest.approx(80, rel=0.05), "though that is only half of the memory"
+        assert found.flexible_sequences == pytest.approx(80, rel=0.05), "though that is only half of the memory"
         assert asked.rates(beginning + 60) is None
 
 
 def test_one_long_request_is_no_flood() -> None:
     asked, now = Demand(), time.perf_counter()
-    asked.note_free(Size(max_tokens=4000), prompt_tokens=0, budget_s=60.0, now=now)
+    asked.note_flexible(Size(max_tokens=4000), prompt_tokens=0, budget_s=60.0, now=now)
     found = asked.rates(now)
     assert found is not None
     assert found.tokens < 4000 / 15
-    assert Level().choose(found, supply(), most=6, waiting_tokens=0) == 6
+    assert MemberCap().update(found, supply(), most=6, backlog=0) == 6
 
 
 @pytest.mark.parametrize("costs", [COSTS, replace(COSTS, member=0.0001, row=0.0003), None])
 def test_the_more_comes_the_fewer_members_and_the_more_engines_the_more(costs: StepCosts | None) -> None:
     def chosen(rate: float, num_engines: int) -> int:
-        return Level().choose(demand(rate), supply(costs, num_engines=num_engines), most=6, waiting_tokens=0)
+        return MemberCap().update(demand(rate), supply(costs, num_engines=num_engines), most=6, backlog=1)
 
     found = [chosen(rate, 1) for rate in (0.5, 5, 10, 20, 40, 80, 400)]
     assert found == sorted(found, reverse=True)
@@ -128,15 +103,15 @@ def test_the_more_comes_the_fewer_members_and_the_more_engines_the_more(costs: S
 
 
 def test_where_nobody_asks_all_members_may_run() -> None:
-    assert Level().choose(None, supply(), most=6, waiting_tokens=0) == 6
+    assert MemberCap().update(None, supply(), most=6, backlog=0) == 6
 
 
 def test_the_larger_number_runs_while_the_queue_fills_and_the_smaller_one_while_it_drains() -> None:
-    ours, each, level = supply(replace(COSTS, step=0.001, member=0.002)), demand(47.0), Level()
-    assert prospect(each, ours, 2).excess < 0 < prospect(each, ours, 3).excess
+    ours, each, cap = supply(replace(COSTS, step=0.001, member=0.002)), demand(47.0), MemberCap()
+    assert forecast(each, ours, 2).excess < 0 < forecast(each, ours, 3).excess
 
     def at(waiting: float) -> int:
-        return level.choose(each, ours, most=6, waiting_tokens=waiting * TOKENS, losses=EQUAL_GAINS)
+        return cap.update(each, ours, most=6, backlog=waiting * TOKENS, losses=EQUAL_GAINS)
 
     assert at(0) == 3, "one more than can be kept up"
     assert at(3) == 3, "and while there is room in the queue"
@@ -150,7 +125,7 @@ def test_the_larger_number_runs_while_the_queue_fills_and_the_smaller_one_while_
 
 @given(excess=st.floats(-1e3, 1e3), scatter=st.floats(1.0, 1e3), seconds=st.floats(0.1, 10.0))
 def test_the_probability_to_keep_up_is_that_of_a_random_walk(excess: float, scatter: float, seconds: float) -> None:
-    found = Prospect(store=1.0, excess=excess, scatter=scatter).probability_kept_up(seconds)
+    found = Forecast(slack=1.0, excess=excess, scatter=scatter).probability_sustained(seconds)
     deviations = -excess * math.sqrt(seconds) / scatter
     assert found == pytest.approx(0.5 * math.erfc(-deviations / math.sqrt(2)), abs=1e-9)
 
@@ -169,25 +144,25 @@ def test_the_probability_to_keep_up_is_that_of_a_random_walk(excess: float, scat
 def test_more_than_can_be_kept_up_runs_only_where_that_is_worth_its_risk(
     losses: dict[int, float], expected: int
 ) -> None:
-    ours, each, level = supply(replace(COSTS, step=0.001, member=0.002)), demand(47.0), Level()
-    assert 0.5 < prospect(each, ours, 2).probability_kept_up(1.0) < 0.75
-    assert level.choose(each, ours, most=6, waiting_tokens=0, losses=losses) == expected
-    least = level.choose(demand(5.0), ours, most=6, waiting_tokens=0, losses=losses)
+    ours, each, cap = supply(replace(COSTS, step=0.001, member=0.002)), demand(47.0), MemberCap()
+    assert 0.5 < forecast(each, ours, 2).probability_sustained(1.0) < 0.75
+    assert cap.update(each, ours, most=6, backlog=0, losses=losses) == expected
+    least = cap.update(demand(5.0), ours, most=6, backlog=0, losses=losses)
     assert least == 6, "where all can be kept up, all run"
-    again = level.choose(each, ours, most=6, waiting_tokens=0, losses=losses)
+    again = cap.update(each, ours, most=6, backlog=0, losses=losses)
     assert again == expected, "and nobody waits for a queue to become full"
 
 
 def test_a_request_that_is_served_by_all_members_makes_steps_longer_for_everybody() -> None:
     alone, beside = demand(30.0), demand(30.0, num_fixed=10)
     for members in (1, 3):
-        served = [each.tokens - prospect(each, supply(), members).excess for each in (alone, beside)]
+        served = [each.tokens - forecast(each, supply(), members).excess for each in (alone, beside)]
         assert served[1] < 0.9 * served[0]
-    same = [each.tokens - prospect(each, supply(), 6).excess for each in (alone, beside)]
+    same = [each.tokens - forecast(each, supply(), 6).excess for each in (alone, beside)]
     assert same[1] == pytest.approx(same[0])
 
 
 def test_budgets_too_short_for_many_members_give_few() -> None:
     long, short = demand(4.0, budget_s=1.0), demand(4.0, budget_s=0.2)
-    assert Level().choose(long, supply(), most=6, waiting_tokens=0) == 6
-    assert Level().choose(short, supply(), most=6, waiting_tokens=0) == 1
+    assert MemberCap().update(long, supply(), most=6, backlog=0) == 6
+    assert MemberCap().update(short, supply(), most=6, backlog=0) == 1

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import nnls
 
 from chorus.population.manifest import Population
-from chorus.serve.gateway.admission.placement import Blocked, Job, Plan, plan
+from chorus.serve.gateway.admission.placement import Blocked, Job, Plan, place
 from chorus.serve.gateway.engines.costs import StepCosts, read_costs
 from chorus.serve.gateway.engines.latency import LatencyModel, Load, Work
 from chorus.serve.gateway.engines.reserve import Reserve
@@ -27,7 +27,7 @@ def job(tiny: Population, *, left_s: float | None, max_tokens: int = 11) -> Job:
 
 
 def decide(each: Job, traffic: Traffic, model: LatencyModel, **options: Any) -> Plan | Blocked:
-    return plan(each, traffic, model, now=0.0, **{"probability": 0.95, "max_sequences": 8, **options})
+    return place(each, traffic, model, now=0.0, **{"probability": 0.95, "max_sequences": 8, **options})
 
 
 def test_the_learned_weights_are_those_of_weighted_nonnegative_least_squares() -> None:

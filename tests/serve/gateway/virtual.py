@@ -17,7 +17,8 @@ import pytest
 
 from chorus.population.manifest import Population
 from chorus.serve.engine.deadline import Deadline, Runner, StepCost, StepLoad, StepTally, choose_drops
-from chorus.serve.gateway.admission.admission import Admission, Grant, Limits
+from chorus.serve.gateway.admission.admission import Admission, Limits
+from chorus.serve.gateway.admission.queue import Grant
 from chorus.serve.gateway.engines.costs import StepCosts
 from chorus.serve.gateway.engines.engine import Engine
 from chorus.serve.gateway.request.call import Call, Kind, read_call

@@ -1,8 +1,8 @@
 """Reads a corpus of token ids: memory-maps it, cuts it into documents at the tokenizer's markers, and splits it.
 
-`.npy` holds a one-dimensional array of integers. `.bin` holds bare integers as nanoGPT writes them (uint16 if the vocabulary allows,
-else uint32), optionally after the header of llm.c and modded-nanogpt. Memory holds an outline of each document and the held-out
-splits; train documents are read from the mapped files.
+`.npy` holds a one-dimensional array of integers. `.bin` holds bare integers as nanoGPT writes them (uint16 if the vocabulary
+allows, else uint32), optionally after the header of llm.c and modded-nanogpt. Memory holds an outline of each document and the
+held-out splits; train documents are read from the mapped files.
 """
 
 import hashlib
@@ -40,7 +40,8 @@ def token_files(corpus: str) -> list[Path]:
     tokens = [file for file in files if file.suffix in SUFFIXES]
     if tokens and (other := [file for file in files if file.suffix not in SUFFIXES]):
         raise ChorusError(
-            f"the folder {corpus} contains token files ({tokens[0].name}) and other files ({other[0].name}). Use a folder of one kind."
+            f"the folder {corpus} contains token files ({tokens[0].name}) and other files ({other[0].name}). "
+            "Use a folder of one kind."
         )
     return tokens
 
@@ -128,7 +129,8 @@ def _document_spans(path: Path, array: NDArray[np.integer], tokenizer: TextToken
         if (largest := int(part.max())) >= tokenizer.vocab_size or int(part.min()) < 0:
             wrong = largest if largest >= tokenizer.vocab_size else int(part.min())
             raise ChorusError(
-                f"{path} contains the token {wrong}; the tokenizer has {tokenizer.vocab_size:,} tokens. Use the --tokenizer that made it."
+                f"{path} contains the token {wrong}; the tokenizer has {tokenizer.vocab_size:,} tokens. "
+                "Use the --tokenizer that made it."
             )
         for position in np.flatnonzero(np.isin(part, markers)) + start:
             if position > begin:

@@ -1,1 +1,1 @@
-"""The words that all stages share: the population directory, its manifest, documents and tokens. Imports no other room."""
+"""What all stages share: the population directory, its manifest, documents and tokens. Imports no other package of chorus."""

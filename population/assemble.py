@@ -1,4 +1,4 @@
-"""Making a population directory: describing members, writing the files that all of them share, gathering checkpoints."""
+"""Makes a population directory: describes members, writes the files that they share, copies checkpoints."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ def chorus_version() -> str:
 
 
 def describe_member(directory: Path, path: str, name: str, **origin: JsonValue) -> Member:
-    """A manifest entry for the checkpoint at `directory / path`: digests and parameter count are read from its files.
+    """A manifest entry for the checkpoint at `directory / path`, with digests and parameter counts read from its files.
 
     `origin` holds the optional fields of `Member` (trajectory, cycle, epochs, teacher).
     """
@@ -53,9 +53,9 @@ def describe_member(directory: Path, path: str, name: str, **origin: JsonValue) 
 
 
 def write_shared_files(directory: Path, first_member: Path, tokenizer: Path) -> None:
-    """Write what serves the whole population: its tokenizer, and a config.json that names our architecture.
+    """Write the files of the population itself: its tokenizer, and a config.json that names our architecture.
 
-    The config is the first member's, so that whoever reads it (vLLM's planning of memory, a client) sees true sizes.
+    The config is a copy of the first member's, so that its readers (vLLM's memory planning, clients) see real sizes.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for name in _TOKENIZER_FILES:
@@ -64,16 +64,18 @@ def write_shared_files(directory: Path, first_member: Path, tokenizer: Path) -> 
             shutil.copyfile(source, directory / name)
     config = {**read_config(first_member), "architectures": [ARCHITECTURE]}
     config.pop("auto_map", None)
-    config.pop("sliding_window", None)  # vLLM would give it to every member; none has one shorter than the context
+    config.pop(
+        "sliding_window", None
+    )  # vLLM would apply it to every member; no member has a window shorter than the context
     write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def gather(checkpoints: list[Path], out: Path, *, name: str | None = None) -> Population:
-    """Make a population from existing checkpoints that share a vocabulary, under uniform tiers.
+    """Make a population with uniform tiers from existing checkpoints that share a vocabulary.
 
-    Everything is checked before anything is copied, and `out` appears only when it is complete. Where the checkpoints differ in
-    what the population has but once, a warning is logged: the tokenizer's files are those of the first that has a chat template,
-    an answer ends at any token at which some member's would, the context is the shortest.
+    All checks run before the first copy, and `out` appears only once it is complete. A population has one tokenizer, one set of
+    end tokens and one context length. Where the checkpoints differ in these, a warning is logged, and the population gets the
+    tokenizer files of the first checkpoint with a chat template, the union of all end tokens, and the shortest context.
 
     Raises:
         ChorusError: the name is not allowed, a checkpoint is incomplete, they cannot be mixed, or `out` exists and is not empty.
@@ -96,9 +98,9 @@ def gather(checkpoints: list[Path], out: Path, *, name: str | None = None) -> Po
             path = f"members/{member_name}"
             _copy(checkpoint, list(files), directory / path)
             members.append(describe_member(directory, path, member_name))
-        home = _template_home(checkpoints)
-        write_shared_files(directory, directory / members[0].path, home)
-        _reconcile(directory, checkpoints, configs, home, context_length)
+        source = _tokenizer_source(checkpoints)
+        write_shared_files(directory, directory / members[0].path, source)
+        _reconcile(directory, checkpoints, configs, source, context_length)
         population = Population(
             name=name,
             tokenizer_sha256=sha256(directory / "tokenizer.json"),
@@ -122,64 +124,73 @@ def _check_tokenizers(checkpoints: list[Path]) -> None:
     for checkpoint in others:
         if on_disk.tokenizer_identity(checkpoint) != identity:
             raise ChorusError(
-                f"{checkpoint} has another tokenizer than {first}: the same text would be other tokens to each member, "
-                "and their distributions could not be mixed."
+                f"{checkpoint} and {first} have different tokenizers: they split the same text into different tokens, "
+                "so their distributions cannot be mixed."
             )
 
 
 def _copy(checkpoint: Path, weights: list[Path], to: Path) -> None:
-    """The checkpoint without what is not the model's: copies of its weights in other formats, adapters, optimisers."""
+    """Copy a checkpoint, without weights in other formats, adapters and optimiser states."""
     to.mkdir(parents=True)
     others = [file for file in checkpoint.iterdir() if file.is_file() and file.suffix in _CHECKPOINT_SUFFIXES]
     for file in [*weights, *others]:
         if not file.name.startswith("adapter_"):
             shutil.copyfile(file, to / file.name)
     if (to / on_disk.SINGLE).is_file():
-        (to / on_disk.INDEX).unlink(missing_ok=True)  # of shards that were left behind
+        (to / on_disk.INDEX).unlink(missing_ok=True)  # its shards were not copied
 
 
-def _template_home(checkpoints: list[Path]) -> Path:
-    """The checkpoint whose tokenizer files serve all: the first with a chat template, else the first."""
+def _tokenizer_source(checkpoints: list[Path]) -> Path:
+    """The checkpoint whose tokenizer files the population uses: the first with a chat template, else the first."""
     templates = {checkpoint: on_disk.chat_template(checkpoint) for checkpoint in checkpoints}
-    home = next((checkpoint for checkpoint, template in templates.items() if template is not None), checkpoints[0])
-    if templates[home] is None:
-        logger.warning("no checkpoint has a chat template: chats will be refused, completions will not")
-    elif differing := [str(c) for c, template in templates.items() if template not in (None, templates[home])]:
-        logger.warning("the chat template is that of %s; %s have another", home, ", ".join(differing))
-    elif home != checkpoints[0]:
-        logger.warning("%s has no chat template: it and the tokenizer's settings are those of %s", checkpoints[0], home)
-    return home
+    source = next((checkpoint for checkpoint, template in templates.items() if template is not None), checkpoints[0])
+    if templates[source] is None:
+        logger.warning("no checkpoint has a chat template: chat requests will be refused, completions work")
+    elif differing := [str(c) for c, template in templates.items() if template not in (None, templates[source])]:
+        logger.warning("using the chat template of %s, which differs from that of %s", source, ", ".join(differing))
+    elif source != checkpoints[0]:
+        logger.warning(
+            "%s has no chat template: using the template and tokenizer settings of %s", checkpoints[0], source
+        )
+    return source
 
 
 def _reconcile(
-    directory: Path, checkpoints: list[Path], configs: Mapping[str, Config], home: Path, context_length: int
+    directory: Path, checkpoints: list[Path], configs: Mapping[str, Config], tokenizer_source: Path, context_length: int
 ) -> None:
-    """Make the shared files true of all members, and warn of what they differ in."""
+    """Adapt the shared files to all members, and warn about differences between checkpoints."""
     contexts = _each(checkpoints, lambda each: on_disk.context_length(configs[str(each)], each))
     if len(set(contexts.values())) > 1:
-        logger.warning("the context is the shortest, %d tokens; %s", context_length, _listed(contexts))
+        logger.warning(
+            "the context is the shortest of all checkpoints, %d tokens; %s", context_length, _listed(contexts)
+        )
         config = read_config(directory)
         config[on_disk.context_key(config)] = context_length
-        for key in ("rope_scaling", "rope_parameters"):  # vLLM would lengthen it by them again; members have their own
+        for key in (
+            "rope_scaling",
+            "rope_parameters",
+        ):  # vLLM would extend the context by them again; members keep their own
             config.pop(key, None)
         write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
 
     additions = _each(checkpoints, lambda each: on_disk.read_object(each / "tokenizer.json").get("post_processor"))
-    if any(addition != additions[home] for addition in additions.values()):
+    if any(addition != additions[tokenizer_source] for addition in additions.values()):
         logger.warning(
-            "checkpoints differ in the tokens that they add to a text (post_processor): those of %s are used", home
+            "checkpoints add different special tokens to a text (post_processor); using those of %s", tokenizer_source
         )
 
     ends = _each(checkpoints, lambda each: on_disk.end_tokens(each, configs[str(each)]))
     every_end = sorted(set().union(*ends.values()))
     if any(end != every_end for end in ends.values()):
-        logger.warning("an answer ends at any of the tokens %s; %s", every_end, _listed(ends))
+        logger.warning(
+            "an answer ends at any of the tokens %s, the end tokens of all checkpoints; %s", every_end, _listed(ends)
+        )
 
     given = _each(checkpoints, lambda each: on_disk.read_optional(each / "generation_config.json"))
-    source = next((each for each in (home, *checkpoints) if given[each]), home)
+    source = next((each for each in (tokenizer_source, *checkpoints) if given[each]), tokenizer_source)
     sampling = _each(checkpoints, lambda each: {key: given[each][key] for key in _SAMPLING if key in given[each]})
     if any(each != sampling[source] for each in sampling.values()):
-        logger.warning("requests that say nothing else sample as %s has it; %s", source, _listed(sampling))
+        logger.warning("default sampling parameters are those of %s; %s", source, _listed(sampling))
     if every_end:
         write_text(
             directory / "generation_config.json",
@@ -200,13 +211,13 @@ def _checked_name(name: str) -> str:
         return TypeAdapter(Name).validate_python(name)
     except ValidationError:
         raise ChorusError(
-            f"--name {name!r} cannot be a population's name: at most 63 letters, digits, `_`, `.` and `-`, the first of them a "
-            f"letter or digit. For example {as_name(name)!r}."
+            f"--name {name!r} is not a valid population name. Use at most 63 letters, digits, `_`, `.` and `-`, starting with a "
+            f"letter or digit, for example {as_name(name)!r}."
         ) from None
 
 
 def as_name(text: str) -> str:
-    """The nearest allowed name of a population or member to any text."""
+    """Turn any text into a valid name of a population or member."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-._")[:63] or "population"
 
 

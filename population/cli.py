@@ -1,4 +1,4 @@
-"""The command's front door: `chorus`. It knows the names of the sub-commands and loads a room only when its command is called."""
+"""The entry point of `chorus`. It lists the subcommands and imports a package only when its command is called."""
 
 import errno
 import importlib
@@ -10,23 +10,26 @@ import click
 
 from chorus.population.errors import ChorusError
 
-# name: (module:attribute, the line that `chorus --help` shows). Rooms are named, not imported: this room knows no other.
+# name: (module:attribute, help line). Modules are named, not imported, since this package imports no other package of chorus.
 _COMMANDS = {
     "train": ("chorus.train.command:train", "Train a population of models from text."),
     "distil": ("chorus.train.candidates:distil", "Distil the mixture into one student that joins the population."),
     "average": ("chorus.train.candidates:average", "Add weight averages of each trajectory's last members."),
     "prior": ("chorus.prior.command:prior", "Fit the weights and members for every budget."),
     "serve": ("chorus.serve.gateway.command:serve", "Serve a population over HTTP, with a budget per request."),
-    "engine": ("chorus.serve.engine.command:engine", "Run an engine by itself, for gateways elsewhere."),
-    "bench": ("chorus.serve.loadtest.command:bench", "Put load on a gateway and print what became of it."),
-    "population": ("chorus.population.command:population", "Look at a population, or make one from checkpoints."),
+    "engine": (
+        "chorus.serve.engine.command:engine",
+        "Run one engine without a gateway, for gateways on other machines.",
+    ),
+    "bench": ("chorus.serve.loadtest.command:bench", "Load-test a gateway and print the results."),
+    "population": ("chorus.population.command:population", "Inspect a population, or make one from checkpoints."),
 }
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 class _LazyGroup(click.Group):
-    """A group whose sub-commands are imported when they are used; `--help` imports none of them."""
+    """A group that imports a subcommand only when it is used; `--help` imports none."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -52,29 +55,31 @@ def cli() -> None:
     \b
     chorus train stdlib --out my-population    text in, a population out
     chorus prior fit my-population             weights and members for every budget
-    chorus serve my-population                 an OpenAI API in front of the mixture
+    chorus serve my-population                 serve the mixture behind an OpenAI API
     """
 
 
 def main() -> None:
-    """Run the command. What a user did wrong is one sentence on stderr and exit status 2, never a traceback."""
-    # Every Python process that we start, and that those start, leaves the working directory out of its path: a user's `types.py`,
-    # `train.py` or `chorus.py` there is data, not code.
+    """Run the command. A user's mistake gives one sentence on stderr and exit status 2, never a traceback."""
+    # Keep the working directory out of `sys.path` in all child processes, so that they never import a user's `types.py`,
+    # `train.py` or `chorus.py`.
     os.environ["PYTHONSAFEPATH"] = "1"
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes; stderr does so already
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be any bytes; stderr does this by default
     try:
         cli.main(standalone_mode=False)
     except ChorusError as error:
         click.secho("error: ", fg="red", bold=True, nl=False, err=True)
         click.echo(str(error), err=True)
         sys.exit(2)
-    except OSError as error:  # a full disk, a directory without rights
+    except OSError as error:  # a full disk, missing permissions
         if error.filename is None and error.errno not in _DISK:
             raise
         click.secho("error: ", fg="red", bold=True, nl=False, err=True)
         where = "" if error.filename is None else f"{error.filename}: "
-        click.echo(f"{where}{error.strerror}. What stood there before is whole; mend this and run it again.", err=True)
+        click.echo(
+            f"{where}{error.strerror}. Existing files are intact. Fix the cause and run the command again.", err=True
+        )
         sys.exit(2)
     except click.ClickException as error:
         error.show()

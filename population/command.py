@@ -1,4 +1,4 @@
-"""`chorus population`: print what a population holds; make one from existing checkpoints."""
+"""`chorus population`: print a population, make one from existing checkpoints, or fetch one from an archive."""
 
 import logging
 from pathlib import Path
@@ -15,7 +15,7 @@ from chorus.population.shell import command
 
 @click.group()
 def population() -> None:
-    """Look at a population, or make one from checkpoints."""
+    """Inspect a population, or make one from checkpoints."""
 
 
 @population.command()
@@ -35,13 +35,13 @@ def show(directory: Path, verify: bool) -> None:
 @population.command()
 @click.argument("checkpoints", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the new population.")
-@click.option("--name", help="Name of the population; the directory's by default.")
+@click.option("--name", help="Name of the population. Default: the directory's name.")
 def init(checkpoints: tuple[Path, ...], out: Path, name: str | None) -> None:
-    """Make a population from Hugging Face CHECKPOINTS that share a tokenizer, under uniform weights."""
+    """Make a population with uniform weights from Hugging Face CHECKPOINTS that share a tokenizer."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     made = assemble.gather(list(checkpoints), out, name=name)
     click.echo(
-        f"{out}: {len(made.members)} members under uniform weights. Fit weights on a TEXT, or serve it:\n"
+        f"{out}: {len(made.members)} members with uniform weights. Fit weights on a TEXT, or serve it as it is:\n"
         f"    {command('chorus', 'prior', 'fit', out, '--corpus', 'TEXT')}\n"
         f"    {command('chorus', 'serve', out)}"
     )
@@ -49,23 +49,25 @@ def init(checkpoints: tuple[Path, ...], out: Path, name: str | None) -> None:
 
 @population.command()
 @click.argument("url")
-@click.option("--sha256", required=True, help="Digest of the archive.")
+@click.option("--sha256", required=True, help="SHA-256 of the archive.")
 @click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="Directory of the population, empty or not."
+    "--out", required=True, type=click.Path(path_type=Path), help="Directory of the population; it may already exist."
 )
-@click.option("--only-manifest", is_flag=True, help="Keep the manifest alone: enough for `chorus serve --engine`.")
+@click.option(
+    "--only-manifest", is_flag=True, help="Keep only the manifest, which is enough for `chorus serve --engine`."
+)
 @click.option(
     "--max-bytes",
     type=click.IntRange(min=1),
     default=fetching.MAX_BYTES,
     show_default=True,
-    help="Largest size of the archive, and of what it unpacks to.",
+    help="Maximum size of the archive, packed and unpacked.",
 )
 def fetch(url: str, sha256: str, out: Path, only_manifest: bool, max_bytes: int) -> None:
-    """Fetch a population from the tar archive at URL, checked against its digest and those of the manifest.
+    """Fetch a population from the tar archive at URL, and check it against its digest and those in its manifest.
 
-    The archive holds plain files and folders, no links. Its address begins with http:// or https://.
-    Where the server wants it, the environment variable CHORUS_FETCH_AUTHORIZATION holds the value of an Authorization header.
+    The archive may hold only plain files and folders, no links. URL begins with http:// or https://.
+    If the server needs an Authorization header, set its value in the environment variable CHORUS_FETCH_AUTHORIZATION.
     """
     found = fetching.fetch(url, sha256=sha256, out=out, only_manifest=only_manifest, max_bytes=max_bytes)
     what = "its manifest" if only_manifest else f"{len(found.members)} members; all digests match"

@@ -1,7 +1,6 @@
-"""Documents out of text: what a corpus is to every stage, whether it comes from a file, a folder, a dataset or Python itself.
+"""Reads a corpus as documents, from a file, a folder, a dataset or Python's standard library, and splits it.
 
-A document is the unit that splits keep whole: two parts of one document never lie on both sides of a split.
-It knows nothing of tokens.
+Splits keep documents whole, so two parts of one document never end up in different splits. Tokens are handled in `tokens`.
 """
 
 import hashlib
@@ -23,70 +22,33 @@ from chorus.population.textfile import COMPRESSED_SUFFIXES, NotTextError, conten
 SPLITS = ("train", "fitness", "selection", "test")
 STDLIB = "stdlib"
 
-# Not prose or code by people for people: tests, generated tables, bundled applications.
-_STDLIB_LEFT_OUT = {
-    "test",
-    "tests",
-    "idlelib",
-    "lib2to3",
-    "encodings",
-    "turtledemo",
-    "pydoc_data",
-    "ensurepip",
-    "distutils",
-}
-_STDLIB_LEFT_OUT |= {"site-packages", "dist-packages", "__pycache__"}
+# Tests, generated tables and bundled applications, which are not typical prose or code.
+_STDLIB_EXCLUDED = {
+    "test", "tests", "idlelib", "lib2to3", "encodings", "turtledemo", "pydoc_data", "ensurepip", "distutils",
+    "site-packages", "dist-packages", "__pycache__",
+}  # fmt: skip
 _TEXT_SUFFIXES = {"", ".txt", ".md", ".rst", ".tex", ".html", ".csv", ".tsv", ".org", ".text"}
 _CODE_SUFFIXES = {
-    ".py",
-    ".pyi",
-    ".c",
-    ".h",
-    ".cc",
-    ".cpp",
-    ".hpp",
-    ".cu",
-    ".rs",
-    ".go",
-    ".java",
-    ".js",
-    ".ts",
-    ".rb",
-    ".sh",
-}
-_CODE_SUFFIXES |= {
-    ".jl",
-    ".r",
-    ".scala",
-    ".kt",
-    ".swift",
-    ".php",
-    ".pl",
-    ".lua",
-    ".hs",
-    ".ml",
-    ".sql",
-    ".json",
-    ".yaml",
-    ".toml",
-}
+    ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts", ".rb", ".sh",
+    ".jl", ".r", ".scala", ".kt", ".swift", ".php", ".pl", ".lua", ".hs", ".ml", ".sql", ".json", ".yaml", ".toml",
+}  # fmt: skip
 _READ_SUFFIXES = _TEXT_SUFFIXES | _CODE_SUFFIXES | ROW_SUFFIXES
-_FEW_FILES = 20  # of a folder: too few documents for splits, so that long ones are cut into passages
-_LONG_BYTES = 16_000  # of such a file
-_NAMED = 5  # files in one note
+_FEW_FILES = 20  # a folder with fewer files has too few documents to split, so long files are cut into passages
+_LONG_FILE_BYTES = 16_000  # longer files of such a folder are cut
+_MAX_FILES_PER_NOTE = 5
 _DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?(:.+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A piece of text that belongs together."""
+    """A named text that is never split."""
 
     name: str
     text: str
 
 
 def read_documents(source: str, *, split_on: str | None = None, text_field: str = "text") -> Iterator[Document]:
-    """Yield the documents of a corpus that hold text, in an order that is the same on every run; see `read_all_documents`."""
+    """Yield the non-empty documents of a corpus, in the same order on every run; see `read_all_documents`."""
     notes, num_empty = Notes(), 0
     for document in read_all_documents(source, split_on=split_on, text_field=text_field, notes=notes):
         if document.text.strip():
@@ -94,26 +56,24 @@ def read_documents(source: str, *, split_on: str | None = None, text_field: str 
         else:
             num_empty += 1
     if num_empty:
-        notes(
-            f"{source}: {num_empty} document{'s hold' if num_empty > 1 else ' holds'} no text and stay{'s' * (num_empty == 1)} out."
-        )
+        notes(f"{source}: skipped {num_empty} document{'s' * (num_empty > 1)} without text.")
 
 
 def read_all_documents(
     source: str, *, split_on: str | None = None, text_field: str = "text", notes: Notes | None = None
 ) -> Iterator[Document]:
-    """Yield the documents of a corpus, empty ones too, in an order that is the same on every run.
+    """Yield all documents of a corpus, including empty ones, in the same order on every run.
 
     Args:
-        source: `stdlib` (the running Python's standard library), a text file, a folder (every text or code file in it is a
-            document; every row of a `.jsonl` or `.parquet` file or `.json` array in it too), such a file of rows, or the name of a
-            Hugging Face dataset, `NAME` or `NAME:CONFIG`, of which the train split is streamed. Files may be compressed.
-        split_on: regular expression; a line of a text file where it matches begins a new document. Without it a file is cut
-            at lines `<|endoftext|>` if it has any; and a single file without them, or a long one (16 kB) among fewer than 20 in a
-            folder, is cut at blank lines into passages of about 4,000 characters, so that it can be split by whole documents at
-            all; see `textfile.read_pieces`.
-        text_field: the field of a row, or column of a dataset, that holds the text.
-        notes: takes what is left out or cut otherwise than the user may expect.
+        source: one of: `stdlib` (the running Python's standard library); a text file; a file of rows (JSON lines, a `.json` array
+            or Parquet), each row a document; a folder of such files; or the name of a Hugging Face dataset, `NAME` or
+            `NAME:CONFIG`, whose train split is streamed. Files may be compressed.
+        split_on: regular expression; every matching line of a text file starts a new document. Without it, a file is cut at
+            `<|endoftext|>` if it contains any. Without that mark, a single file, or a long one (16 kB) in a folder with fewer than
+            20, is cut at blank lines into passages of about 4,000 characters, because one document cannot be split; see
+            `textfile.read_pieces`.
+        text_field: the field of a row, or column of a dataset, with the text.
+        notes: reports what was skipped, and cuts that the user may not expect.
 
     Raises:
         ChorusError: the source does not exist or is not UTF-8, or the dataset cannot be loaded.
@@ -127,17 +87,15 @@ def read_all_documents(
         documents = _read_file(path, path.name, split_on, text_field, passages=True, notes=notes)
         if content_suffix(path) == JSON and not holds_rows(path, text_field):
             raise ChorusError(
-                f"{path} is not an array of objects or strings, nor one object per line. Take the list of documents out of it, "
-                "for example with `jq -c '.data[]'`, and name its text with --text-field."
+                f"{path} is neither an array of objects or strings nor one object per line. Extract the list of documents, "
+                "for example with `jq -c '.data[]'`, and set the name of the text field with --text-field."
             )
     elif path.exists():
         raise ChorusError(
-            f"corpus {source!r} is neither a file nor a folder. It is read several times: write it to a file."
+            f"corpus {source!r} is neither a file nor a folder. It is read several times, so write it to a file."
         )
-    elif _is_like_a_path(source):
-        raise ChorusError(
-            f"corpus {source!r} does not exist. Give a text file, a folder, a dataset name or `{STDLIB}`."
-        )
+    elif _looks_like_path(source):
+        raise ChorusError(f"corpus {source!r} does not exist. Use a text file, a folder, a dataset name or `{STDLIB}`.")
     else:
         documents = _read_dataset(source, text_field, notes)
     return documents
@@ -145,18 +103,18 @@ def read_all_documents(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outline:
-    """A document without its text: enough to sample and deal a corpus that does not fit into memory."""
+    """The sizes of a document, without its text. Used to sample and split a corpus that does not fit in memory."""
 
     idx: int
-    """Its place in the order of reading."""
+    """Position in reading order."""
     num_bytes: int
     num_characters: int
 
 
 def survey_documents(documents: Iterable[Document]) -> Iterator[Outline]:
-    """Outlines of the distinct documents, in the order of reading. Memory: a few hundred bytes for each.
+    """Outlines of the distinct documents, in reading order. Memory: a few hundred bytes per document.
 
-    Exact duplicates are dropped: one copy in the train split and one in a held-out split would flatter every loss.
+    Exact duplicates are dropped: copies in both the train split and a held-out split would make every held-out loss too low.
     """
     seen: set[bytes] = set()
     for idx, document in enumerate(documents):
@@ -168,16 +126,16 @@ def survey_documents(documents: Iterable[Document]) -> Iterator[Outline]:
 
 
 def sample_outlines(outlines: Iterable[Outline], *, max_bytes: int | None, seed: int) -> list[Outline]:
-    """Outlines in a seeded random order, up to about `max_bytes` of UTF-8; all of them without a limit.
+    """Outlines in a seeded random order, up to `max_bytes` of UTF-8; all of them if `max_bytes` is None.
 
-    Documents of at most a fortieth of the limit come first: a sample of a few long documents has splits that hang on one of them,
-    and intervals over documents that mean little. One that would pass the limit is left out; smaller ones after it may still fit.
+    Documents of at most `max_bytes` / 40 come first: with a few long documents, each split would depend on one of them, and
+    confidence intervals over documents would mean little. A document that would exceed the limit is skipped; later ones may fit.
     """
     shuffled = list(outlines)
     random.Random(seed).shuffle(shuffled)
     if max_bytes is None:
         return shuffled
-    shuffled.sort(key=lambda outline: outline.num_bytes * 40 > max_bytes)  # stable: else as shuffled
+    shuffled.sort(key=lambda outline: outline.num_bytes * 40 > max_bytes)  # a stable sort keeps the random order
     sampled, num_bytes = [], 0
     for outline in shuffled:
         if num_bytes + outline.num_bytes <= max_bytes:
@@ -187,52 +145,52 @@ def sample_outlines(outlines: Iterable[Outline], *, max_bytes: int | None, seed:
 
 
 def split_outlines(outlines: list[Outline], fractions: dict[str, float]) -> dict[str, list[Outline]]:
-    """Deal documents into splits whose sizes in characters approach `fractions`; a document is never cut.
+    """Assign whole documents to splits whose sizes in characters approximate `fractions`.
 
-    The order is taken as it comes (`sample_outlines` shuffles). Each document goes to the split that lacks most of its share,
-    so that a few long documents do not starve a small split.
+    Documents are assigned in the given order (`sample_outlines` shuffles them), each to the split that is missing the largest part
+    of its share, so that a few long documents do not starve a small split.
 
     Raises:
-        ChorusError: a split that should have text got no document.
+        ChorusError: a split with a positive fraction got no document.
     """
     if not outlines:
-        raise ChorusError(
-            "the corpus is empty: no document holds any text. Give a corpus with at least a few documents."
-        )
+        raise ChorusError("the corpus is empty: no document contains text. Use a corpus of at least a few documents.")
     total = sum(outline.num_characters for outline in outlines)
-    wanted = {name: fraction * total for name, fraction in fractions.items() if fraction > 0}
-    splits: dict[str, list[Outline]] = {name: [] for name in wanted}
-    filled = dict.fromkeys(wanted, 0)
+    targets = {name: fraction * total for name, fraction in fractions.items() if fraction > 0}
+    splits: dict[str, list[Outline]] = {name: [] for name in targets}
+    filled = dict.fromkeys(targets, 0)
     for outline in outlines:
-        name = max(wanted, key=lambda split: (wanted[split] - filled[split]) / wanted[split])
+        name = max(targets, key=lambda split: (targets[split] - filled[split]) / targets[split])
         splits[name].append(outline)
         filled[name] += outline.num_characters
-    if empty := [name for name, held in splits.items() if not held]:
+    if empty := [name for name, assigned in splits.items() if not assigned]:
         raise ChorusError(
             f"the corpus is too small for its splits: {len(outlines)} documents leave {', '.join(empty)} empty. "
-            f"At least {len(wanted)} documents are needed, some dozens are wise: give more text, "
+            f"It needs at least {len(targets)} documents, and better some dozens: add text, "
             "or cut it into more documents with --split-on."
         )
     return splits
 
 
 def sample_documents(documents: Iterable[Document], *, max_bytes: int | None, seed: int) -> list[Document]:
-    """Distinct documents of a corpus that fits into memory; see `survey_documents` and `sample_outlines`."""
-    held = list(documents)
-    return [held[outline.idx] for outline in sample_outlines(survey_documents(held), max_bytes=max_bytes, seed=seed)]
+    """A sample of the distinct documents of a corpus that fits in memory; see `survey_documents` and `sample_outlines`."""
+    loaded = list(documents)
+    return [
+        loaded[outline.idx] for outline in sample_outlines(survey_documents(loaded), max_bytes=max_bytes, seed=seed)
+    ]
 
 
 def split_documents(documents: list[Document], fractions: dict[str, float]) -> dict[str, list[Document]]:
-    """Documents that fit into memory, dealt to splits; see `split_outlines`."""
+    """Assign documents to splits; see `split_outlines`."""
     outlines = [
         Outline(idx=idx, num_bytes=0, num_characters=len(document.text)) for idx, document in enumerate(documents)
     ]
-    dealt = split_outlines(outlines, fractions)
-    return {name: [documents[outline.idx] for outline in held] for name, held in dealt.items()}
+    splits = split_outlines(outlines, fractions)
+    return {name: [documents[outline.idx] for outline in assigned] for name, assigned in splits.items()}
 
 
-def _is_like_a_path(source: str) -> bool:
-    """Whether what does not exist can only have been meant as a file or folder."""
+def _looks_like_path(source: str) -> bool:
+    """Whether a missing source must be a mistyped file or folder, since it cannot be a dataset name."""
     suffixes = (_READ_SUFFIXES | COMPRESSED_SUFFIXES) - {""}
     return source.lower().endswith(tuple(suffixes)) or source.startswith(".") or not _DATASET.fullmatch(source)
 
@@ -241,21 +199,21 @@ def _read_stdlib() -> Iterator[Document]:
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if _STDLIB_LEFT_OUT.intersection(relative.parts):
+        if _STDLIB_EXCLUDED.intersection(relative.parts):
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
-        if text.strip():  # an empty __init__.py is no mistake here
+        if text.strip():  # an empty __init__.py is normal, so it gives no note
             yield Document(name=str(relative), text=text)
 
 
 def locate(source: str) -> Path:
-    """The path that a corpus may be.
+    """The path of a corpus, which need not exist: the corpus may be a dataset.
 
     Raises:
-        ChorusError: the system cannot look there, or the name is not UTF-8 and could not be recorded.
+        ChorusError: the path cannot be accessed, or its name is not UTF-8, which the manifest cannot record.
     """
     if any("\ud800" <= character <= "\udfff" for character in source):
-        raise ChorusError(f"the name of corpus {source!r} is not UTF-8. Rename it, or give the folder that it is in.")
+        raise ChorusError(f"the name of corpus {source!r} is not UTF-8. Rename it, or use its parent folder.")
     try:
         Path(source).stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -266,12 +224,12 @@ def locate(source: str) -> Path:
 
 
 def walk(root: Path, notes: Notes) -> list[Path]:
-    """All files below a folder but hidden ones, sorted. Links are followed; no folder is entered twice, none above it at all."""
+    """All files below a folder except hidden ones, sorted. Links are followed, but never into a parent, nor twice into a folder."""
     files: list[Path] = []
     entered = {_identity(parent) for parent in root.resolve().parents}
 
     def skip(error: OSError) -> None:
-        notes(f"{error.filename} is left out: {error.strerror}.")
+        notes(f"skipped {error.filename}: {error.strerror}.")
 
     for here, folders, names in os.walk(root, followlinks=True, onerror=skip):
         if (identity := _identity(Path(here))) in entered:
@@ -297,52 +255,54 @@ def _read_folder(root: Path, split_on: str | None, text_field: str, notes: Notes
     paths = [path for path in files if content_suffix(path) in _READ_SUFFIXES and path.is_file()]
     if other := Counter(_kind(path) for path in sorted(set(files).difference(paths))):
         kinds = ", ".join(f"{count} {kind}" for kind, count in other.most_common())
-        notes(f"{root}: left out, as files of other kinds: {kinds}.")
+        notes(f"{root}: skipped files of other types: {kinds}.")
     if not paths:
-        raise ChorusError(f"the corpus is empty: the folder {root} holds no text files.")
-    left_out: list[str] = []
+        raise ChorusError(f"the corpus is empty: the folder {root} contains no text files.")
+    skipped: list[str] = []
     for path in paths:
         name, num_given = str(path.relative_to(root)), 0
-        cut = len(paths) == 1 or (len(paths) < _FEW_FILES and path.stat().st_size > _LONG_BYTES)
+        cut = len(paths) == 1 or (len(paths) < _FEW_FILES and path.stat().st_size > _LONG_FILE_BYTES)
         try:
             for document in _read_file(path, name, split_on, text_field, passages=cut, notes=notes):
                 yield document
                 num_given += 1
         except ChorusError as error:
-            # A file of rows that breaks off is no stray file, and an array without the field may be one: data of code.
+            # Skip files that are not text, and JSON without the text field, which may be data of a program. A truncated file of
+            # rows is an error.
             if num_given or not (isinstance(error, NotTextError) or content_suffix(path) == JSON):
                 raise
-            left_out.append(str(error))
-    if len(left_out) == len(paths):
-        raise ChorusError(f"the folder {root} holds no text that can be read. {left_out[0]}")
-    if left_out:
-        more = f"\n  and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
-        notes(f"{root}: left out, as they cannot be read as text:\n  " + "\n  ".join(left_out[:_NAMED]) + more)
+            skipped.append(str(error))
+    if len(skipped) == len(paths):
+        raise ChorusError(f"the folder {root} contains no readable text. {skipped[0]}")
+    if skipped:
+        num_more = len(skipped) - _MAX_FILES_PER_NOTE
+        more = f"\n  and {num_more} more" if num_more > 0 else ""
+        notes(f"{root}: skipped files that are not text:\n  " + "\n  ".join(skipped[:_MAX_FILES_PER_NOTE]) + more)
 
 
 def _read_file(
     path: Path, name: str, split_on: str | None, text_field: str, *, passages: bool, notes: Notes
 ) -> Iterator[Document]:
-    """Its rows or pieces as documents; what is blank between two marks is none, a blank file is one."""
+    """The rows or pieces of a file as documents. Blank pieces are dropped; a blank file is one empty document."""
     if content_suffix(path) in ROW_SUFFIXES or (content_suffix(path) == JSON and holds_rows(path, text_field)):
         for idx, text in enumerate(read_rows(path, text_field, notes)):
             yield Document(name=f"{name}#{idx}", text=text)
         return
     pieces = read_pieces(path, split_on, passages=passages, notes=notes)
-    held = (piece for piece in pieces if piece.strip())
-    first = next(held, "")
-    second = next(held, None)
+    texts = (piece for piece in pieces if piece.strip())
+    first = next(texts, "")
+    second = next(texts, None)
     yield Document(name=name if second is None else f"{name}#0", text=first)
-    rest = () if second is None else itertools.chain([second], held)
+    rest = () if second is None else itertools.chain([second], texts)
     yield from (Document(name=f"{name}#{idx}", text=piece) for idx, piece in enumerate(rest, start=1))
 
 
 def _read_dataset(source: str, text_field: str, notes: Notes) -> Iterator[Document]:
     name, _, config = source.partition(":")
-    notes(f"{source!r} is no file or folder here: trying the Hugging Face dataset of that name ...")
+    notes(f"{source!r} is not a file or folder: trying the Hugging Face dataset of that name ...")
     try:
         _check_hub(name)
-        import datasets  # heavy, and needed for this source alone
+        import datasets  # a slow import, needed only here
 
         rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
         for idx, row in enumerate(rows):
@@ -356,16 +316,16 @@ def _read_dataset(source: str, text_field: str, notes: Notes) -> Iterator[Docume
         ) from None
     except ChorusError:
         raise
-    except Exception as error:  # noqa: BLE001 - of the Hub, of HTTP, of every builder and file format
+    except Exception as error:  # noqa: BLE001 - the Hub, HTTP and every file format raise their own
         raise ChorusError(
             f"corpus {source!r} is neither a file nor a folder, and the dataset of that name cannot be loaded: {error}"
         ) from None
 
 
 def _check_hub(name: str) -> None:
-    """Raise at once what loading would raise after half a minute of retries; a dataset that is kept here needs no Hub."""
+    """Fail at once where loading would retry for half a minute. A cached dataset does not need the Hub."""
     from huggingface_hub import HfApi, constants
 
-    kept = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets")
-    if not Path(kept, name.replace("/", "___")).is_dir():
+    cache = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets")
+    if not Path(cache, name.replace("/", "___")).is_dir():
         HfApi().dataset_info(name, timeout=10)

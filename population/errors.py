@@ -1,8 +1,8 @@
-"""The one exception that every room raises for what a user sent."""
+"""The one exception that every package raises for invalid user input."""
 
 
 class ChorusError(Exception):
-    """A user's input cannot be used. The message names the value, what was expected and what to do next.
+    """Invalid user input. The message names the value, what was expected and what to do next.
 
     Commands print it without a traceback and exit with status 2.
     """

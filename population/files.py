@@ -1,4 +1,4 @@
-"""Files that are either the old version or the new one, never half of each; their digests; and locks between processes."""
+"""Atomic file writes, JSON reading, digests, and locks between processes."""
 
 import fcntl
 import hashlib
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; move it over `path` when the block ends without an exception.
 
-    The data and the directory entry are flushed to disk, so that a power cut leaves the old file or the new one.
+    The data and the directory entry are flushed to disk, so that a power cut leaves either the old file or the new one.
 
     Raises:
-        OSError: naming `path`, which a failed write by itself does not.
+        OSError: with `path` as its filename, which a failed write does not set.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
@@ -54,7 +54,7 @@ def write_array(path: Path, array: "NDArray[Any]") -> None:
     """Write `array` to `path` atomically, in NumPy's format.
 
     Raises:
-        OSError: with the system's reason. NumPy by itself reports a full disk as "so many requested and so many written".
+        OSError: with the system's reason. `np.save` to a file reports a full disk only as "N requested and M written".
     """
     import numpy as np
 
@@ -66,15 +66,15 @@ def write_array(path: Path, array: "NDArray[Any]") -> None:
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the lock at `path` against all other processes. The file exists only while somebody holds it or was killed.
+    """Hold the lock file at `path` against other processes. It is removed on release; a killed process may leave it behind.
 
     Raises:
-        BlockingIOError: another process holds it, and `wait` is false.
+        BlockingIOError: another process holds the lock and `wait` is false.
     """
     while True:
         with path.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not _is_at(path, file.fileno()):  # the holder before removed it: whoever comes next locks another file
+            if not _is_at(path, file.fileno()):  # the previous holder removed the file, so this lock protects nothing
                 continue
             try:
                 yield
@@ -84,10 +84,10 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Nothing in it ends in a traceback: a stranger may have written it.
+    """Parse a JSON file. Any malformed content raises ChorusError, since the file may come from anywhere.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: it does not exist; what that means is for the caller.
+        FileNotFoundError, NotADirectoryError: it does not exist; the caller decides what that means.
         ChorusError: it cannot be read or is not JSON.
     """
     try:
@@ -99,7 +99,7 @@ def read_json(path: Path) -> Any:
     except UnicodeDecodeError as error:
         reason = f"not UTF-8 at byte {error.start}"
     except RecursionError:
-        reason = "nested too deep"
+        reason = "nested too deeply"
     except ValueError as error:
         reason = str(error)
     raise ChorusError(f"{path} is not JSON ({reason}). Restore it from a backup or make it again.")

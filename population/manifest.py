@@ -1,12 +1,12 @@
-"""The population directory's manifest: the one contract between training, prior and serving.
+"""The manifest of a population directory: the contract between training, prior and serving.
 
-It knows what a population is made of (members, tiers, where they came from) and keeps `population.json` typed, versioned
-and whole. It does not know how members are trained, weights are fitted or tokens are mixed.
+It defines the schema of `population.json` (members, tiers, provenance), and loads, saves and verifies it. Training members,
+fitting weights and mixing tokens happen elsewhere.
 
     my-population/
       population.json      this manifest
-      config.json          architecture PopulationForCausalLM, so that `vllm serve my-population` works by itself
-      tokenizer.json ...   the one tokenizer that all members share
+      config.json          architecture PopulationForCausalLM, so that `vllm serve my-population` works directly
+      tokenizer.json ...   the tokenizer of all members
       members/t0-c03/      a plain Hugging Face checkpoint, safetensors only
       splits/              the held-out documents, as tokens (see `population.splits`)
       prior/               likelihoods, fit report, frontier plot
@@ -34,24 +34,24 @@ LAST_PRIOR_VERSION = 2**31 - 1
 def _inside(path: str) -> str:
     parts = PurePosixPath(path).parts
     if not parts or parts[0] == "/" or ".." in parts or "\0" in path:
-        raise ValueError(f"{path!r} is not a path inside the population's directory, like members/t0-c00")
+        raise ValueError(f"{path!r} is not a path inside the population's directory, such as members/t0-c00")
     return path
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
 InnerPath = Annotated[str, AfterValidator(_inside)]
-"""Relative to the population's directory, and not out of it."""
+"""A path relative to the population's directory that stays inside it."""
 FileName = Annotated[str, Field(pattern=r"^[^/\x00]+$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Pool = Literal["linear", "log"]
 Decoding = Literal["auto", "plain", "sampled", "speculative"]
-"""How tokens are computed, by the same law: by all members at each token, by one that is drawn, by drafts that all verify, or
-(`auto`) by the fastest of these."""
+"""How tokens are computed; all give the same distribution. `plain` runs all members at each token, `sampled` one drawn member,
+`speculative` verifies drafts with all members, and `auto` picks the fastest of these."""
 DECODINGS: tuple[Decoding, ...] = get_args(Decoding)
 
 
 class _Record(BaseModel):
-    """Frozen; unknown fields are refused, so that a manifest of a newer version is never half understood."""
+    """Frozen. Unknown fields are refused, so that a manifest of a newer version is never read in part."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -70,38 +70,38 @@ class Member(_Record):
 
     name: Name
     path: InnerPath
-    """Directory of the checkpoint, relative to the population's."""
+    """Directory of the checkpoint, relative to the population's directory."""
     sha256: dict[FileName, Sha256] = Field(min_length=1)
-    """Digest of each weight file of the checkpoint, by file name."""
+    """Digest of each weight file, by file name."""
     num_parameters: int = Field(ge=1)
     trajectory: int | None = None
     cycle: int | None = None
     epochs: float | None = None
-    """Epochs over the train split that the trajectory had seen at this snapshot."""
+    """Passes over the train split that the trajectory had made at this snapshot."""
     teacher: Name | None = None
-    """The member that taught this one, in chain distillation."""
+    """The member that this one was distilled from."""
     test_loss: Loss | None = None
 
 
 class Tier(_Record):
-    """What a request can ask for: which members answer, and with what weights.
+    """A named mixture: its members and their weights.
 
     `linear` pools probabilities, p = sum_m w_m p_m; `log` pools logits, p ~ prod_m p_m^w_m. The temperature divides the
-    pooled log-probabilities, which are then normalised again.
+    pooled log-probabilities, which are then renormalised.
     """
 
     name: Name
     members: tuple[Name, ...] = Field(min_length=1)
     weights: tuple[float, ...]
-    """In the order of `members`, on the simplex."""
+    """One per member, in the same order, on the simplex."""
     pool: Pool = "linear"
     temperature: float = Field(default=1.0, gt=0)
     decoding: Decoding = Field(default="auto", exclude_if=lambda decoding: decoding == "auto")
-    """Of requests that leave it open, where it is exact for them; else they are decoded as by `auto`. Not written where it is
-    `auto`, so that older versions read the manifest."""
+    """The decoding of requests that do not choose one, if it is exact for them; else `auto`. `auto` is not written to the file,
+    so that older versions can read it."""
     test_loss: Loss | None = None
     relative_cost: float = Field(gt=0)
-    """Parameters of the tier's members over those of the population's largest member."""
+    """Parameters of the tier's members, divided by those of the population's largest member."""
 
     @property
     def budget(self) -> int:
@@ -120,7 +120,7 @@ class Tier(_Record):
 
 
 class Provenance(_Record):
-    """Where the population came from: enough to make it again."""
+    """Where the population came from, with enough detail to reproduce it."""
 
     created_at: datetime
     chorus_version: str
@@ -137,12 +137,12 @@ class Population(_Record):
     tokenizer_sha256: Sha256
     vocab_size: int = Field(ge=1)
     context_length: int = Field(ge=2)
-    """Longest sequence, in tokens, that every member was made for."""
+    """Maximum sequence length of all members, in tokens."""
     members: tuple[Member, ...] = Field(min_length=1)
     tiers: tuple[Tier, ...] = ()
-    """From the cheapest to the dearest."""
+    """In order of rising cost."""
     prior_version: int = Field(default=0, ge=0, le=LAST_PRIOR_VERSION)
-    """Counts the fits: 0 while the tiers are uniform defaults."""
+    """The number of fits; 0 while the tiers are the uniform defaults."""
     provenance: Provenance
 
     @model_validator(mode="after")
@@ -155,12 +155,12 @@ class Population(_Record):
             raise ValueError(f"two tiers share a name: {tier_names}")
         for tier in self.tiers:
             if unknown := sorted(set(tier.members) - set(names)):
-                raise ValueError(f"tier {tier.name!r} names members that do not exist: {unknown}; there are {names}")
-        object.__setattr__(self, "tiers", tuple(self._running(tier) for tier in self.tiers))
+                raise ValueError(f"tier {tier.name!r} names unknown members {unknown}; the members are {names}")
+        object.__setattr__(self, "tiers", tuple(self._without_zero_weights(tier) for tier in self.tiers))
         return self
 
-    def _running(self, tier: Tier) -> Tier:
-        """The tier without members of weight zero, at the cost of those that remain: no engine runs the others."""
+    def _without_zero_weights(self, tier: Tier) -> Tier:
+        """Drop members of weight zero, which engines do not run, and recompute the cost."""
         pairs = [pair for pair in zip(tier.members, tier.weights, strict=True) if pair[1] > 0]
         if len(pairs) == len(tier.members):
             return tier
@@ -169,31 +169,31 @@ class Population(_Record):
         return tier.model_copy(update={"members": members, "weights": weights, "relative_cost": cost})
 
     def member(self, name: str) -> Member:
-        """The member of that name.
+        """The member called `name`.
 
         Raises:
-            ChorusError: there is none.
+            ChorusError: it does not exist.
         """
         for member in self.members:
             if member.name == name:
                 return member
-        raise ChorusError(f"no member {name!r}; there are {', '.join(m.name for m in self.members)}")
+        raise ChorusError(f"no member {name!r}; the members are {', '.join(m.name for m in self.members)}")
 
     def tier(self, name: str) -> Tier:
-        """The tier of that name.
+        """The tier called `name`.
 
         Raises:
-            ChorusError: there is none.
+            ChorusError: it does not exist.
         """
         for tier in self.tiers:
             if tier.name == name:
                 return tier
-        raise ChorusError(f"no tier {name!r}; there are {', '.join(t.name for t in self.tiers) or 'none yet'}")
+        raise ChorusError(f"no tier {name!r}; the tiers are {', '.join(t.name for t in self.tiers) or 'none yet'}")
 
     def taking_prior_of(self, other: Self) -> Self | None:
-        """This population under the tiers, version and losses of `other`; None if these were fitted to others.
+        """This population with the tiers, prior version and losses of `other`; None if `other` is a different population.
 
-        It is the same if all that a fit leaves alone is, as the members' names, paths and digests. Where it came from may differ.
+        All fields that a fit does not change must be equal, such as the members' names, paths and digests. Provenance may differ.
         """
         losses = [member.test_loss for member in other.members]
         if len(losses) != len(self.members):
@@ -204,14 +204,14 @@ class Population(_Record):
         return taken if taken == other.model_copy(update={"provenance": self.provenance}) else None
 
     def relative_cost(self, members: tuple[str, ...]) -> float:
-        """Parameters of `members` over those of the population's largest member."""
+        """Parameters of `members`, divided by those of the population's largest member."""
         largest = max(member.num_parameters for member in self.members)
         return sum(self.member(name).num_parameters for name in members) / largest
 
     def with_uniform_tiers(self) -> Self:
-        """The same members under default tiers: the last member alone, and all of them with equal weights.
+        """This population with default tiers: the last member alone, and all members with equal weights.
 
-        A population is servable from its first member on; `chorus prior fit` replaces these tiers by fitted ones.
+        They make a population servable from its first member on. `chorus prior fit` replaces them with fitted tiers.
         """
         names = tuple(member.name for member in self.members)
         sets = {"economy": names[-1:], "max": names} if len(names) > 1 else {"economy": names}
@@ -226,7 +226,7 @@ def load(directory: Path) -> Population:
     """Read and validate the manifest of a population directory. The weights are not read: see `verify`.
 
     Raises:
-        ChorusError: there is no manifest, or it does not follow the schema.
+        ChorusError: there is no manifest, or it violates the schema.
     """
     path = directory / MANIFEST
     try:
@@ -239,7 +239,7 @@ def load(directory: Path) -> Population:
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
         raise ChorusError(
-            f"{path} has schema version {version!r:.40}; this chorus reads version {SCHEMA_VERSION}. "
+            f"{path} has schema version {version!r:.40}; this version of chorus reads {SCHEMA_VERSION}. "
             "Use the chorus version that wrote it, or make the population again."
         )
     try:
@@ -247,7 +247,7 @@ def load(directory: Path) -> Population:
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors()]
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ChorusError(f"{path} does not follow the schema: {'; '.join(problems[:5])}{more}") from None
+        raise ChorusError(f"{path} violates the schema: {'; '.join(problems[:5])}{more}") from None
 
 
 def save(population: Population, directory: Path) -> None:
@@ -258,13 +258,13 @@ def save(population: Population, directory: Path) -> None:
 
 @contextmanager
 def updating(directory: Path) -> Iterator[None]:
-    """Hold the manifest: whoever loads it to save it again does both within, so that no change of another process is lost."""
+    """Lock the manifest. Every load-modify-save runs inside this block, so that no process loses another's change."""
     with locked(directory / f".{MANIFEST}.lock"):
         yield
 
 
 def save_newer(population: Population, directory: Path) -> None:
-    """Save a prior that came from elsewhere, unless the manifest there has a later one by now, or other members."""
+    """Save a prior from elsewhere, unless the manifest on disk has the same or a later version, or other members."""
     with updating(directory):
         there = load(directory)
         weights, expected = ({m.name: m.sha256 for m in each.members} for each in (there, population))
@@ -273,18 +273,18 @@ def save_newer(population: Population, directory: Path) -> None:
 
 
 def verify(population: Population, directory: Path) -> None:
-    """Check that the tokenizer and every member's weights are the files that the manifest was written for.
+    """Check the tokenizer and every member's weights against the digests in the manifest.
 
     Raises:
         ChorusError: a file is missing, differs from its digest, or is not safetensors; or a member's vocabulary differs.
     """
     tokenizer = directory / "tokenizer.json"
     if not tokenizer.is_file():
-        raise ChorusError(f"{tokenizer} is missing: the population's members share it. Restore it from a backup.")
+        raise ChorusError(f"{tokenizer} is missing: all members need it. Restore it from a backup.")
     if (digest := sha256(tokenizer)) != population.tokenizer_sha256:
         raise ChorusError(
-            f"{tokenizer} has sha256 {digest}, the manifest says {population.tokenizer_sha256}: "
-            "members trained with another tokenizer would answer nonsense. Restore the file."
+            f"{tokenizer} has sha256 {digest}; the manifest expects {population.tokenizer_sha256}. "
+            "With another tokenizer, the members' output is meaningless. Restore the file."
         )
     for member in population.members:
         verify_member(member, population, directory)
@@ -302,25 +302,25 @@ def verify_member(member: Member, population: Population, directory: Path) -> No
     for file in sorted(root.glob("*.safetensors")):
         if file.name not in member.sha256:
             raise ChorusError(
-                f"member {member.name!r}: the manifest has no digest of {file}, so nothing vouches for these weights. "
-                "Remove the file if it is not the member's."
+                f"member {member.name!r}: the manifest has no digest of {file}, so its weights cannot be verified. "
+                "Remove the file if it does not belong to the member."
             )
     for file_name, expected in member.sha256.items():
         file = root / file_name
         if not file_name.endswith(".safetensors"):
-            raise ChorusError(f"member {member.name!r}: {file_name} is not safetensors, and no other format is read.")
+            raise ChorusError(f"member {member.name!r}: {file_name} is not safetensors, the only format that is read.")
         if not file.is_file():
             raise ChorusError(f"member {member.name!r}: {file} is missing. Restore it.")
         _check_inside(file, member, directory)
         if (digest := sha256(file)) != expected:
             raise ChorusError(
-                f"member {member.name!r}: {file} has sha256 {digest}, the manifest says {expected}. "
+                f"member {member.name!r}: {file} has sha256 {digest}; the manifest expects {expected}. "
                 "The weights were changed or damaged: restore them."
             )
     vocab_size = read_config(root)["vocab_size"]
     if vocab_size != population.vocab_size:
         raise ChorusError(
-            f"member {member.name!r} has a vocabulary of {vocab_size} tokens, the population one of "
+            f"member {member.name!r} has a vocabulary of {vocab_size} tokens, but the population has "
             f"{population.vocab_size}: distributions over different vocabularies cannot be mixed."
         )
 
@@ -328,8 +328,8 @@ def verify_member(member: Member, population: Population, directory: Path) -> No
 def _check_inside(path: Path, member: Member, directory: Path) -> None:
     if not path.resolve().is_relative_to(directory.resolve()):
         raise ChorusError(
-            f"member {member.name!r}: {path} is a link that leads out of the population, to {path.resolve()}. "
-            "Put the files themselves there, or mount their disk there."
+            f"member {member.name!r}: {path} links to {path.resolve()}, outside the population. "
+            "Copy the files there, or mount their disk there."
         )
 
 
@@ -337,7 +337,7 @@ def read_config(checkpoint: Path) -> dict[str, JsonValue]:
     """The `config.json` of a Hugging Face checkpoint.
 
     Raises:
-        ChorusError: it is missing, is not JSON, or names no vocabulary size.
+        ChorusError: it is missing, is not JSON, or has no vocabulary size.
     """
     path = checkpoint / "config.json"
     try:
@@ -345,10 +345,10 @@ def read_config(checkpoint: Path) -> dict[str, JsonValue]:
     except (FileNotFoundError, NotADirectoryError):
         raise ChorusError(f"{checkpoint} is not a Hugging Face checkpoint: it has no config.json.") from None
     if not isinstance(config, dict) or not isinstance(config.get("vocab_size"), int):
-        raise ChorusError(f"{path} names no vocab_size: a decoder-only language model is expected.")
+        raise ChorusError(f"{path} has no vocab_size: expected a decoder-only language model.")
     return config
 
 
 def now() -> datetime:
-    """The present, in UTC and whole seconds, for `Provenance.created_at`."""
+    """The current time in UTC, in whole seconds, for `Provenance.created_at`."""
     return datetime.now(UTC).replace(microsecond=0)

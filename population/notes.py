@@ -1,4 +1,4 @@
-"""What a user should know about a corpus though it is no error: logged, since only commands print."""
+"""Notes about a corpus that are not errors. They are logged, since only commands print."""
 
 import logging
 
@@ -6,7 +6,7 @@ logger = logging.getLogger(__name__)
 
 
 class Notes:
-    """Sentences for the user, each logged once however often the corpus is read."""
+    """Logs each sentence once, even if the corpus is read several times."""
 
     def __init__(self) -> None:
         self._logged: set[str] = set()

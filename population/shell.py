@@ -1,8 +1,8 @@
-"""Commands as a user may paste them."""
+"""Shell commands that a user can paste."""
 
 import shlex
 
 
 def command(*words: object) -> str:
-    """The words as one shell command, quoted where the shell needs it. Print it unwrapped, and never as markup."""
+    """Join words into one shell command, quoted where needed. Print it unwrapped, and never as rich markup."""
     return shlex.join(map(str, words))

@@ -48,7 +48,7 @@ class Reader:
             return read_conversations(Path(source)), Chat(self.directory).encode
         tokenizer = TextTokenizer.load(self.directory)
         if self.marks != "both":
-            tokenizer = tokenizer.between(*(([], []) if self.marks == "none" else _default_marks(self.directory)))
+            tokenizer = tokenizer.with_markers(*(([], []) if self.marks == "none" else _default_marks(self.directory)))
         return read_documents(source, split_on=split_on, text_field=self.text_field), lambda document: (
             tokenizer.encode_document(document.text),
             None,

@@ -1,7 +1,7 @@
-"""Weight averages inside a trajectory: candidates that cost no training (Izmailov et al. 1803.05407).
+"""Averages the weights of a trajectory's snapshots: new candidates without training (Izmailov et al. 1803.05407).
 
-Snapshots of one trajectory lie in one valley more often than not, and the mean of their weights near its middle. Across
-trajectories the mean is noise, so none is made there.
+Snapshots of one trajectory usually lie in one valley of the loss, with the mean of their weights near its middle. The mean across
+trajectories is noise, so only members of one trajectory are averaged.
 """
 
 import torch
@@ -19,7 +19,7 @@ def average_name(trajectory: int, last: int) -> str:
 
 
 def average(run: Run, trajectory: int, last: int) -> Llama:
-    """The mean, in float32, of the weights of the trajectory's last members."""
+    """The float32 mean of the weights of the last `last` members of a trajectory."""
     cycles = range(run.settings.cycles - last, run.settings.cycles)
     members = [load_member(run, member_name(trajectory, cycle), torch.device("cpu")) for cycle in cycles]
     mean = members[0]
@@ -31,18 +31,22 @@ def average(run: Run, trajectory: int, last: int) -> Llama:
 
 
 def missing_averages(run: Run, last: int) -> dict[int, str]:
-    """Trajectories whose average of the last members is yet to be made, and its name: all, or what an interruption left.
+    """The averages still to be made, as trajectory index to name; an interrupted command may have made some of them.
 
     Raises:
-        ChorusError: none is missing, the run is not finished, or has not so many members in a trajectory.
+        ChorusError: none is missing, the run is not finished, or its trajectories have fewer than `last` members.
     """
     if not run.finished:
-        raise ChorusError(f"{run.directory} is not finished. Run `chorus train` on it to the end first.")
+        raise ChorusError(f"{run.directory} is not finished. Finish it with `chorus train` first.")
     if not 2 <= last <= run.settings.cycles:
-        raise ChorusError(f"--last is {last}; 2 to {run.settings.cycles} members of a trajectory can be averaged.")
+        raise ChorusError(
+            f"--last is {last}; expected 2 to {run.settings.cycles}, the number of members in a trajectory."
+        )
     known = {member.name for member in manifest.load(run.directory).members}
     names = {idx: average_name(idx, last) for idx in range(run.settings.trajectories)}
     missing = {idx: name for idx, name in names.items() if name not in known}
     if not missing:
-        raise ChorusError(f"{run.directory} has the averages of the last {last} already. Give another --last.")
+        raise ChorusError(
+            f"{run.directory} already has the averages of the last {last} members. Choose another --last."
+        )
     return missing

@@ -1,4 +1,4 @@
-"""`chorus distil` and `chorus average`: members made of a finished population, for `chorus prior fit` to judge."""
+"""`chorus distil` and `chorus average`: add members made from a finished population. `chorus prior fit` then weighs them."""
 
 import sys
 from pathlib import Path
@@ -16,19 +16,21 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--name", default="student", show_default=True, help="Of the new member.")
-@click.option("--tier", help="The mixture that teaches; by default the dearest tier.")
-@click.option("--epochs", type=int, help="Passes over the train split; by default those of one trajectory.")
-@click.option("--layers", type=int, help="Layers of the student; by default a member's.")
-@click.option("--width", type=int, help="Width of the student; by default a member's.")
-@click.option("--heads", type=int, help="Attention heads of the student; by default a member's.")
-@click.option("--alpha", type=float, default=0.9, show_default=True, help="Share of the divergence in the loss.")
-@click.option("--temperature", type=float, default=1.0, show_default=True, help="Temperature of that divergence.")
+@click.option("--name", default="student", show_default=True, help="Name of the new member.")
+@click.option("--tier", help="Tier to distil; by default the most expensive one.")
+@click.option("--epochs", type=int, help="Passes over the train split; by default as many as one trajectory.")
+@click.option("--layers", type=int, help="Layers of the student; by default as in the members.")
+@click.option("--width", type=int, help="Width of the student; by default as in the members.")
+@click.option("--heads", type=int, help="Attention heads of the student; by default as in the members.")
+@click.option(
+    "--alpha", type=float, default=0.9, show_default=True, help="Weight of the distillation term in the loss."
+)
+@click.option("--temperature", type=float, default=1.0, show_default=True, help="Distillation temperature.")
 @click.option("--checkpoint-seconds", type=float, default=60.0, show_default=True, help="Seconds between checkpoints.")
 def distil(directory: Path, name: str, tier: str | None, checkpoint_seconds: float, **options: float | None) -> None:
     """Distil the mixture of the population in DIRECTORY into one student, and add it as a member.
 
-    An interrupted run continues when the same command is run again.
+    Run the same command again to continue an interrupted run.
     """
     import signal
 
@@ -37,36 +39,38 @@ def distil(directory: Path, name: str, tier: str | None, checkpoint_seconds: flo
 
     run = Run.load(directory)
     if not run.finished:
-        raise ChorusError(f"{directory} is not finished. Run `chorus train` on it to the end first.")
+        raise ChorusError(f"{directory} is not finished. Finish it with `chorus train` first.")
     population = manifest.load(directory)
-    own = run.settings
+    settings = run.settings
     epochs = options.pop("epochs")
     plan = student.make_plan(
         run,
         population.tiers[-1] if tier is None else population.tier(tier),
-        epochs=own.epochs if epochs is None else int(epochs),
-        **{key: getattr(own, key, None) if value is None else value for key, value in options.items()},  # type: ignore[arg-type]
+        epochs=settings.epochs if epochs is None else int(epochs),
+        **{key: getattr(settings, key, None) if value is None else value for key, value in options.items()},  # type: ignore[arg-type]
     )
-    with launch.only_one(directory):
+    with launch.exclusive(directory):
         plan = student.claim(run, name, plan)
-        one = student.student_run(run, plan)
-        click.echo(f"{name}: {one.shape.num_parameters:,} parameters, taught by {len(plan.teachers)} members")
-        workers = launch.Workers(one, checkpoint_seconds=checkpoint_seconds, student=name)
+        student_run = student.student_run(run, plan)
+        click.echo(
+            f"{name}: {student_run.shape.num_parameters:,} parameters, distilled from {len(plan.teachers)} members"
+        )
+        workers = launch.Workers(student_run, checkpoint_seconds=checkpoint_seconds, student=name)
         with workers.stopping_on_signals():
-            watch.follow(one, workers.records())
+            watch.follow(student_run, workers.records())
     if not workers.finished:
-        click.echo("Stopped with a checkpoint; run the same command again to continue.")
+        click.echo("Stopped after writing a checkpoint. Run the same command again to continue.")
         sys.exit(128 + (workers.interrupted_by or signal.SIGTERM))
     _report(run, [name])
 
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--last", type=int, default=3, show_default=True, help="Members of each trajectory that are averaged.")
+@click.option("--last", type=int, default=3, show_default=True, help="Members of each trajectory to average.")
 def average(directory: Path, last: int) -> None:
     """Add the mean of the weights of each trajectory's last members to the population in DIRECTORY.
 
-    An interrupted run continues when the same command is run again.
+    Run the same command again to continue an interrupted run.
     """
     import torch
 
@@ -77,8 +81,8 @@ def average(directory: Path, last: int) -> None:
     from chorus.train.run import Run
 
     run = Run.load(directory)
-    missing_averages(run, last)  # refused before anything is written
-    with launch.only_one(directory):
+    missing_averages(run, last)  # raises before anything is written
+    with launch.exclusive(directory):
         missing = missing_averages(run, last)
         for trajectory, name in missing.items():
             model, epochs = mean(run, trajectory, last), float(run.settings.epochs)
@@ -87,7 +91,7 @@ def average(directory: Path, last: int) -> None:
 
 
 def _report(run: "Run", names: list[str]) -> None:
-    """The new members beside those that were there, on the selection split."""
+    """Print the losses of the new and the earlier members on the selection split."""
     import numpy as np
 
     from chorus.train import heldout
@@ -102,6 +106,6 @@ def _report(run: "Run", names: list[str]) -> None:
     best = min(trained, key=lambda name: heldout.loss(trained[name]))
     for name in names:
         click.echo(f"{name}: {heldout.loss(known[name]):.4f} nats on the selection split")
-    click.echo(f"best of the others: {best}, {heldout.loss(trained[best]):.4f}; all of them under equal weights: "
+    click.echo(f"best of the others: {best}, {heldout.loss(trained[best]):.4f}; all of them with equal weights: "
                f"{heldout.mixture_loss(list(trained.values())):.4f}")  # fmt: skip
     click.echo(f"Next: {command('chorus', 'prior', 'fit', run.directory)}")

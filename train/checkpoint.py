@@ -1,9 +1,9 @@
-"""Checkpoints of a trajectory: everything that its future depends on, written atomically, the last two kept.
+"""Writes checkpoints of a trajectory atomically and keeps the last two.
 
     checkpoint-<cycle>-<step>-<SHA-256 of the file>.pt
 
-A checkpoint that differs from its digest is left aside for the one before. It holds the step, the weights and the optimiser's
-state. Data order, noise and initialisation are functions of the seed and the step, and the teacher is a member on disk.
+A checkpoint contains the step, the weights and the optimiser state; one that does not match its digest is skipped in favour of the
+previous one. Data order, noise and initialisation are functions of the seed and the step, and the teacher is a member on disk.
 """
 
 import hashlib
@@ -25,23 +25,23 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """Where a trajectory stands: the step that comes next."""
+    """The next step of a trajectory."""
 
     cycle: int
     step: int
-    """In the cycle."""
+    """Step within the cycle."""
     log_bytes: int
-    """Length of the log up to here; what a killed run wrote behind it is taken back."""
+    """Length of the log at this point. On resume, the log is truncated to it."""
 
 
 def save_checkpoint(directory: Path, position: Position, model: nn.Module, optimiser: Optimiser) -> None:
-    """Write one checkpoint and keep the one before it; what lies further back, or ahead after a fall back, is removed."""
+    """Write a checkpoint and keep the previous one. Older ones are removed, as are later ones left from before a fall-back."""
     state = {
         "position": vars(position),
         "model": model.state_dict(),
         "optimiser": optimiser.state_dict(),
     }
-    # Through memory: told to write a file, torch.save reports a full disk as an internal error of its own.
+    # Through memory: torch.save to a file reports a full disk as an internal error of PyTorch.
     buffer = io.BytesIO()
     torch.save(state, buffer)
     stem = f"checkpoint-{position.cycle:04d}-{position.step:08d}-"
@@ -56,21 +56,21 @@ def save_checkpoint(directory: Path, position: Position, model: nn.Module, optim
 
 
 def load_checkpoint(directory: Path, model: nn.Module, optimiser: Optimiser) -> Position | None:
-    """Restore the newest checkpoint that is as it was written; None where there is none."""
+    """Restore the newest intact checkpoint; None if there is none."""
     found = _checkpoints(directory)
     for path in reversed(found):
         try:
             if not path.stem.endswith(f"-{sha256(path)}"):
-                raise OSError("it differs from the digest in its name")
+                raise OSError("its content does not match the digest in its name")
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            _log.warning("%s is damaged (%s); going back to the one before", path, error)
+            _log.warning("%s is damaged (%s); trying the previous checkpoint", path, error)
             continue
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         return Position(**state["position"])
     if found:
-        _log.warning("no checkpoint in %s can be used; the trajectory begins again", directory)
+        _log.warning("no checkpoint in %s is usable; the trajectory starts again", directory)
     return None
 
 

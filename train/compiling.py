@@ -1,4 +1,4 @@
-"""When `torch.compile` pays. It costs a process its first half minute, and makes every step after that shorter."""
+"""Decides when to use `torch.compile`, which costs each process about half a minute and then shortens every step."""
 
 import os
 import shutil
@@ -8,42 +8,45 @@ import torch
 from torch import nn
 
 _MEASURED_STEPS = 10
-# One H100, members of 97M parameters (bench/LOG.md): a step takes 0.61 of its time, the first compiled steps 33 s more than others.
-_SAVED_SHARE = 0.3
-_COST_SECONDS = 40.0
+# On one H100 with members of 97M parameters (bench/LOG.md), compiling shortens a step to 0.61 of its time; the first compiled steps
+# take 33 s longer. Both constants are on the safe side.
+_MIN_SAVED_SHARE = 0.3
+_MAX_COMPILE_SECONDS = 40.0
 
 
 class Compilation:
-    """Compiles a trajectory's models: from the beginning, never, or from the moment on when there is enough left to do."""
+    """Compiles a trajectory's models: from the start, never, or once the measured step time shows that it saves time."""
 
-    def __init__(self, wanted: bool | None, device: torch.device) -> None:
-        """`wanted`: None leaves it to measured step times, on GPUs. On CPUs it pays little, and a resumed run could not end with
-        the same bits.
+    def __init__(self, requested: bool | None, device: torch.device) -> None:
+        """`requested`: None decides by measured step times, on GPUs only. On CPUs compiling saves little, and a resumed run could
+        not end with the same bits.
         """
-        self.begun = bool(wanted)
-        self._undecided = wanted is None and device.type == "cuda" and has_compiler()
+        self.started = bool(requested)
+        self._undecided = requested is None and device.type == "cuda" and has_compiler()
         self._seconds: list[float] = []
 
-    def take(self, *models: nn.Module) -> None:
-        """Compile these if it has begun."""
-        if self.begun:
+    def apply(self, *models: nn.Module) -> None:
+        """Compile these models if compiling has started."""
+        if self.started:
             for model in models:
                 model.compile()
 
-    def begins(self, seconds: float, steps_left: int) -> bool:
-        """Note how long a step took; whether compiling begins now."""
+    def should_start(self, seconds: float, steps_left: int) -> bool:
+        """Record the seconds of one step; True if compiling starts now."""
         if not self._undecided:
             return False
         self._seconds.append(seconds)
         if len(self._seconds) < _MEASURED_STEPS:
             return False
         self._undecided = False
-        self.begun = statistics.median(self._seconds) * steps_left * _SAVED_SHARE > _COST_SECONDS
-        if self.begun:
-            torch._dynamo.config.suppress_errors = True  # nobody asked for it: what cannot be compiled runs as it is
-        return self.begun
+        self.started = statistics.median(self._seconds) * steps_left * _MIN_SAVED_SHARE > _MAX_COMPILE_SECONDS
+        if self.started:
+            torch._dynamo.config.suppress_errors = (
+                True  # compiling was not requested: fall back to eager mode on errors
+            )
+        return self.started
 
 
 def has_compiler() -> bool:
-    """Whether there is the C++ compiler that `torch.compile` needs, on CPUs and GPUs alike."""
+    """Whether a C++ compiler is installed, which `torch.compile` needs on CPUs and GPUs."""
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++"))

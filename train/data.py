@@ -1,7 +1,7 @@
-"""The train split as batches: documents in a new order every epoch, and any batch from its position alone.
+"""Serves the train split as batches, with documents in a new order every epoch.
 
-An epoch is one stream of all documents, each whole and between its marks. A batch is a cut of that stream, so a run that resumes
-needs to know nothing but its step.
+An epoch is one stream of all documents, each whole and between its marker tokens. A batch is a slice of that stream, given by its
+index alone, so a resumed run needs only its step.
 """
 
 # B rows, T positions
@@ -37,12 +37,13 @@ class TrainTokens:
         lengths: Sequence[int] | NDArray[np.int64],
         documents: Iterable[Sequence[int] | NDArray[np.uint32]],
     ) -> None:
-        """Write token ids, document by document (of these lengths), each file atomically."""
+        """Write token ids document by document, each file atomically. `lengths` holds the tokens of each document."""
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         with replacing(directory / _TOKENS) as temporary:
             tokens: NDArray[np.uint32]
             tokens = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint32, shape=(int(offsets[-1]),))  # type: ignore[no-untyped-call]
-            with temporary.open("r+b") as file:  # a full disk is an OSError here; in a mapped file it would be a SIGBUS
+            # Reserve the space: a full disk raises OSError here, while writing to the mapped file would end in SIGBUS.
+            with temporary.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
             for document, start in zip(documents, offsets[:-1], strict=True):
                 tokens[start : start + len(document)] = document
@@ -52,7 +53,7 @@ class TrainTokens:
 
 
 class Epoch:
-    """One pass over the train split in its own order of documents."""
+    """One pass over the train split, in its own document order."""
 
     def __init__(self, data: TrainTokens, *, seed: int, trajectory: int, epoch: int) -> None:
         num_documents = len(data.offsets) - 1
@@ -61,7 +62,7 @@ class Epoch:
         self._starts = data.offsets[:-1][order]
         lengths = np.diff(data.offsets)[order]
         self._ends = np.cumsum(lengths)
-        """Position in the stream behind the last token of each document."""
+        """Position in the stream just after the last token of each document."""
 
     def read(self, start: int, count: int) -> NDArray[np.int64]:
         """Tokens `start` to `start + count` of the stream."""
@@ -79,6 +80,6 @@ class Epoch:
         return np.concatenate(parts).astype(np.int64)
 
     def batch(self, idx: int, *, rows: int, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Inputs (B, T) and targets (B, T), one token ahead, of the batch of that index."""
+        """Inputs (B, T) and targets (B, T) of batch `idx`; targets are one token ahead."""
         stream = self.read(idx * rows * length, rows * length + 1)
         return stream[:-1].reshape(rows, length), stream[1:].reshape(rows, length)

@@ -1,4 +1,4 @@
-"""A schedule as a drawing: in a terminal, and as a PNG. It knows schedules, not models."""
+"""Draws a schedule in a terminal and as a PNG."""
 
 import itertools
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _COLOURS = ("#1f6feb", "#c2410c", "#15803d", "#7c3aed")
 
 @dataclass(frozen=True, kw_only=True)
 class Traces:
-    """What a schedule sets at every step of a trajectory."""
+    """The values of a schedule over a trajectory, with one list element per step."""
 
     epochs: list[float]
     """Passes over the train split before each step."""
@@ -23,12 +23,12 @@ class Traces:
     batch_tokens: list[float]
     noise: list[tuple[float, float]]
     """(epoch, sigma) of every perturbation."""
-    taught_from: float | None
-    """Epoch at which the teacher first speaks; None where it never does, or where that is not known beforehand."""
+    distils_from: float | None
+    """Epoch at which distillation starts; None if it never does, or if that depends on losses (`saturation`)."""
 
     @classmethod
     def of(cls, schedule: Schedule) -> Self:
-        """Follow a schedule step by step."""
+        """Evaluate a schedule at every step."""
         cycles = schedule.cycles()
         steps = [(cycle, step) for cycle in cycles for step in range(cycle.steps)]
         rates = [schedule.rates(cycle, step) for cycle, step in steps]
@@ -42,21 +42,21 @@ class Traces:
                 for cycle in cycles
                 if cycle.sigma_after is not None
             ],
-            taught_from=next((float(cycle.first_epoch) for cycle in cycles if cycle.distils), None),
+            distils_from=next((float(cycle.first_epoch) for cycle in cycles if cycle.distils), None),
         )
 
 
 def chart(values: list[float], *, width: int, height: int) -> list[str]:
-    """Lines of block characters, the highest first: column by column the mean of its share of the values, 0 at the bottom."""
+    """Lines of block characters, top first. Each column shows the mean of its part of the values, from 0 at the bottom."""
     edges = [idx * len(values) // width for idx in range(width + 1)]
     columns = [values[a : max(b, a + 1)] for a, b in itertools.pairwise(edges)]
     top = max(values) or 1.0
     eighths = [round(sum(column) / len(column) / top * 8 * height) for column in columns]
-    return ["".join(_BLOCKS[min(8, max(0, own - 8 * row))] for own in eighths) for row in reversed(range(height))]
+    return ["".join(_BLOCKS[min(8, max(0, filled - 8 * row))] for filled in eighths) for row in reversed(range(height))]
 
 
 def in_terminal(schedule: Schedule, *, width: int) -> str:
-    """Rate, decay and batch over a trajectory, one above the other."""
+    """Charts of learning rate, weight decay and batch size over a trajectory."""
     traces = Traces.of(schedule)
     charts = (
         ("learning rate", traces.learning_rate, 4),
@@ -73,7 +73,7 @@ def in_terminal(schedule: Schedule, *, width: int) -> str:
 
 
 def as_png(schedules: dict[str, Schedule], path: Path) -> None:
-    """Rate, decay, batch and noise of one or several schedules, by name, against epochs."""
+    """Plot learning rate, weight decay, batch size and noise of named schedules against epochs."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 7), dpi=120, layout="constrained")
@@ -84,10 +84,10 @@ def as_png(schedules: dict[str, Schedule], path: Path) -> None:
             ax.plot(traces.epochs, values, color=colour, lw=1, label=name)
         if traces.noise:
             axes[3].vlines(*zip(*((at, 0, sigma) for at, sigma in traces.noise), strict=True), color=colour, lw=2)
-        if traces.taught_from is not None:
-            axes[0].axvline(traces.taught_from, color=colour, lw=0.8, ls=":")
+        if traces.distils_from is not None:
+            axes[0].axvline(traces.distils_from, color=colour, lw=0.8, ls=":")
     for ax, title in zip(
-        axes, ("learning rate (dotted: the teacher begins)", "weight decay", "batch, tokens", "noise"), strict=True
+        axes, ("learning rate (dotted: distillation starts)", "weight decay", "batch, tokens", "noise"), strict=True
     ):
         ax.set_title(title, fontsize=9, loc="left")
         ax.set_ylim(bottom=0)

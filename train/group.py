@@ -1,8 +1,8 @@
-"""The processes that train one trajectory together: each takes its share of the rows of every batch, gradients are averaged.
+"""Groups of processes that train one trajectory together: each takes a share of the rows of every batch, gradients are averaged.
 
-Averaging is PyTorch's DistributedDataParallel, agreement its `all_reduce`; torchrun starts the processes. A group of one needs none
-of it. Everything on disk is written by the group's first process and read by all, so a group over several machines needs a file
-system that all of them see.
+PyTorch's DistributedDataParallel averages gradients, and its `all_reduce` sums other values; torchrun starts the processes. A group
+of one uses none of this. Only the group's first process writes files, and all read them, so a group on several machines needs a
+shared file system.
 """
 
 from collections.abc import Iterator
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """A process's place among those of its trajectory."""
+    """A group of processes, as seen from one of them."""
 
     rank: int = 0
     size: int = 1
     first_rank: int = 0
-    """Rank of the group's first process among all."""
+    """Global rank of the group's first process."""
     handle: "ProcessGroup | None" = None
     """None for a group of one."""
 
     @property
-    def leads(self) -> bool:
-        """Whether this process writes what the group has to say."""
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes files and records."""
         return self.rank == 0
 
     def rows(self, batch_rows: int) -> slice:
-        """This process's rows of a batch: as even as can be, none left out."""
+        """This process's share of the rows of a batch, as even as possible."""
         return slice(batch_rows * self.rank // self.size, batch_rows * (self.rank + 1) // self.size)
 
     def sums(self, *values: float) -> list[float]:
-        """Each value summed over the group, the same in every process."""
+        """Sum each value over the group. Every process gets the same result."""
         if self.handle is None:
             return list(values)
         device = _reduction_device(self.handle)
@@ -50,22 +50,22 @@ class Group:
         return [float(value) for value in summed]
 
     def any(self, value: bool) -> bool:
-        """Whether it is so in any process of the group."""
+        """Whether `value` is true in any process of the group."""
         return self.sums(float(value))[0] > 0
 
     def wait(self) -> None:
-        """Until all processes of the group are here."""
+        """Block until all processes of the group have reached this call."""
         self.sums(0.0)
 
     def align(self, model: nn.Module) -> None:
-        """Give every process the first one's weights: rounding must not let them drift apart."""
+        """Copy the first process's weights to all others, so that rounding cannot make them diverge."""
         if self.handle is not None:
             for parameter in model.parameters():
                 torch.distributed.broadcast(parameter.detach(), src=self.first_rank, group=self.handle)
 
 
 class Averaged:
-    """A model whose gradients, after `backward` outside of `keeping`, are those of the group's whole batch."""
+    """A model whose gradients are averaged over the group on `backward`, except inside `accumulating`."""
 
     def __init__(self, model: nn.Module, group: Group, device: torch.device) -> None:
         self._parallel = None if group.handle is None else _parallel(model, group.handle, device)
@@ -76,21 +76,21 @@ class Averaged:
         hidden_BTD: Tensor = self._forward(tokens_BT)
         return hidden_BTD
 
-    def keeping(self, keeps: bool) -> AbstractContextManager[None]:
-        """Within the block, where `keeps`, gradients add up without being averaged: more micro-batches follow."""
-        return self._parallel.no_sync() if keeps and self._parallel is not None else nullcontext()
+    def accumulating(self, more_follow: bool) -> AbstractContextManager[None]:
+        """If more micro-batches follow, gradients inside the block accumulate without being averaged."""
+        return self._parallel.no_sync() if more_follow and self._parallel is not None else nullcontext()
 
 
 @contextmanager
 def joined(*, rank: int, world: int, size: int, device: torch.device) -> Iterator[Group]:
-    """This process's group among `world` processes that torchrun started, `size` to a trajectory.
+    """This process's group among the `world` processes that torchrun started, `size` per trajectory.
 
     Raises:
-        ChorusError: the processes do not make whole groups.
+        ChorusError: `size` does not divide `world`.
     """
     if world % size:
         raise ChorusError(
-            f"--ranks-per-trajectory {size} does not divide the {world} processes. Start a multiple of {size}."
+            f"--ranks-per-trajectory {size} does not divide the {world} processes. Start a multiple of {size} processes."
         )
     if size == 1:
         yield Group()
@@ -98,14 +98,14 @@ def joined(*, rank: int, world: int, size: int, device: torch.device) -> Iterato
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         handles = [torch.distributed.new_group(list(range(start, start + size))) for start in range(0, world, size)]
-        mine = rank // size
-        yield Group(rank=rank % size, size=size, first_rank=mine * size, handle=handles[mine])
+        group_idx = rank // size
+        yield Group(rank=rank % size, size=size, first_rank=group_idx * size, handle=handles[group_idx])
     finally:
         torch.distributed.destroy_process_group()
 
 
 def _parallel(model: nn.Module, handle: "ProcessGroup", device: torch.device) -> "DistributedDataParallel":
-    from torch.nn.parallel import DistributedDataParallel  # not for a group of one: it imports much
+    from torch.nn.parallel import DistributedDataParallel  # a slow import, not needed for a group of one
 
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, process_group=handle, broadcast_buffers=False)

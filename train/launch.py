@@ -1,4 +1,4 @@
-"""The processes of a run on one machine: started, listened to, and stopped together."""
+"""Starts and stops the training processes of a run on one machine, and collects their records."""
 
 import json
 import os
@@ -20,10 +20,10 @@ from chorus.train.log import Record
 from chorus.train.run import Run
 
 STOPPED = 3
-"""Exit status of a process that was told to stop and left a checkpoint."""
+"""Exit status of a process that stopped on request after writing a checkpoint."""
 
-# Without these, glibc gives every large activation back to the kernel and faults it in again: steps take up to three times
-# as long (bench/LOG.md).
+# Without these, glibc returns every large activation to the kernel and faults it in again, and steps take up to three times as long
+# (bench/LOG.md).
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "1073741824",
@@ -32,13 +32,13 @@ ALLOCATOR = {
 
 
 class Workers:
-    """Processes that train the trajectories of a run.
+    """Processes that train the trajectories of a run: one per trajectory, at most one per GPU or else per core.
 
-    One per trajectory, as far as there are cores or GPUs; each gets its share of the cores.
+    Cores are divided evenly among them.
     """
 
     def __init__(self, run: Run, *, checkpoint_seconds: float, student: str | None = None) -> None:
-        """With `student`, one process trains that student instead (`train.student`)."""
+        """With `student`, one process trains that student instead; `run` is then its `student_run` (see `train.student`)."""
         self.world, self.threads = plan_processes(run.settings.trajectories)
         self.interrupted_by: int | None = None
         self._records: queue.Queue[Record | None] = queue.Queue()
@@ -58,13 +58,13 @@ class Workers:
         ]  # fmt: skip
         for process in self._processes:
             assert process.stdout is not None
-            threading.Thread(target=self._listen, args=(process.stdout,), daemon=True).start()
+            threading.Thread(target=self._collect, args=(process.stdout,), daemon=True).start()
 
     def records(self) -> Iterator[Record]:
-        """What the processes say, until all of them have ended. When one fails, the others checkpoint and stop.
+        """Records of all processes, until all have ended. If one fails, the others write a checkpoint and stop.
 
         Raises:
-            ChorusError: a process failed; the others have stopped with a checkpoint.
+            ChorusError: a process failed; the others have stopped after writing a checkpoint.
         """
         problem: str | None = None
         open_pipes = len(self._processes)
@@ -89,18 +89,18 @@ class Workers:
 
     @property
     def finished(self) -> bool:
-        """Whether every process has trained all of its trajectories."""
+        """Whether every process has finished all its trajectories."""
         return all(process.returncode == 0 for process in self._processes)
 
     def stop(self) -> None:
-        """Ask every process to checkpoint and end."""
+        """Send SIGTERM to every process, which then writes a checkpoint and ends."""
         for process in self._processes:
             if process.poll() is None:
                 process.terminate()
 
     @contextmanager
     def stopping_on_signals(self) -> Iterator[None]:
-        """Within the block, SIGINT and SIGTERM stop the processes instead of ending this one."""
+        """Inside the block, SIGINT and SIGTERM stop the training processes instead of ending this one."""
 
         def catch(number: int, frame: FrameType | None) -> None:
             self.interrupted_by = number
@@ -114,7 +114,7 @@ class Workers:
                 signal.signal(number, handler)
             self.stop()
 
-    def _listen(self, pipe: IO[str]) -> None:
+    def _collect(self, pipe: IO[str]) -> None:
         with pipe:
             for line in pipe:
                 self._records.put(json.loads(line))
@@ -122,28 +122,28 @@ class Workers:
 
 
 def plan_processes(trajectories: int) -> tuple[int, int]:
-    """(processes, threads of each) for so many trajectories on this machine."""
+    """(number of processes, threads per process) for a number of trajectories on this machine."""
     cores = len(os.sched_getaffinity(0))
     world = min(trajectories, _num_gpus() or cores)
     return world, max(1, cores // world)
 
 
 def check_compiler() -> None:
-    """Refuse `--compile` where it cannot work.
+    """Check that `--compile` can work.
 
     Raises:
-        ChorusError: there is no C++ compiler, which `torch.compile` needs on CPUs and GPUs alike.
+        ChorusError: there is no C++ compiler, which `torch.compile` needs on CPUs and GPUs.
     """
-    from chorus.train.compiling import has_compiler  # with torch, which other commands start without
+    from chorus.train.compiling import has_compiler  # imports torch, which other commands do not need
 
     if not has_compiler():
         raise ChorusError(
-            "--compile needs a C++ compiler, and there is none (g++ or clang++). Install one, or leave it out."
+            "--compile needs a C++ compiler (g++ or clang++), and none is installed. Install one, or drop --compile."
         )
 
 
 def _num_gpus() -> int:
-    """GPUs that PyTorch can use; a build for CPUs alone need not be imported to know that there are none."""
+    """GPUs that PyTorch can use. A CPU-only build has none, so it is not imported."""
     if version("torch").endswith("+cpu"):
         return 0
     import torch
@@ -152,11 +152,11 @@ def _num_gpus() -> int:
 
 
 @contextmanager
-def only_one(directory: Path) -> Iterator[None]:
-    """Hold a run's directory, so that two commands cannot train into it at once.
+def exclusive(directory: Path) -> Iterator[None]:
+    """Lock a run's directory, so that two commands cannot train into it at once.
 
     Raises:
-        ChorusError: another command holds it.
+        ChorusError: another command has locked it.
     """
     (directory / "training").mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -164,16 +164,17 @@ def only_one(directory: Path) -> Iterator[None]:
             stack.enter_context(locked(directory / "training" / "lock", wait=False))
         except BlockingIOError:
             raise ChorusError(
-                f"another chorus train is at work in {directory}. Wait for it, or stop it (it checkpoints), and run again."
+                f"another chorus command is training in {directory}. "
+                "Wait for it, or stop it (it writes a checkpoint), then run this again."
             ) from None
         yield
 
 
-def disk_sentence(error: OSError, directory: Path) -> str:
-    """What to say when a file could not be written or read."""
+def disk_error_message(error: OSError, directory: Path) -> str:
+    """The message for a file that could not be written or read."""
     return (
-        f"writing to {error.filename or directory} failed ({error.strerror or error}). Members finished so far stay usable; "
-        "free some space and run the same command again to continue."
+        f"writing to {error.filename or directory} failed ({error.strerror or error}). Members finished so far stay usable. "
+        "Free some space and run the same command again to continue."
     )
 
 
@@ -181,7 +182,9 @@ def _describe_failure(process: "subprocess.Popen[str]") -> str:
     status = process.wait()
     if status == -signal.SIGKILL:
         return (
-            "a training process was killed (SIGKILL), most likely for want of memory. Members finished so far stay usable; "
-            "run the same command again to continue, or train smaller members into a new --out."
+            "a training process was killed (SIGKILL), most likely because memory ran out. Members finished so far stay usable. "
+            "Run the same command again to continue, or train smaller members into a new --out."
         )
-    return f"a training process failed with status {status}; its message stands above. Run the same command again to continue."
+    return (
+        f"a training process failed with status {status}; its message is above. Run the same command again to continue."
+    )

@@ -1,4 +1,4 @@
-"""The log of a trajectory: one JSON object per line, which a resumed run continues as if nothing had happened."""
+"""The log of a trajectory: one JSON object per line. A resumed run continues it without gaps or duplicates."""
 
 import json
 import os
@@ -11,20 +11,23 @@ Record = dict[str, str | int | float]
 
 
 class Log:
-    """Appends records to a file and passes them on."""
+    """Appends records to a file and forwards them."""
 
-    def __init__(self, path: Path | None, *, length: int, also: Callable[[Record], None]) -> None:
-        """Open the log and cut it to `length` bytes: what stands behind them will be written again. Without a path, keep none."""
+    def __init__(self, path: Path | None, *, length: int, forward: Callable[[Record], None]) -> None:
+        """Open the log and truncate it to `length` bytes, since later steps will be logged again. Without a path, write no file.
+
+        `forward` receives every record.
+        """
         self._file = (path or Path(os.devnull)).open("ab")
         if path is not None:
             self._file.truncate(min(length, path.stat().st_size))
-        self._also = also
+        self._forward = forward
 
     def write(self, record: Record) -> None:
         """Append one record."""
         self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
-        self._also(record)
+        self._forward(record)
 
     def length(self) -> int:
         """Bytes written so far."""

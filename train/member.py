@@ -1,5 +1,6 @@
-"""What makes a model a member: its files, its marks on the selection split, its entry in the manifest. In this order, so that
-whatever is in the manifest is whole.
+"""Adds a model to the population: saves it, evaluates it on the selection split, then registers it in the manifest.
+
+Registering comes last, so that every member in the manifest is complete.
 """
 
 import torch
@@ -16,9 +17,9 @@ from chorus.train.snapshot import load_saved, register, save_member
 
 
 def add_member(model: Llama, run: Run, name: str, device: torch.device, *, epochs: float, **origin: JsonValue) -> float:
-    """Save, evaluate and register a model; its loss on the selection split in nats.
+    """Save, evaluate and register a model. Returns its loss on the selection split, in nats.
 
-    `origin` holds what the manifest says about where it comes from (trajectory, cycle, teacher).
+    `origin` holds the optional fields of its manifest entry (trajectory, cycle, teacher).
     """
     path = save_member(model, run, name)
     selection = TokenSplit.load(split_path(run.directory, "selection"))
@@ -27,6 +28,6 @@ def add_member(model: Llama, run: Run, name: str, device: torch.device, *, epoch
     write_array(likelihoods_path(run, name), found)
     relative = str(path.relative_to(run.directory))
     register(run, assemble.describe_member(run.directory, relative, name, epochs=epochs, **origin))
-    # Last, for the report alone: where the disk is full, the member counts all the same.
+    # Last, because only the report needs it: if the disk is full, the member is registered anyway.
     write_array(diversity_path(run, name), diversity.sampled_log_p(saved, selection))
     return heldout.loss(found)

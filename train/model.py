@@ -1,7 +1,7 @@
-"""A lean Llama for training: the numbers of `transformers.LlamaForCausalLM` and its parameter names, without its overhead.
+"""A lean Llama for training, with the outputs and parameter names of `transformers.LlamaForCausalLM` but not its overhead.
 
-It knows the forward pass and the initialisation. Files are written by `train.snapshot`; serving reads them as plain Hugging Face
-checkpoints, so nothing outside this room sees this class. `tests/train/test_model.py` holds it equal to the original.
+It has the forward pass and the initialisation. `train.snapshot` writes the files, which serving reads as plain Hugging Face
+checkpoints, so only `train` uses this class. `tests/train/test_model.py` checks that it equals the original.
 """
 
 # B rows, T positions, D width, H heads, E head size, F feed-forward width, V vocabulary
@@ -23,16 +23,16 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(shape.width, shape.vocab_size, bias=False)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """The last hidden states (B, T, D) after the final norm."""
+        """Hidden states (B, T, D) after the final norm."""
         hidden_BTD: Tensor = self.model(tokens_BT)
         return hidden_BTD
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw the weights: embeddings from N(0, 0.02²), matrices with variance 1 / (their inputs), those that write into the
-        residual stream divided by the square root of their number (GPT-2), and a small head, so that the first loss is ln V.
+        """Draw the weights: embeddings and head from N(0, 0.02²), so that the first loss is about ln V, and matrices with variance
+        1 / (number of inputs). Matrices that write into the residual stream are divided by the square root of their number (GPT-2).
 
-        They are drawn on the CPU, so that a trajectory begins in the same way on every device.
+        Weights are drawn on the CPU, so that a trajectory starts the same way on every device.
         """
         depth = (2 * self.shape.layers) ** 0.5
         for name, parameter in self.named_parameters():
@@ -116,7 +116,7 @@ class _FeedForward(nn.Module):
 
 
 class _Norm(nn.Module):
-    """Root-mean-square norm, computed in float32 whatever comes in."""
+    """Root-mean-square norm, always computed in float32."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

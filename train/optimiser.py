@@ -1,9 +1,9 @@
-"""Two rules for three groups of parameters: Muon for the matrices inside layers, AdamW for embeddings and head, and for norms.
+"""Muon for the matrices inside layers, AdamW for embeddings, output head and norms.
 
-All take one learning rate and one decoupled weight decay, which the schedule sets at every step; embeddings and head may have
-their own multiple of that rate. Decay may be cautious (Chen et al. 2510.12402): an element shrinks only where the update pulls it
-towards zero as well, so that decay never works against what is being learnt. The rules do not derive from
-`torch.optim.Optimizer`: its decorators import the compiler, seven seconds of start for each process, and hold nothing needed here.
+All share one learning rate and one decoupled weight decay, which the schedule sets at every step; embeddings and head may multiply
+the rate. Cautious decay (Chen et al. 2510.12402) shrinks an element only if the update also moves it towards zero, so that decay
+never works against the update. This does not derive from `torch.optim.Optimizer`, whose decorators import the compiler: seven
+seconds of startup per process for nothing needed here.
 """
 
 from collections import defaultdict
@@ -22,7 +22,7 @@ _CPU_PRECISION = torch.float32
 
 
 class Optimiser:
-    """Updates every parameter of a model once per step, and carries its state across cycles and kills."""
+    """Updates every parameter of a model once per step. Its state persists across cycles and, in checkpoints, across kills."""
 
     def __init__(
         self, model: nn.Module, name: OptimiserName, *, embedding_rate: float = 1.0, cautious: bool = False
@@ -39,7 +39,7 @@ class Optimiser:
 
     @torch.no_grad()
     def step(self, *, learning_rate: float, weight_decay: float) -> None:
-        """Update all parameters from their gradients, which are then forgotten."""
+        """Update all parameters from their gradients, then clear the gradients."""
         self.num_steps += 1
         self._step_adamw(learning_rate, weight_decay)
         by_shape: dict[torch.Size, list[str]] = defaultdict(list)
@@ -51,24 +51,24 @@ class Optimiser:
             parameter.grad = None
 
     def reset(self) -> None:
-        """Forget everything: the next step is the first."""
+        """Clear the state, as before the first step."""
         self.num_steps = 0
         for tensor in (*self._momentum.values(), *self._mean.values(), *self._square.values()):
             tensor.zero_()
 
     def state_dict(self) -> dict[str, object]:
-        """All that the next step depends on."""
+        """The complete state of the optimiser."""
         return {"num_steps": self.num_steps, "momentum": self._momentum, "mean": self._mean, "square": self._square}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Take over what `state_dict` gave."""
+        """Restore a state from `state_dict`."""
         assert isinstance(state["num_steps"], int)
         self.num_steps = state["num_steps"]
-        for key, own in (("momentum", self._momentum), ("mean", self._mean), ("square", self._square)):
+        for key, tensors in (("momentum", self._momentum), ("mean", self._mean), ("square", self._square)):
             saved = state[key]
             assert isinstance(saved, dict)
-            assert saved.keys() == own.keys()
-            for name, tensor in own.items():
+            assert saved.keys() == tensors.keys()
+            for name, tensor in tensors.items():
                 tensor.copy_(saved[name])
 
     def _step_adamw(self, rate: float, decay: float) -> None:
@@ -77,19 +77,19 @@ class Optimiser:
         first_correction, second_correction = 1 - first**self.num_steps, 1 - second**self.num_steps
         for name, parameter in self._others.items():
             assert parameter.grad is not None
-            own_rate = rate * self._embedding_rate if name.endswith(_EMBEDDINGS) else rate
+            parameter_rate = rate * self._embedding_rate if name.endswith(_EMBEDDINGS) else rate
             mean = self._mean[name].lerp_(parameter.grad, 1 - first)
             square = self._square[name].mul_(second).addcmul_(parameter.grad, parameter.grad, value=1 - second)
             denominator = (square / second_correction).sqrt_().add_(_ADAM_EPSILON)
-            self._decay(parameter, mean, own_rate * decay)
-            parameter.addcdiv_(mean, denominator, value=-own_rate / first_correction)
+            self._decay(parameter, mean, parameter_rate * decay)
+            parameter.addcdiv_(mean, denominator, value=-parameter_rate / first_correction)
 
     def _step_muon(self, names: list[str], rate: float, decay: float) -> None:
-        """Momentum, orthogonalised by five Newton-Schulz steps (Jordan et al. 2024), with the update's root mean square matched
-        to AdamW's, 0.2 (Liu et al. 2502.16982), so that one learning rate serves both rules.
+        """Momentum, orthogonalised by five Newton-Schulz steps (Jordan et al. 2024). The root mean square of the update is scaled
+        to 0.2, as in AdamW (Liu et al. 2502.16982), so that both rules share one learning rate.
 
-        `torch.optim.Muon` takes one matrix at a time and always in bfloat16, which a CPU without it emulates: 200 ms for one
-        192 x 512 matrix where this takes 4, all matrices of one shape together and in float32.
+        All matrices of one shape are updated together, in float32 on CPUs. `torch.optim.Muon` takes one matrix at a time, always in
+        bfloat16, which some CPUs emulate: there it takes 200 ms for one 192 x 512 matrix, and this takes 4 ms.
         """
         directions = []
         for name in names:
@@ -103,7 +103,7 @@ class Optimiser:
             self._matrices[name].add_(update, alpha=-rate * scale)
 
     def _decay(self, parameter: Tensor, update: Tensor, share: float) -> None:
-        """Shrink by `share`; cautiously, only where the update (of which the sign counts) has the parameter's sign."""
+        """Shrink a parameter by `share`; with cautious decay, only elements whose update has the parameter's sign."""
         if self._cautious:
             parameter.sub_(parameter * (parameter * update > 0), alpha=share)
         else:
@@ -111,7 +111,7 @@ class Optimiser:
 
 
 def orthogonalise(stack: Tensor) -> Tensor:
-    """For every matrix U S Vᵀ of the stack (n, rows, columns) about U Vᵀ: its singular values moved close to 1."""
+    """Map every matrix U S Vᵀ of the stack (n, rows, columns) to approximately U Vᵀ, with singular values close to 1."""
     a, b, c = _NEWTON_SCHULZ
     dtype = torch.bfloat16 if stack.is_cuda else _CPU_PRECISION
     tall = stack.shape[1] > stack.shape[2]
@@ -124,7 +124,7 @@ def orthogonalise(stack: Tensor) -> Tensor:
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scale all gradients down together to a norm of at most `max_norm`; the norm that they had."""
+    """Scale all gradients down to a joint norm of at most `max_norm`. Returns the norm before scaling."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
     if norm > max_norm:

@@ -1,4 +1,4 @@
-"""Perturbation at a cycle's boundary: noise that moves a trajectory away from the snapshot it has just left behind (q0)."""
+"""Perturbs the weights between cycles, to move a trajectory away from its last snapshot (q0)."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 def perturb(model: nn.Module, sigma: float, generator: torch.Generator) -> None:
     """Add N(0, 1) * std(p) * sigma to every tensor p with more than one element.
 
-    The noise is drawn on the CPU, so that a trajectory is perturbed in the same way on every device.
+    The noise is drawn on the CPU, so that it is the same on every device.
     """
     if sigma == 0:
         return
@@ -20,9 +20,9 @@ def perturb(model: nn.Module, sigma: float, generator: torch.Generator) -> None:
 
 
 def generator_for(*keys: int) -> torch.Generator:
-    """A generator seeded by what it is for (run's seed, trajectory, purpose, ...).
+    """A generator seeded by its purpose: (the run's seed, trajectory, purpose, ...).
 
-    Nothing in a run draws from a global generator: there is no state to lose between a kill and a resume.
+    Nothing in a run uses a global generator, so a killed run has no generator state to restore.
     """
     (seed,) = np.random.SeedSequence(keys).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(seed) >> 1)

@@ -1,4 +1,4 @@
-"""`chorus train --plan`: the schedule cycle by cycle, and what it will cost, measured on a few steps of the real model."""
+"""`chorus train --plan`: prints the schedule of each cycle, and the cost estimated from a few steps of the real model."""
 
 import tempfile
 import time
@@ -22,7 +22,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def print_plan(settings: Settings, picture: Path | None = None) -> None:
-    """Print and draw the plan of a run without writing anything but the picture that is asked for."""
+    """Print the plan of a run. Writes no files except the picture, if requested."""
     with (
         tempfile.TemporaryDirectory(prefix="chorus-plan-") as name,
         read_corpus(settings, Path(name)) as (tokenizer, tokenised),
@@ -32,7 +32,7 @@ def print_plan(settings: Settings, picture: Path | None = None) -> None:
     shape = runs.make_shape(settings, tokenizer.vocab_size)
     schedules = {
         label: runs.make_schedule(settings.of_trajectory(idxs[0]), train_tokens)
-        for label, idxs in _alike(settings).items()
+        for label, idxs in _group_by_variation(settings).items()
     }
     console = Console()
     for label, schedule in schedules.items():
@@ -41,10 +41,10 @@ def print_plan(settings: Settings, picture: Path | None = None) -> None:
         click.echo("\n" + drawing.in_terminal(schedule, width=min(100, console.width)) + "\n")
     if picture is not None:
         drawing.as_png(schedules, picture)
-        click.echo(f"Drawn: {picture}\n")
+        click.echo(f"Picture: {picture}\n")
 
     world, threads = plan_processes(settings.trajectories)
-    seconds, distilled_seconds = _time_steps(settings, shape, world, threads)
+    seconds, distilled_seconds = _time_steps(settings, shape, threads)
     all_cycles = [
         cycle
         for idx in range(settings.trajectories)
@@ -65,15 +65,15 @@ def print_plan(settings: Settings, picture: Path | None = None) -> None:
     )
 
 
-def _alike(settings: Settings) -> dict[str, list[int]]:
-    """Trajectories by what they do not share with all others: `trajectories 0, 2: lr 0.01`."""
+def _group_by_variation(settings: Settings) -> dict[str, list[int]]:
+    """Group trajectories of equal settings, under a label of the settings that vary: `trajectories 0, 2: lr 0.01`."""
     groups: dict[str, list[int]] = {}
     for idx in range(settings.trajectories):
-        own = settings.of_trajectory(idx)
-        groups.setdefault(", ".join(f"{name} {getattr(own, name)}" for name in settings.vary), []).append(idx)
+        trajectory = settings.of_trajectory(idx)
+        groups.setdefault(", ".join(f"{name} {getattr(trajectory, name)}" for name in settings.vary), []).append(idx)
     return {
-        f"trajector{'ies' if len(idxs) > 1 else 'y'} {', '.join(map(str, idxs))}: {what}": idxs
-        for what, idxs in groups.items()
+        f"trajector{'ies' if len(idxs) > 1 else 'y'} {', '.join(map(str, idxs))}: {values}": idxs
+        for values, idxs in groups.items()
     }
 
 
@@ -97,14 +97,14 @@ def _table(schedule: Schedule, cycles: list[Cycle]) -> Table:
 
 
 def _trace(values: list[float], width: int = 8) -> str:
-    """`█▇▆▅▄▃▂▁`: a value over a cycle, against its peak there."""
+    """`█▇▆▅▄▃▂▁`: a value over a cycle, relative to its peak in that cycle."""
     picked = [values[idx * (len(values) - 1) // (width - 1)] for idx in range(width)]
     top = max(values) or 1.0
     return "".join(_BARS[round(value / top * (len(_BARS) - 1))] for value in picked)
 
 
-def _time_steps(settings: Settings, shape: Shape, world: int, threads: int) -> tuple[float, float]:
-    """Seconds per row of a batch, without and with a teacher, of one process among `world` (alone on its threads here)."""
+def _time_steps(settings: Settings, shape: Shape, threads: int) -> tuple[float, float]:
+    """Seconds per row of a batch, without and with a teacher, for one process that runs alone on `threads` threads."""
     import torch
 
     from chorus.train.loss import Distillation, Teacher, next_token_loss
@@ -127,13 +127,13 @@ def _time_steps(settings: Settings, shape: Shape, world: int, threads: int) -> t
         with autocast(device):
             hidden = model(tokens[:, :-1]).flatten(0, 1)
             head = model.lm_head.weight
-            teacher = None
+            distillation = None
             if distils:
                 with torch.no_grad():
                     teacher_hidden = model(tokens[:, :-1]).flatten(0, 1)
-                said = Teacher(hidden_ND=teacher_hidden, head_VD=head.detach())
-                teacher = Distillation(teachers=(said,), alpha=0.5, temperature=1.0)
-            loss, _ = next_token_loss(hidden, head, tokens[:, 1:].flatten(), teacher)
+                teacher = Teacher(hidden_ND=teacher_hidden, head_VD=head.detach())
+                distillation = Distillation(teachers=(teacher,), alpha=0.5, temperature=1.0)
+            loss, _ = next_token_loss(hidden, head, tokens[:, 1:].flatten(), distillation)
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step(learning_rate=settings.lr, weight_decay=settings.weight_decay)
         return float(loss.detach())
@@ -142,7 +142,7 @@ def _time_steps(settings: Settings, shape: Shape, world: int, threads: int) -> t
         started = time.perf_counter()
         step(distils)
         if (first := time.perf_counter() - started) > _LONG_STEP_SECONDS:
-            return first / rows  # nobody waits for more of these
+            return first / rows  # too slow to repeat
         started = time.perf_counter()
         for _ in range(_TIMED_STEPS):
             step(distils)

@@ -1,4 +1,4 @@
-"""From a corpus to a prepared run: documents, splits, tokenizer, tokens. All checks come before the first file is written."""
+"""Prepares a run from a corpus: documents, splits, tokenizer, tokens. All checks run before the first file is written."""
 
 import shutil
 import tempfile
@@ -12,7 +12,7 @@ from chorus.population.notes import Notes
 from chorus.population.tokens import TextTokenizer, split_path
 from chorus.train import pretokenised
 from chorus.train import run as runs
-from chorus.train.corpus import Corpus, Dealt, Tokenised
+from chorus.train.corpus import Corpus, SplitCorpus, Tokenised
 from chorus.train.run import Prepared, Run
 from chorus.train.schedule import batch_rows
 from chorus.train.settings import VOCAB_SIZE, Settings
@@ -20,16 +20,16 @@ from chorus.train.shape import Shape
 from chorus.train.tokenizer import given_tokenizer, train_tokenizer
 
 _FRACTIONS = {"train": 0.76, "fitness": 0.08, "selection": 0.06, "test": 0.10}
-# The embedded corpus is sampled for a short run, and there is far more of it: text to judge by costs nothing there.
+# stdlib is sampled for a short run and has far more text than that, so larger held-out splits cost nothing.
 _STDLIB_FRACTIONS = {"train": 0.50, "fitness": 0.18, "selection": 0.12, "test": 0.20}
 _SPARE_BYTES = 64 << 20
 
 
 def prepare(settings: Settings, directory: Path) -> Run:
-    """Make `directory` a prepared run, or find that it is one.
+    """Prepare a run in `directory`, unless the same run is already prepared there.
 
     Raises:
-        ChorusError: the corpus or tokenizer cannot be used, or the directory holds something else, or the disk is too full.
+        ChorusError: the corpus or tokenizer is unusable, the directory contains something else, or the disk is too full.
     """
     if runs.check_out(directory, settings):
         return Run.load(directory)
@@ -49,9 +49,7 @@ def prepare(settings: Settings, directory: Path) -> Run:
         check_disk(settings, runs.make_shape(settings, tokenizer.vocab_size), prepared.tokens["train"], directory)
 
         runs.save(directory, settings, None)
-        for leftover in (directory / "training").glob(
-            ".train-*"
-        ):  # of a killed preparation, and as large as the corpus
+        for leftover in (directory / "training").glob(".train-*"):  # from a killed preparation, as large as the corpus
             leftover.unlink()
         for file in Path(name).iterdir():
             shutil.copyfile(file, directory / file.name)
@@ -64,15 +62,15 @@ def prepare(settings: Settings, directory: Path) -> Run:
 
 @contextmanager
 def read_corpus(settings: Settings, directory: Path) -> Iterator[tuple[TextTokenizer, Tokenised]]:
-    """The corpus as tokens in splits, and the tokenizer, whose files go to `directory`.
+    """The tokenizer, and the corpus as tokens in splits. The tokenizer's files are written to `directory`.
 
     Raises:
-        ChorusError: the corpus cannot be read or is too small, or the tokenizer cannot be used.
+        ChorusError: the corpus cannot be read or is too small, or the tokenizer is unusable.
     """
     if files := pretokenised.token_files(settings.corpus):
         if settings.tokenizer is None:
             raise ChorusError(
-                f"corpus {settings.corpus!r} holds tokens ({files[0].name}); name the tokenizer that made them with --tokenizer."
+                f"corpus {settings.corpus!r} contains tokens ({files[0].name}). Set --tokenizer to the tokenizer that made them."
             )
         tokenizer = make_tokenizer(settings, None, directory)
         yield (
@@ -82,14 +80,14 @@ def read_corpus(settings: Settings, directory: Path) -> Iterator[tuple[TextToken
             ),
         )
         return
-    dealt = deal_corpus(settings)
-    tokenizer = make_tokenizer(settings, dealt, directory)
-    with dealt.tokenise(tokenizer) as tokens:
+    split_corpus = sample_corpus(settings)
+    tokenizer = make_tokenizer(settings, split_corpus, directory)
+    with split_corpus.tokenise(tokenizer) as tokens:
         yield tokenizer, tokens
 
 
-def deal_corpus(settings: Settings) -> Dealt:
-    """The seeded sample of the corpus, dealt to the splits by whole documents.
+def sample_corpus(settings: Settings) -> SplitCorpus:
+    """A seeded sample of the corpus, with whole documents assigned to splits.
 
     Raises:
         ChorusError: the corpus cannot be read, or is too small.
@@ -101,50 +99,50 @@ def deal_corpus(settings: Settings) -> Dealt:
         )
     )
     fractions = _STDLIB_FRACTIONS if settings.corpus == STDLIB else _FRACTIONS
-    return Dealt.deal(
+    return SplitCorpus.sample(
         corpus, max_bytes=settings.max_bytes, seed=settings.seed, fractions=fractions, source=settings.corpus
     )
 
 
-def make_tokenizer(settings: Settings, dealt: Dealt | None, directory: Path) -> TextTokenizer:
-    """The tokenizer that the settings ask for, its files in `directory`; without text it must be a given one."""
+def make_tokenizer(settings: Settings, split_corpus: SplitCorpus | None, directory: Path) -> TextTokenizer:
+    """Train or copy the tokenizer of the settings into `directory`. Without a text corpus, the settings must name one."""
     if settings.tokenizer is not None:
         tokenizer = given_tokenizer(Path(settings.tokenizer), directory)
         if settings.vocab_size not in (None, tokenizer.vocab_size):
             raise ChorusError(
                 f"--tokenizer {settings.tokenizer} has {tokenizer.vocab_size} tokens, not --vocab-size "
-                f"{settings.vocab_size}. Drop --vocab-size: it is for a tokenizer to be trained."
+                f"{settings.vocab_size}. Drop --vocab-size, which is only for training a tokenizer."
             )
         return tokenizer
-    assert dealt is not None
+    assert split_corpus is not None
     vocab_size = settings.vocab_size or VOCAB_SIZE
-    return train_tokenizer(dealt.texts("train"), vocab_size, directory, context_length=settings.context_length)
+    return train_tokenizer(split_corpus.texts("train"), vocab_size, directory, context_length=settings.context_length)
 
 
 def check_fits_a_batch(settings: Settings, train_tokens: int) -> None:
-    """Refuse a train split that does not fill one batch."""
-    largest = max(own.batch_tokens for own in settings.of_each())
+    """Raise ChorusError if the train split does not fill one batch."""
+    largest = max(trajectory.batch_tokens for trajectory in settings.of_each())
     needed = batch_rows(largest, settings.context_length) * settings.context_length + 1
     if train_tokens < needed:
         raise ChorusError(
             f"the train split has {train_tokens:,} tokens and does not fill one batch of {needed:,}: the corpus is too "
-            "small. Give more text, or lower --batch-tokens (and --context-length)."
+            "small. Add text, or lower --batch-tokens (and --context-length)."
         )
 
 
 def check_disk(settings: Settings, shape: Shape, train_tokens: int, directory: Path) -> None:
-    """Refuse a disk without room for all members, the checkpoints of every trajectory and the tokens."""
+    """Raise ChorusError if the disk has no room for all members, the checkpoints of every trajectory, and the tokens."""
     needed = disk_bytes(settings, shape, train_tokens) + _SPARE_BYTES
     existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     if (free := shutil.disk_usage(existing).free) < needed:
         raise ChorusError(
-            f"--out {directory} lies on a disk with {free / 1e9:.2f} GB free; this run needs {needed / 1e9:.2f} GB. "
+            f"--out {directory} is on a disk with {free / 1e9:.2f} GB free; this run needs {needed / 1e9:.2f} GB. "
             "Free some space, choose another --out, or train fewer or smaller members."
         )
 
 
 def disk_bytes(settings: Settings, shape: Shape, train_tokens: int) -> int:
-    """What a run writes at most: members in bf16, three checkpoints per trajectory while one is written, tokens."""
+    """Upper bound of what a run writes: members in bf16, three checkpoints per trajectory (one being written), tokens."""
     members = settings.trajectories * settings.cycles * shape.num_parameters * 2
     checkpoints = settings.trajectories * 3 * shape.num_parameters * 12
     return members + checkpoints + 5 * train_tokens

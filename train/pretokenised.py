@@ -1,8 +1,8 @@
-"""A corpus that is tokens already: memory-mapped, cut into documents at the tokenizer's marks, dealt to splits.
+"""Reads a corpus of token ids: memory-maps it, cuts it into documents at the tokenizer's markers, and splits it.
 
-`.npy` holds one row of integers; `.bin` holds them bare, as nanoGPT writes them (uint16 where the vocabulary allows it, else
-uint32), or behind the header of llm.c and modded-nanogpt. What is held in memory is the outline of each document and the held-out
-splits; train documents are read where they lie.
+`.npy` holds a one-dimensional array of integers. `.bin` holds bare integers as nanoGPT writes them (uint16 if the vocabulary
+allows, else uint32), optionally after the header of llm.c and modded-nanogpt. Memory holds an outline of each document and the
+held-out splits; train documents are read from the mapped files.
 """
 
 import hashlib
@@ -20,16 +20,16 @@ from chorus.population.tokens import TextTokenizer
 from chorus.train.corpus import Tokenised, capped
 
 SUFFIXES = {".bin", ".npy"}
-_AT_ONCE = 1 << 22  # tokens looked at
-_CHARACTERS = 4  # about so many to a token: held-out splits of text and of tokens stop at about the same size
+_CHUNK_TOKENS = 1 << 22  # tokens scanned at once
+_CHARACTERS_PER_TOKEN = 4  # approximate: it caps held-out splits of text and of tokens at about the same size
 _HEADER_MAGIC, _HEADER_BYTES = 20240520, 1024
 
 
 def token_files(corpus: str) -> list[Path]:
-    """The files of tokens that a corpus is; none where it is text.
+    """The token files of a corpus; empty if it is text.
 
     Raises:
-        ChorusError: a folder holds tokens and other things.
+        ChorusError: a folder contains both token files and other files.
     """
     path = locate(corpus)
     if path.is_file():
@@ -40,13 +40,14 @@ def token_files(corpus: str) -> list[Path]:
     tokens = [file for file in files if file.suffix in SUFFIXES]
     if tokens and (other := [file for file in files if file.suffix not in SUFFIXES]):
         raise ChorusError(
-            f"the folder {corpus} holds tokens ({tokens[0].name}) and other files ({other[0].name}). Give a folder of the one kind."
+            f"the folder {corpus} contains token files ({tokens[0].name}) and other files ({other[0].name}). "
+            "Use a folder of one kind."
         )
     return tokens
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Span:
     file: int
     start: int
     stop: int
@@ -55,46 +56,48 @@ class _Place:
 def tokenised(
     files: list[Path], tokenizer: TextTokenizer, *, max_bytes: int | None, seed: int, fractions: dict[str, float]
 ) -> Tokenised:
-    """Survey, sample and deal such a corpus, as `train.corpus` does with text; exact copies of documents are dropped.
+    """Survey, sample and split a corpus of tokens, as `train.corpus` does with text. Exact duplicates of documents are dropped.
 
     Raises:
-        ChorusError: a file is not of that kind, its tokens are not this tokenizer's, or it holds too few documents.
+        ChorusError: a file is not a token file, its tokens are not this tokenizer's, or it contains too few documents.
     """
     arrays = [_open(path, tokenizer.vocab_size) for path in files]
-    places: list[_Place] = []
+    spans: list[_Span] = []
     outlines: list[Outline] = []
     seen: set[bytes] = set()
     for idx, (path, array) in enumerate(zip(files, arrays, strict=True)):
-        for start, stop in _cuts(path, array, tokenizer):
+        for start, stop in _document_spans(path, array, tokenizer):
             digest = hashlib.sha256(array[start:stop].astype(np.uint32).tobytes()).digest()
             if digest not in seen:
                 seen.add(digest)
                 size = stop - start
                 outlines.append(
-                    Outline(idx=len(places), num_bytes=size * array.itemsize, num_characters=size * _CHARACTERS)
+                    Outline(
+                        idx=len(spans), num_bytes=size * array.itemsize, num_characters=size * _CHARACTERS_PER_TOKEN
+                    )
                 )
-                places.append(_Place(idx, start, stop))
+                spans.append(_Span(idx, start, stop))
     sampled = sample_outlines(outlines, max_bytes=max_bytes, seed=seed)
     splits = split_outlines(sampled, capped(fractions, sum(outline.num_characters for outline in sampled)))
 
     def read(outline: Outline) -> NDArray[np.uint32]:
-        place = places[outline.idx]
-        return tokenizer.between_marks(arrays[place.file][place.start : place.stop])
+        span = spans[outline.idx]
+        return tokenizer.add_markers(arrays[span.file][span.start : span.stop])
 
-    marks = len(tokenizer.between_marks(np.zeros(0, dtype=np.uint32)))
+    num_markers = len(tokenizer.add_markers(np.zeros(0, dtype=np.uint32)))
     lengths = {
-        split: np.asarray([o.num_characters // _CHARACTERS + marks for o in held], dtype=np.int64)
-        for split, held in splits.items()
+        split: np.asarray([o.num_characters // _CHARACTERS_PER_TOKEN + num_markers for o in outlines], dtype=np.int64)
+        for split, outlines in splits.items()
     }
     return Tokenised(
         train=lambda: map(read, splits["train"]),
         lengths=lengths,
-        heldout={split: list(map(read, held)) for split, held in splits.items() if split != "train"},
+        heldout={split: list(map(read, outlines)) for split, outlines in splits.items() if split != "train"},
     )
 
 
 def _open(path: Path, vocab_size: int) -> NDArray[np.integer]:
-    """The file as one row of integers, mapped."""
+    """Memory-map a file as a one-dimensional array of integers."""
     try:
         if path.suffix == ".npy":
             array: NDArray[np.integer] = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -104,38 +107,39 @@ def _open(path: Path, vocab_size: int) -> NDArray[np.integer]:
             array = np.memmap(path, dtype=np.uint16 if vocab_size <= 1 << 16 else np.uint32, mode="r", offset=offset)
     except (OSError, ValueError) as error:
         raise ChorusError(
-            f"{path} cannot be read as tokens ({error}). A .npy or .bin file of token ids is expected."
+            f"{path} cannot be read as tokens ({error}). Expected a .npy or .bin file of token ids."
         ) from None
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ChorusError(
-            f"{path} holds {array.dtype} in the shape {array.shape}; one row of integers, the token ids, is expected."
+            f"{path} contains {array.dtype} of shape {array.shape}; expected a one-dimensional array of integer token ids."
         )
     return array
 
 
-def _cuts(path: Path, array: NDArray[np.integer], tokenizer: TextTokenizer) -> Iterator[tuple[int, int]]:
-    """(start, stop) of every document without its marks."""
-    marks = [mark for mark in (tokenizer.bos, tokenizer.eos) if mark is not None]
-    if not marks:
+def _document_spans(path: Path, array: NDArray[np.integer], tokenizer: TextTokenizer) -> Iterator[tuple[int, int]]:
+    """(start, stop) of every document, without its markers."""
+    markers = [marker for marker in (tokenizer.bos, tokenizer.eos) if marker is not None]
+    if not markers:
         raise ChorusError(
-            f"the tokenizer names no bos or eos token, at which {path} could be cut into documents. Give text."
+            f"the tokenizer has no bos or eos token, so {path} cannot be cut into documents. Use a text corpus instead."
         )
     begin = 0
-    for start in range(0, len(array), _AT_ONCE):
-        part = np.asarray(array[start : start + _AT_ONCE])
+    for start in range(0, len(array), _CHUNK_TOKENS):
+        part = np.asarray(array[start : start + _CHUNK_TOKENS])
         if (largest := int(part.max())) >= tokenizer.vocab_size or int(part.min()) < 0:
             wrong = largest if largest >= tokenizer.vocab_size else int(part.min())
             raise ChorusError(
-                f"{path} holds the token {wrong}; the tokenizer has {tokenizer.vocab_size:,}. Give the --tokenizer that made it."
+                f"{path} contains the token {wrong}; the tokenizer has {tokenizer.vocab_size:,} tokens. "
+                "Use the --tokenizer that made it."
             )
-        for mark in np.flatnonzero(np.isin(part, marks)) + start:
-            if mark > begin:
-                yield begin, int(mark)
-            begin = int(mark) + 1
+        for position in np.flatnonzero(np.isin(part, markers)) + start:
+            if position > begin:
+                yield begin, int(position)
+            begin = int(position) + 1
     if begin == 0:
         raise ChorusError(
-            f"{path} holds no mark between documents (token {' or '.join(map(str, marks))}), so it cannot be dealt to splits by "
-            "whole documents. Write one behind each document, or give text."
+            f"{path} contains no marker between documents (token {' or '.join(map(str, markers))}), so it cannot be split by whole "
+            "documents. Add one after each document, or use a text corpus."
         )
     if begin < len(array):
         yield begin, len(array)

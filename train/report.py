@@ -1,7 +1,7 @@
-"""The report at the end of a run: DIR/training/report.md and report.png. It reads what the run left behind and needs no torch.
+"""Writes the report of a finished run, DIR/training/report.md and report.png, from the files of the run. Needs no torch.
 
-Losses of members and of their uniform mixture against epochs, how far members are from one another, and what rate, decay and
-training loss were at every step.
+It shows the losses of members and of their uniform mixture against epochs, the divergence between members, and the learning rate,
+weight decay and training loss at every step.
 """
 
 import json
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MARKDOWN, PNG = Path("training") / "report.md", Path("training") / "report.png"
 _COLOURS = ("#1f6feb", "#c2410c", "#15803d", "#7c3aed", "#b45309", "#0e7490")
 _GREY = "#9aa5b1"
-_MOST_POINTS = 2_000  # of a trace; more would only blacken the picture
+_MAX_POINTS = 2_000  # per trace; more would only blacken the picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +34,17 @@ class Result:
     name: str
     trajectory: int
     epochs: float
-    """Of its own trajectory."""
+    """Epochs of its trajectory up to this member."""
     total_epochs: float
-    """That all trajectories had cost when it and its fellows of the same cycle were there."""
+    """Epochs of all trajectories up to the end of its cycle."""
     loss: float
     """Nats per token on the selection split."""
     mixture: float
-    """Of all members up to this one, under equal weights."""
+    """Loss of the mixture of all members up to this one, with equal weights."""
 
 
 def results(run: Run) -> list[Result]:
-    """What is finished so far, with the mixture's loss after each member."""
+    """The finished members, with the loss of the mixture after each."""
     found: list[Result] = []
     mean_N: NDArray[np.float64] | None = None
     for member in manifest.load(run.directory).members:
@@ -69,7 +69,7 @@ def results(run: Run) -> list[Result]:
 
 
 def write_report(run: Run) -> Path:
-    """Write both files of a run that has members (the picture only where matplotlib is installed); the path of the Markdown."""
+    """Write both files of a run with members, the picture only if matplotlib is installed. Returns the path of report.md."""
     found = results(run)
     paths = [diversity_path(run, result.name) for result in found]
     kl_MM = diversity.divergences(paths) if all(path.exists() for path in paths) else None
@@ -89,11 +89,11 @@ def _markdown(run: Run, found: list[Result], kl_MM: NDArray[np.float64] | None, 
         f"Corpus `{run.settings.corpus}`; tokens: {tokens}. {len(found)} members of {run.shape.num_parameters:,} parameters, "
         f"{run.settings.trajectories} trajectories. Losses in nats per token of the selection split.",
         "",
-        f"Best member: {best.name}, {best.loss:.4f}. All {len(found)} members under equal weights: {found[-1].mixture:.4f}.",
+        f"Best member: {best.name}, {best.loss:.4f}. All {len(found)} members with equal weights: {found[-1].mixture:.4f}.",
         "",
         f"![Losses, diversity, traces]({PNG.name})" if drawn else "No picture: matplotlib is not installed.",
         "",
-        "| member | epochs | loss | mixture so far | KL from the others, mean |",
+        "| member | epochs | loss | mixture so far | mean KL to the others |",
         "|---|--:|--:|--:|--:|",
     ]
     for idx, result in enumerate(found):
@@ -122,13 +122,19 @@ def _draw(run: Run, found: list[Result], kl_MM: NDArray[np.float64] | None) -> N
     figure = Figure(figsize=(11, 7), dpi=120, layout="constrained")
     losses, distances, rates, training = figure.subplots(2, 2).flat
     for idx in range(run.settings.trajectories):
-        own = [result for result in found if result.trajectory == idx]
+        members = [result for result in found if result.trajectory == idx]
         colour = _COLOURS[idx % len(_COLOURS)]
         losses.plot(
-            [r.total_epochs for r in own], [r.loss for r in own], "o-", color=colour, ms=3, lw=1, label=f"t{idx}"
+            [r.total_epochs for r in members],
+            [r.loss for r in members],
+            "o-",
+            color=colour,
+            ms=3,
+            lw=1,
+            label=f"t{idx}",
         )
-    whole = {r.total_epochs: r.mixture for r in found}  # the last of each cycle
-    losses.plot(list(whole), list(whole.values()), "ko-", ms=3, lw=1.6, label="all so far, equal weights")
+    mixtures = {r.total_epochs: r.mixture for r in found}  # the last of each cycle
+    losses.plot(list(mixtures), list(mixtures.values()), "ko-", ms=3, lw=1.6, label="all so far, equal weights")
     losses.set(xlabel="epochs of all trajectories", ylabel="selection loss, nats", title="Members and their mixture")
     losses.legend(frameon=False, fontsize=8)
     if kl_MM is None:
@@ -136,7 +142,7 @@ def _draw(run: Run, found: list[Result], kl_MM: NDArray[np.float64] | None) -> N
     else:
         image = distances.imshow(kl_MM, cmap="viridis")
         figure.colorbar(image, ax=distances, label="KL(row ‖ column), nats")
-        distances.set(title="How far members are apart")
+        distances.set(title="Divergence between members")
         distances.set_xticks(range(len(found)), [r.name for r in found], rotation=90, fontsize=min(8, 160 / len(found)))
         distances.set_yticks(range(len(found)), [r.name for r in found], fontsize=min(8, 160 / len(found)))
     _draw_traces(run, rates, training)
@@ -155,7 +161,7 @@ def _draw_traces(run: Run, rates: "Axes", training: "Axes") -> None:
         epochs = [step["epoch"] for step in steps]
         colour = _COLOURS[idx % len(_COLOURS)]
         training.plot(epochs, [step["cross_entropy"] for step in steps], color=colour, lw=0.6, label=f"t{idx}")
-        if idx == 0 or run.settings.vary:  # else the schedule is the same for all
+        if idx == 0 or run.settings.vary:  # otherwise all trajectories have the same schedule
             rates.plot(epochs, [step["learning_rate"] for step in steps], color=_COLOURS[0], lw=1)
             decay_axes.plot(epochs, [step["weight_decay"] for step in steps], color=_COLOURS[1], lw=1)
     rates.set(xlabel="epochs of a trajectory", title="Learning rate and weight decay")
@@ -166,9 +172,9 @@ def _draw_traces(run: Run, rates: "Axes", training: "Axes") -> None:
 
 
 def _steps(path: Path) -> list[dict[str, float]]:
-    """The steps of a log, thinned to what a picture can show."""
+    """The steps of a log, thinned to about `_MAX_POINTS`."""
     if not path.exists():
         return []
     with path.open(encoding="utf-8") as file:
         lines = [line for line in file if '"event": "step"' in line]
-    return [json.loads(line) for line in lines[:: max(1, len(lines) // _MOST_POINTS)]]
+    return [json.loads(line) for line in lines[:: max(1, len(lines) // _MAX_POINTS)]]

@@ -1,11 +1,11 @@
-"""A run on disk: its settings, what was prepared for it, and where its files lie. Read by every process that trains.
+"""A run on disk: its settings, its prepared data, and the paths of its files. Every training process reads it.
 
-DIR/training/run.json            settings, and (once the corpus is prepared) sizes
+DIR/training/run.json            settings and, once the corpus is prepared, sizes
 DIR/training/train-*.npy         the train split as tokens
 DIR/training/t0/                 checkpoints and the log of trajectory 0
-DIR/training/likelihoods/*.npy   each member's p(ground truth) on the selection split
+DIR/training/likelihoods/*.npy   each member's token probabilities on the selection split
 DIR/training/diversity/*.npy     each member's log-probabilities on a sample of it
-DIR/training/report.*            what the finished run looked like
+DIR/training/report.*            the report of the finished run
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ _RECORD = "run.json"
 
 
 class Prepared(BaseModel):
-    """What the corpus became."""
+    """Sizes of the prepared corpus."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -37,7 +37,7 @@ class Prepared(BaseModel):
     documents: dict[str, int]
     """Documents of each split."""
     empty_documents: int = 0
-    """Documents of the corpus that hold no text and were left out."""
+    """Skipped documents without text."""
 
 
 class _Record(BaseModel):
@@ -57,19 +57,19 @@ class Run:
 
     @classmethod
     def load(cls, directory: Path) -> Self:
-        """Read a run that `save` has completed.
+        """Read a prepared run.
 
         Raises:
-            ChorusError: there is none.
+            ChorusError: the directory contains none.
         """
         record = read_record(directory)
         if record is None or record.prepared is None:
-            raise ChorusError(f"{directory} holds no prepared training run. Start one with `chorus train`.")
+            raise ChorusError(f"{directory} contains no prepared training run. Start one with `chorus train`.")
         return cls(directory=directory, settings=record.settings, prepared=record.prepared)
 
     @property
     def finished(self) -> bool:
-        """Whether every trajectory's last member is there."""
+        """Whether the last member of every trajectory is in the manifest."""
         last = {member_name(idx, self.settings.cycles - 1) for idx in range(self.settings.trajectories)}
         return last <= finished_members(self.directory)
 
@@ -96,17 +96,17 @@ def finished_members(directory: Path) -> set[str]:
 
 
 def likelihoods_path(run: Run, name: str) -> Path:
-    """Where a member's p(ground truth) on the selection split is kept."""
+    """The file of a member's token probabilities on the selection split."""
     return run.directory / "training" / "likelihoods" / f"{name}.npy"
 
 
 def diversity_path(run: Run, name: str) -> Path:
-    """Where a member's log-probabilities on a sample of the selection split are kept."""
+    """The file of a member's log-probabilities on a sample of the selection split."""
     return run.directory / "training" / "diversity" / f"{name}.npy"
 
 
 def make_shape(settings: Settings, vocab_size: int) -> Shape:
-    """The sizes of a member under these settings."""
+    """The sizes of a member with these settings."""
     return Shape(
         vocab_size=vocab_size,
         context_length=settings.context_length,
@@ -117,7 +117,7 @@ def make_shape(settings: Settings, vocab_size: int) -> Shape:
 
 
 def make_schedule(settings: Settings, train_tokens: int) -> Schedule:
-    """The schedule under the settings of one trajectory."""
+    """The schedule of a trajectory with these settings."""
     return Schedule(
         num_cycles=settings.cycles,
         epochs_per_cycle=settings.epochs_per_cycle,
@@ -135,15 +135,15 @@ def make_schedule(settings: Settings, train_tokens: int) -> Schedule:
 
 
 def record_path(directory: Path) -> Path:
-    """The file that makes a directory a training run."""
+    """The file with the record of a training run."""
     return directory / "training" / _RECORD
 
 
 def read_record(directory: Path) -> _Record | None:
-    """What a directory says about its run; None where it holds none.
+    """Read the record of a run; None if the directory contains no run.
 
     Raises:
-        ChorusError: the file is damaged or of another version.
+        ChorusError: the file is damaged or from another version.
     """
     path = record_path(directory)
     if not path.exists():
@@ -152,34 +152,36 @@ def read_record(directory: Path) -> _Record | None:
         return _Record.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise ChorusError(
-            f"{path} is not the record of a training run of this version "
+            f"{path} is not a valid training run record of this version "
             f"({error.error_count()} problems, first: {error.errors()[0]['msg']}). Train into a new --out."
         ) from None
 
 
 def save(directory: Path, settings: Settings, prepared: Prepared | None) -> None:
-    """Claim a directory for a run (without `prepared`), or complete its preparation."""
+    """Reserve a directory for a run (`prepared` None), or record that its preparation is complete."""
     write_text(record_path(directory), _Record(settings=settings, prepared=prepared).model_dump_json(indent=2) + "\n")
 
 
 def check_out(directory: Path, settings: Settings) -> bool:
-    """Whether the directory holds this very run, prepared; False where a run may begin.
+    """Whether the directory contains this run, prepared; False if the run may start there.
 
     Raises:
-        ChorusError: it holds another run or something else.
+        ChorusError: it contains another run or something else.
     """
     if directory.exists() and not directory.is_dir():
-        raise ChorusError(f"--out {directory} is a file. Give a directory.")
+        raise ChorusError(f"--out {directory} is a file; expected a directory.")
     record = read_record(directory)
     if record is None:
-        # A kill may have left the record half written, under another name; a folder that was made for it is no content.
+        # Ignore empty folders, and a record that a killed run left half written under a temporary name.
         if any(path.is_file() and not path.name.startswith(f".{_RECORD}.") for path in directory.rglob("*")):
-            raise ChorusError(f"--out {directory} exists and holds something else. Give another, or remove it.")
+            raise ChorusError(
+                f"--out {directory} exists and contains something else. Choose another --out, or remove it."
+            )
         return False
-    ours, theirs = settings.as_json(), record.settings.as_json()
-    if differences := [f"{key} {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key]]:
+    given, saved = settings.as_json(), record.settings.as_json()
+    if differences := [f"{key} {saved[key]} there, {given[key]} here" for key in given if given[key] != saved[key]]:
         raise ChorusError(
-            f"--out {directory} holds another run ({'; '.join(differences)}). "
-            "Give its settings to continue it, or another --out."
+            f"--out {directory} contains another run ({'; '.join(differences)}). "
+            "Use its settings to continue it, or choose another --out."
         )
     return record.prepared is not None

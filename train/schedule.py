@@ -1,7 +1,6 @@
 """The cyclic schedule of q0 as pure functions of the step (arXiv 2606.03938 and its authors' public code; see docs/training.md).
 
-Nothing here knows a model or an optimiser: a run can be planned, drawn and tested without either, and a resumed run is where it
-was as soon as it knows its step.
+It needs no model or optimiser, so a run can be planned, drawn and tested without them, and a resumed run needs only its step.
 """
 
 import itertools
@@ -12,11 +11,11 @@ from typing import Literal
 
 LEARNING_RATE_FLOOR = 0.08
 WEIGHT_DECAY_FLOOR = 0.7
-LAST_PERTURBATION = 0.2  # of the first: 0.25 falls to 0.05 in the record run
+LAST_PERTURBATION = 0.2  # relative to the first: in the record run, 0.25 falls to 0.05
 EDGE_BATCH = 0.75
 WARMUP = 0.05
 SATURATED_GAIN = 0.01
-"""Nats per token by which a cycle must at least lower the loss for the trajectory to count as still learning."""
+"""A trajectory is saturated once a cycle lowers the loss by less than this, in nats per token."""
 
 
 def learning_rate_multiplier(step: int, steps: int, *, floor: float = LEARNING_RATE_FLOOR, warmup: int = 0) -> float:
@@ -28,7 +27,7 @@ def learning_rate_multiplier(step: int, steps: int, *, floor: float = LEARNING_R
 def weight_decay_multiplier(
     multiplier: float, *, floor: float = LEARNING_RATE_FLOOR, decay_floor: float = WEIGHT_DECAY_FLOOR
 ) -> float:
-    """f + (1 - f)(1 - m) / (1 - l): low while the rate is high, 1 when the rate is at its floor (or below, in a warm-up)."""
+    """f + (1 - f)(1 - m) / (1 - l): low while the rate is high, 1 when the rate is at its floor (or below it, during warm-up)."""
     return decay_floor + (1 - decay_floor) * min(1.0, (1 - multiplier) / (1 - floor))
 
 
@@ -46,13 +45,13 @@ def perturbation_sigma(boundary: int, num_boundaries: int, *, first: float, last
 
 
 def saturated(losses: Sequence[float]) -> bool:
-    """Whether some cycle has gained less than `SATURATED_GAIN`, given a trajectory's held-out losses, cycle by cycle."""
+    """Whether any cycle lowered a trajectory's held-out loss (one per cycle) by less than `SATURATED_GAIN`."""
     return any(before - after < SATURATED_GAIN for before, after in itertools.pairwise(losses))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cycle:
-    """One cycle of a trajectory: constant batch size, one fall of the learning rate."""
+    """One cycle of a trajectory: a constant batch size, and one decay of the learning rate."""
 
     idx: int
     first_step: int
@@ -60,12 +59,12 @@ class Cycle:
     first_epoch: int
     epochs: int
     batch_rows: int
-    """Rows of one context length in a batch."""
+    """Rows of a batch, each of one context length."""
     steps_per_epoch: int
     distils: bool | None
-    """Whether the previous snapshot teaches during this cycle; None where it does as soon as the trajectory is `saturated`."""
+    """Whether this cycle distils from the previous snapshot; None if it does once the trajectory is `saturated`."""
     sigma_after: float | None
-    """Perturbation at its end; None where none follows."""
+    """Perturbation after the cycle; None for none."""
 
     @property
     def steps(self) -> int:
@@ -87,13 +86,13 @@ class Schedule:
     """Peak of the decoupled decay: each step shrinks weights by learning rate times this."""
     perturbation: float
     distil_after: int | Literal["saturation"] | None
-    """Completed cycles before the teacher speaks; `saturation`: see `saturated`; None for never."""
+    """Completed cycles before distillation starts; `saturation`: see `saturated`; None for never."""
     weight_decay_floor: float = WEIGHT_DECAY_FLOOR
-    """Share of the peak at a cycle's start; 1 for a flat decay."""
+    """Fraction of the peak weight decay at the start of a cycle; 1 for constant decay."""
     burn_in: int = 0
-    """Epochs that the first cycle has beyond those of the others."""
+    """Extra epochs of the first cycle."""
     restarts: bool = False
-    """Every cycle begins anew: a warm-up and the full batch in each, no perturbation."""
+    """Every cycle starts from a fresh initialisation, with a warm-up, the full batch and no perturbation."""
 
     def cycles(self) -> list[Cycle]:
         """The cycles in order."""
@@ -108,7 +107,7 @@ class Schedule:
                     first_epoch=idx * self.epochs_per_cycle + (self.burn_in if idx else 0),
                     epochs=self.epochs_per_cycle + (0 if idx else self.burn_in),
                     batch_rows=rows,
-                    # The last token of an epoch is only a target, and what does not fill a batch waits for the next shuffle.
+                    # The last token of an epoch is only a target. Tokens that do not fill a batch wait for the next shuffle.
                     steps_per_epoch=(self.train_tokens - 1) // (rows * self.context_length),
                     distils=self._distils(idx),
                     sigma_after=None
@@ -126,7 +125,7 @@ class Schedule:
         return cycle >= max(1, self.distil_after)
 
     def rates(self, cycle: Cycle, step: int) -> tuple[float, float]:
-        """Learning rate and weight decay at step `step` of the cycle. Only a fresh start warms up."""
+        """Learning rate and weight decay at step `step` of the cycle. There is a warm-up only after an initialisation."""
         warmup = math.ceil(WARMUP * cycle.steps) if cycle.idx == 0 or self.restarts else 0
         multiplier = learning_rate_multiplier(step, cycle.steps, warmup=warmup)
         decay = weight_decay_multiplier(multiplier, decay_floor=self.weight_decay_floor)
@@ -134,5 +133,5 @@ class Schedule:
 
 
 def batch_rows(batch_tokens: int, context_length: int, multiplier: float = 1.0) -> int:
-    """Rows of one context length that come closest to so many tokens, at least one."""
+    """Rows of one context length closest to `batch_tokens` times `multiplier`, at least one."""
     return max(1, round(batch_tokens * multiplier / context_length))

@@ -1,4 +1,4 @@
-"""The sizes of a member, and what follows from them: parameters, work, and its Hugging Face configuration."""
+"""The sizes of a member, and the number of parameters and operations that follow from them."""
 
 from dataclasses import dataclass
 
@@ -23,17 +23,17 @@ class Shape:
 
     @property
     def feed_forward(self) -> int:
-        """Width of the gated feed-forward layer: 8/3 of the model's, rounded up to a multiple of 64."""
+        """Width of the gated feed-forward layer: 8/3 of the model width, rounded up to a multiple of 64."""
         return -(-8 * self.width // 3 // 64) * 64
 
     @property
     def num_parameters(self) -> int:
-        """Elements of all tensors of a member."""
+        """Elements in all tensors of a member."""
         return 2 * self.vocab_size * self.width + (2 * self.layers + 1) * self.width + self._matrices
 
     @property
     def flops_per_token(self) -> float:
-        """Multiplications and additions of one training step per token: 6 per weight of a matrix, plus attention."""
+        """Multiplications and additions of a training step per token: 6 per matrix weight, plus attention."""
         attention = 6 * self.layers * self.width * self.context_length
         return 6.0 * (self._matrices + self.vocab_size * self.width) + attention
 

@@ -1,4 +1,4 @@
-"""Snapshots as members: plain Hugging Face Llama checkpoints in bfloat16, entered in the manifest as soon as they are whole."""
+"""Saves snapshots as members, plain Hugging Face Llama checkpoints in bfloat16, loads them, and registers them in the manifest."""
 
 import json
 import shutil
@@ -20,16 +20,16 @@ WEIGHTS = "model.safetensors"
 
 
 def save_member(model: Llama, run: Run, name: str) -> Path:
-    """Write a checkpoint to `members/NAME`: under another name first, so that it is whole as soon as it is there.
+    """Write a checkpoint to `members/NAME`, under a temporary name first, so that `members/NAME` is always complete.
 
-    A member of that name that a killed run left behind is replaced, unless it is the same.
+    A member of the same name, left by a killed run, is replaced unless its weights are equal.
     """
     final = run.directory / "members" / name
     temporary = final.with_name(f".{name}.saving")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     tensors = {key: value.to("cpu", torch.bfloat16).contiguous() for key, value in model.state_dict().items()}
-    (temporary / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))  # a full disk is an OSError here
+    (temporary / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))  # a full disk raises OSError here
     (temporary / "config.json").write_text(json.dumps(hugging_face_config(run), indent=2) + "\n", encoding="utf-8")
     if final.exists():
         if (final / WEIGHTS).is_file() and sha256(final / WEIGHTS) == sha256(temporary / WEIGHTS):
@@ -45,7 +45,7 @@ def save_member(model: Llama, run: Run, name: str) -> Path:
 
 
 def load_member(run: Run, name: str, device: torch.device) -> Llama:
-    """The member as the manifest describes it, in float32, frozen and in eval mode: a teacher, or a part of an average.
+    """Load a member and check it against the manifest: in float32, frozen and in eval mode, to teach or to be averaged.
 
     Raises:
         ChorusError: it is not in the manifest, or its file is missing or damaged.
@@ -56,7 +56,7 @@ def load_member(run: Run, name: str, device: torch.device) -> Llama:
 
 
 def load_saved(run: Run, name: str, device: torch.device) -> Llama:
-    """The same of a member that is not in the manifest yet, or is about to take the place of another there."""
+    """As `load_member`, without the manifest: for members that are not registered yet, or that replace a registered one."""
     path = run.directory / "members" / name / WEIGHTS
     try:
         model = Llama(_shape(read_config(path.parent)))
@@ -64,13 +64,13 @@ def load_saved(run: Run, name: str, device: torch.device) -> Llama:
     except (ChorusError, OSError, RuntimeError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise ChorusError(
-            f"the member {path.parent} cannot be read ({reason}); its successor needs it. Restore it."
+            f"the member {path.parent} cannot be read ({reason}). It is needed to continue. Restore it."
         ) from None
     return model.to(device).eval().requires_grad_(False)
 
 
 def _shape(config: dict[str, JsonValue]) -> Shape:
-    """What `hugging_face_config` wrote: a student may be smaller than the members of its run."""
+    """The shape in a config from `hugging_face_config`: a student's may differ from its run's members."""
     keys = ("vocab_size", "max_position_embeddings", "num_hidden_layers", "hidden_size", "num_attention_heads")
     vocab_size, context_length, layers, width, heads = (int(str(config[key])) for key in keys)
     return Shape(vocab_size=vocab_size, context_length=context_length, layers=layers, width=width, heads=heads)
@@ -108,10 +108,10 @@ def hugging_face_config(run: Run) -> dict[str, object]:
 
 
 def register(run: Run, member: Member) -> None:
-    """Enter a finished member in the manifest, making the manifest with the first one.
+    """Add a finished member to the manifest. The first member creates the manifest.
 
-    Any process of the run may call it: a lock puts them in order. Tiers that a fit made stay; they name members that are still
-    there. Otherwise all members so far are mixed under uniform weights.
+    Any process of the run may call this; a lock serialises them. Fitted tiers are kept, since their members are still there.
+    Without a fit, the default tiers are set again for all members so far.
     """
     with manifest.updating(run.directory):
         known: tuple[Member, ...] = ()
@@ -119,7 +119,7 @@ def register(run: Run, member: Member) -> None:
         if (run.directory / manifest.MANIFEST).exists():
             population = manifest.load(run.directory)
             known = tuple(m for m in population.members if m.name != member.name)
-        members = tuple(sorted((*known, member), key=_by_time))
+        members = tuple(sorted((*known, member), key=_sort_key))
         if population is None:
             assemble.write_shared_files(run.directory, run.directory / member.path, run.directory)
             population = _new_population(run, members)
@@ -129,8 +129,8 @@ def register(run: Run, member: Member) -> None:
         manifest.save(population, run.directory)
 
 
-def _by_time(member: Member) -> tuple[bool, int, int, str]:
-    """Snapshots as parallel trajectories finish them; what was made of them afterwards comes last."""
+def _sort_key(member: Member) -> tuple[bool, int, int, str]:
+    """Sort key: snapshots in the order in which parallel trajectories finish them, then students and averages."""
     return member.cycle is None, member.cycle or 0, member.trajectory or 0, member.name
 
 

@@ -1,7 +1,7 @@
-"""A student: one model that learns what the mixture says, and joins the population as one more member.
+"""Trains a student: one model distilled from the mixture of a tier, and added to the population as a member.
 
-It is trained like a trajectory of a single cycle, with the same batches, checkpoints and log; its teachers are the members of a
-tier, their probabilities averaged under the tier's weights. Whether it is worth a place is for `chorus prior fit` to judge.
+It is trained like a trajectory of a single cycle, with the same batches, checkpoints and log. Its teachers are the members of the
+tier, their probabilities averaged with the tier's weights. `chorus prior fit` decides whether a tier uses it.
 
 DIR/training/students/NAME/plan.json   its settings and teachers
 """
@@ -25,24 +25,24 @@ from chorus.train.trajectory import Trajectory
 
 
 class StudentPlan(BaseModel):
-    """What a student is to be."""
+    """The settings and teachers of a student."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     settings: Settings
-    """Of a run of one trajectory and one cycle."""
+    """Settings of a run with one trajectory and one cycle."""
     tier: str
     teachers: dict[str, float]
-    """Members and their weights."""
+    """Weights by member."""
 
 
 def make_plan(
     run: Run, tier: Tier, *, epochs: int, alpha: float, temperature: float, layers: int, width: int, heads: int
 ) -> StudentPlan:
-    """The plan of a student of a finished run.
+    """Plan a student of a finished run.
 
     Raises:
-        ChorusError: the sizes do not fit together.
+        ChorusError: the sizes are incompatible.
     """
     settings = replace(
         run.settings, trajectories=1, cycles=1, epochs_per_cycle=epochs, layers=layers, width=width, heads=heads,
@@ -53,30 +53,30 @@ def make_plan(
 
 
 def claim(run: Run, name: str, plan: StudentPlan) -> StudentPlan:
-    """Write a student's plan; or find that it was begun, with the teachers that it began with.
+    """Write a student's plan. If it was started before, return the plan and teachers of that start.
 
     Raises:
-        ChorusError: there is another student or a member of that name.
+        ChorusError: there is a member, or a student with other settings, of that name.
     """
     if name in {member.name for member in manifest.load(run.directory).members}:
-        raise ChorusError(f"{run.directory} has a member {name!r} already. Give the student another --name.")
-    begun = read_plan(run.directory, name)
-    if begun is None:
+        raise ChorusError(f"{run.directory} already has a member {name!r}. Choose another --name for the student.")
+    started = read_plan(run.directory, name)
+    if started is None:
         write_text(_plan_path(run.directory, name), plan.model_dump_json(indent=2) + "\n")
         return plan
-    if (begun.settings, begun.tier) != (plan.settings, plan.tier):
+    if (started.settings, started.tier) != (plan.settings, plan.tier):
         raise ChorusError(
-            f"a student {name!r} was begun in {run.directory} under other settings. "
-            "Give those to continue it, or another --name."
+            f"a student {name!r} was started in {run.directory} with other settings. "
+            "Use those to continue it, or choose another --name."
         )
-    return begun
+    return started
 
 
 def read_plan(directory: Path, name: str) -> StudentPlan | None:
-    """A student's plan; None where there is none.
+    """A student's plan; None if there is none.
 
     Raises:
-        ChorusError: the file is damaged or of another version.
+        ChorusError: the file is damaged or from another version.
     """
     path = _plan_path(directory, name)
     if not path.exists():
@@ -84,11 +84,11 @@ def read_plan(directory: Path, name: str) -> StudentPlan | None:
     try:
         return StudentPlan.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise ChorusError(f"{path} is not the plan of a student of this version. Give another --name.") from error
+        raise ChorusError(f"{path} is not a valid student plan of this version. Choose another --name.") from error
 
 
 def student_run(run: Run, plan: StudentPlan) -> Run:
-    """The run that trains the student: the same corpus and directory under the student's settings."""
+    """The run that trains the student: the same corpus and directory, with the student's settings."""
     return replace(run, settings=plan.settings)
 
 
@@ -103,10 +103,10 @@ class Student(Trajectory):
         super().__init__(student_run(run, plan), 0, device, checkpoint_seconds=checkpoint_seconds)
 
     def _seeds(self) -> tuple[int, int]:
-        # A trajectory number of its own: another initialisation and other orders than any of its teachers had.
+        # An unused trajectory number: initialisation and document orders differ from those of all teachers.
         return self._population.settings.seed, self._population.settings.trajectories
 
-    def _home(self) -> Path:
+    def _directory(self) -> Path:
         return self.run.directory / "training" / "students" / self._student
 
     def _name(self, cycle: Cycle) -> str:

@@ -1,4 +1,4 @@
-"""The tokenizer of a new population: trained on its train split, or a given one, as the files that Hugging Face and vLLM read."""
+"""Trains the tokenizer of a new population on its train split, or copies an existing one, as Hugging Face files."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from chorus.population.files import write_text
 from chorus.population.tokens import TextTokenizer
 
 BOS, EOS = "<|bos|>", "<|eos|>"
-# For a base model: turns as plain paragraphs, of which it has seen many; no marks that it has never seen.
+# For a base model: turns are plain paragraphs, common in training text, without markers that it has never seen.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['content'] is string -%}{%- set text = message['content'] -%}
@@ -27,7 +27,7 @@ CHAT_TEMPLATE = """\
 def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path, *, context_length: int) -> TextTokenizer:
     """Train a byte-level BPE and write its files to `directory`.
 
-    Every prompt gets `<|bos|>` in front, as every document had in training.
+    `<|bos|>` is added in front of every prompt, as in front of every document in training.
 
     Raises:
         ChorusError: the text is too small for a vocabulary of that size.
@@ -44,8 +44,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path, *, c
     tokenizer.train_from_iterator(texts, trainer)
     if (found := tokenizer.get_vocab_size()) != vocab_size:
         raise ChorusError(
-            f"the train split yields only {found} tokens, not --vocab-size {vocab_size}: it is too small for that many. "
-            f"Lower --vocab-size to {found} or less, or give more text."
+            f"the train split yields only {found} tokens, not --vocab-size {vocab_size}: it is too small for a larger vocabulary. "
+            f"Lower --vocab-size to {found} or less, or add text."
         )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
@@ -58,7 +58,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path, *, c
         "eos_token": EOS,
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # a prompt that spells <|bos|> is text, as it was in training
+        "split_special_tokens": True,  # <|bos|> spelled out in a prompt is plain text, as in training
     }
     write_text(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
     write_text(directory / "chat_template.jinja", CHAT_TEMPLATE)
@@ -66,37 +66,37 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path, *, c
 
 
 def given_tokenizer(path: Path, directory: Path) -> TextTokenizer:
-    """Copy a tokenizer to `directory`, converting it to a fast one where it is not.
+    """Copy a tokenizer to `directory`, converted to a fast one if needed.
 
     Args:
-        path: a directory as Hugging Face saves it, or a `tokenizer.json`.
-        directory: where its files go.
+        path: a directory in the Hugging Face format, or a `tokenizer.json`.
+        directory: the target.
 
     Raises:
-        ChorusError: there is no tokenizer at `path`.
+        ChorusError: there is no usable tokenizer at `path`.
     """
     if not path.exists():
-        raise ChorusError(f"--tokenizer {path} does not exist. Give a directory with a tokenizer, or a tokenizer.json.")
+        raise ChorusError(f"--tokenizer {path} does not exist. Use a directory with a tokenizer, or a tokenizer.json.")
     directory.mkdir(parents=True, exist_ok=True)
-    home = path if path.is_dir() else path.parent
+    source = path if path.is_dir() else path.parent
     if path.is_file() and path.name != "tokenizer.json":
-        raise ChorusError(f"--tokenizer {path} is not a tokenizer.json. Give that file or its directory.")
-    if (home / "tokenizer.json").is_file():
+        raise ChorusError(f"--tokenizer {path} is not a tokenizer.json. Use that file or its directory.")
+    if (source / "tokenizer.json").is_file():
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-            if (home / name).is_file():
-                shutil.copyfile(home / name, directory / name)
+            if (source / name).is_file():
+                shutil.copyfile(source / name, directory / name)
     else:
-        _convert(home, directory)
+        _convert(source, directory)
     if not (directory / "chat_template.jinja").exists() and "chat_template" not in _config(directory):
         write_text(directory / "chat_template.jinja", CHAT_TEMPLATE)
     try:
         tokenizer = TextTokenizer.load(directory)
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises plain Exceptions
-        raise ChorusError(f"--tokenizer {path} cannot be read ({error}). Give a fast Hugging Face tokenizer.") from None
+        raise ChorusError(f"--tokenizer {path} cannot be read ({error}). Use a fast Hugging Face tokenizer.") from None
     if tokenizer.highest_id >= tokenizer.vocab_size:
         raise ChorusError(
-            f"--tokenizer {path} has {tokenizer.vocab_size:,} tokens but numbers them up to {tokenizer.highest_id:,}: its "
-            "vocabulary does not fit a model that has one row for each. Give a tokenizer whose numbers run from 0 without gaps."
+            f"--tokenizer {path} has {tokenizer.vocab_size:,} tokens but ids up to {tokenizer.highest_id:,}: a model has "
+            "only one embedding row per token. Use a tokenizer whose ids run from 0 without gaps."
         )
     return tokenizer
 
@@ -106,14 +106,16 @@ def _config(directory: Path) -> dict[str, object]:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
-def _convert(home: Path, directory: Path) -> None:
-    from transformers import AutoTokenizer  # heavy, and needed for this conversion alone
+def _convert(source: Path, directory: Path) -> None:
+    from transformers import AutoTokenizer  # a slow import, needed only here
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(home, local_files_only=True, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, use_fast=True)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).splitlines()[0]
-        raise ChorusError(f"--tokenizer {home} holds no tokenizer that can be converted ({reason}).") from None
+        raise ChorusError(
+            f"--tokenizer {source} contains no tokenizer that can be converted ({reason}). Use one with a tokenizer.json."
+        ) from None
     if not tokenizer.is_fast:
-        raise ChorusError(f"--tokenizer {home} has no fast version. Give a tokenizer with a tokenizer.json.")
+        raise ChorusError(f"--tokenizer {source} has no fast version. Use a tokenizer with a tokenizer.json.")
     tokenizer.save_pretrained(directory)

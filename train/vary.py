@@ -1,4 +1,4 @@
-"""`--vary NAME=VALUE,VALUE,...`: what differs between trajectories, from words to values."""
+"""Parses `--vary NAME=VALUE,VALUE,...`, the settings that vary between trajectories."""
 
 from typing import get_type_hints
 
@@ -11,10 +11,10 @@ Variations = dict[str, tuple[float | int | str, ...]]
 
 
 def parse_variations(texts: tuple[str, ...]) -> Variations:
-    """`("lr=0.01,0.02", "distil-after=1,saturation")` as values by setting. Whether they fit the run is for `Settings` to say.
+    """Parse texts such as `("lr=0.01,0.02", "distil-after=1,saturation")` to values by setting. `Settings` checks the values.
 
     Raises:
-        ChorusError: a name that cannot vary, one that comes twice, or a value that is none.
+        ChorusError: a setting cannot vary or is set twice, or a value has the wrong type.
     """
     found: Variations = {}
     for text in texts:
@@ -22,15 +22,15 @@ def parse_variations(texts: tuple[str, ...]) -> Variations:
         name = flag.strip().removeprefix("--").replace("-", "_")
         if name not in VARIABLE:
             possible = ", ".join(known.replace("_", "-") for known in VARIABLE)
-            raise ChorusError(f"--vary {text!r}: {flag!r} cannot differ between trajectories; these may: {possible}.")
+            raise ChorusError(f"--vary {text!r}: {flag!r} cannot differ between trajectories; these can: {possible}.")
         if name in found:
-            raise ChorusError(f"--vary {flag} is given twice. Give all its values in one, as in lr=0.01,0.02.")
+            raise ChorusError(f"--vary {flag} is set twice. Put all values in one option, such as lr=0.01,0.02.")
         kind: TypeAdapter[float | int | str] = TypeAdapter(get_type_hints(Settings)[name])
         try:
             found[name] = tuple(kind.validate_python(value.strip()) for value in values.split(","))
         except ValidationError as error:
             value = error.errors()[0]["input"]
             raise ChorusError(
-                f"--vary {text!r}: {value!r} is no value of --{flag}. Expected is, say, lr=0.01,0.02."
+                f"--vary {text!r}: {value!r} is not a value of --{flag}. Expected NAME=VALUE,VALUE, such as lr=0.01,0.02."
             ) from None
     return found

@@ -1,4 +1,4 @@
-"""What a person sees of a run: bars on a terminal, plain lines elsewhere, a table at the end."""
+"""Shows the progress of a run: bars in a terminal, plain lines elsewhere, and a table at the end."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -23,7 +23,7 @@ _SMOOTHING = 0.9
 
 
 def follow(run: Run, records: Iterable[Record]) -> None:
-    """Show records as they come, until they end."""
+    """Show records as they arrive, until the last one."""
     console = Console()
     if console.is_terminal:
         _follow_bars(run, records, console)
@@ -32,19 +32,20 @@ def follow(run: Run, records: Iterable[Record]) -> None:
 
 
 def check_tensorboard() -> None:
-    """Refuse `--tensorboard` before any compute is spent.
+    """Check that `--tensorboard` can work, before any compute is spent.
 
     Raises:
         ChorusError: tensorboard is not installed.
     """
     if find_spec("tensorboard") is None:
         raise ChorusError(
-            "--tensorboard needs the package tensorboard, which is not installed: `pip install tensorboard`, or leave it out."
+            "--tensorboard needs the package tensorboard, which is not installed. "
+            "Run `pip install tensorboard`, or drop --tensorboard."
         )
 
 
 def recorded(run: Run, records: Iterable[Record]) -> Iterator[Record]:
-    """The same records, which are also written to DIR/training/tensorboard, trajectory by trajectory."""
+    """Yield the records unchanged, and write them to DIR/training/tensorboard, with one folder per trajectory."""
     from torch.utils.tensorboard import SummaryWriter
 
     directory = run.directory / "training" / "tensorboard"
@@ -65,14 +66,14 @@ def recorded(run: Run, records: Iterable[Record]) -> Iterator[Record]:
 
 
 class Smooth:
-    """Running means of a trajectory's loss and speed."""
+    """Exponential moving averages of a trajectory's loss and speed."""
 
     def __init__(self) -> None:
         self.loss = self.tokens_per_s = float("nan")
         self.steps_per_s = float("nan")
 
     def add(self, record: Record) -> None:
-        """Take in one step."""
+        """Add one step."""
         seconds = max(float(record["seconds"]), 1e-6)
         self.loss = _smoothed(self.loss, float(record["cross_entropy"]))
         self.tokens_per_s = _smoothed(self.tokens_per_s, float(record["tokens"]) / seconds)
@@ -129,7 +130,7 @@ def _follow_lines(run: Run, records: Iterable[Record]) -> None:
 
 
 def report(run: Run) -> None:
-    """Print the members with their held-out losses, and the uniform mixture's; write the report if there is none yet."""
+    """Print the held-out losses of the members and of the uniform mixture. Write the report if it does not exist."""
     population = manifest.load(run.directory)
     table = Table("member", box=None, pad_edge=False)
     for heading in ("epochs", "selection loss, nats"):

@@ -1,8 +1,8 @@
-"""A process that trains trajectories: `python -m chorus.train.worker DIR`. It reads a prepared run and prints JSON lines.
+"""A process that trains trajectories of a prepared run and prints JSON lines: `python -m chorus.train.worker DIR`.
 
-Process r of w trains trajectories r, r + w, ...: the numbers come from `--rank` and `--world`, or from torchrun's environment. With
+Process r of w trains trajectories r, r + w, ...; r and w come from `--rank` and `--world`, or from torchrun's environment. With
 `--ranks-per-trajectory N`, under torchrun, N neighbouring processes share each trajectory and average their gradients.
-Exit status: 0 all of them are finished, 2 a sentence stands in the last record, 3 stopped with a checkpoint.
+Exit status: 0 all trajectories finished, 2 failed with a message in the last record, 3 stopped after writing a checkpoint.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 
 from chorus.population.errors import ChorusError
 from chorus.train.group import joined
-from chorus.train.launch import STOPPED, disk_sentence
+from chorus.train.launch import STOPPED, disk_error_message
 from chorus.train.log import Record
 from chorus.train.run import Run
 from chorus.train.student import Student
@@ -35,7 +35,7 @@ def main() -> int:
         run = Run.load(arguments.directory)
         device = choose_device(int(os.environ.get("LOCAL_RANK", arguments.rank)))
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # NCCL reduces on the current one
+            torch.cuda.set_device(device)  # NCCL reduces on the current device
         if arguments.student:
             student = Student(run, arguments.student, device, checkpoint_seconds=arguments.checkpoint_seconds)
             return 0 if student.train(stop.emit, stop.is_set) else STOPPED
@@ -50,29 +50,29 @@ def main() -> int:
         stop.emit({"event": "error", "message": str(error)})
         return 2
     except OSError as error:
-        stop.emit({"event": "error", "message": disk_sentence(error, arguments.directory)})
+        stop.emit({"event": "error", "message": disk_error_message(error, arguments.directory)})
         return 2
     return 0
 
 
 def check_shares(run: Run, size: int) -> None:
-    """Refuse more processes for a trajectory than its smallest batch has rows."""
+    """Raise ChorusError if a trajectory has more processes than its smallest batch has rows."""
     smallest = min(cycle.batch_rows for idx in range(run.settings.trajectories) for cycle in run.schedule(idx).cycles())
     if not 0 < size <= smallest:
         raise ChorusError(
-            f"--ranks-per-trajectory is {size}; 1 to {smallest} are expected: the smallest batch has {smallest} rows of "
-            f"{run.settings.context_length} tokens. Start fewer, or train into a new --out with more --batch-tokens."
+            f"--ranks-per-trajectory is {size}; expected 1 to {smallest}: the smallest batch has {smallest} rows of "
+            f"{run.settings.context_length} tokens. Use fewer, or train into a new --out with larger --batch-tokens."
         )
 
 
 def choose_device(rank: int) -> torch.device:
-    """A GPU of its own where there are enough, shared ones where there are some, else the CPU."""
+    """A GPU, shared if there are more processes than GPUs; the CPU if there is none."""
     count = torch.cuda.device_count()
     return torch.device("cuda", rank % count) if count else torch.device("cpu")
 
 
 class _StopFlag:
-    """Set by SIGTERM, SIGINT, or the death of whoever reads our records."""
+    """Set by SIGTERM, SIGINT, the end of the parent process, or a closed output pipe."""
 
     def __init__(self) -> None:
         self._set = False
@@ -110,11 +110,11 @@ if __name__ == "__main__":
     status = 1
     try:
         status = main()
-    except Exception:  # noqa: BLE001 - it ends the process, as it would by itself
+    except Exception:  # noqa: BLE001 - the process ends with the traceback either way
         traceback.print_exc()
-    with suppress(OSError):  # nobody reads any more
+    with suppress(OSError):  # the reader is gone
         sys.stdout.flush()
         sys.stderr.flush()
-    # Nothing is taken apart: gloo's thread may wait for the interpreter's lock while the process group, being destroyed under that
-    # lock, waits for gloo's thread (seen with PyTorch 2.13: the process never ended).
+    # Skip the interpreter's shutdown: gloo's thread may wait for the GIL while the process group, destroyed under the GIL, waits
+    # for gloo's thread (seen with PyTorch 2.13: the process never ended).
     os._exit(status)

@@ -100,14 +100,14 @@ def _become_an_adapter(checkpoint: Path) -> None:
     ("spoil", "says"),
     [
         (_lose_a_shard, "lacks model-00002-of-00002.safetensors"),
-        (_lead_the_index_elsewhere, "names no weight files beside it"),
-        (lambda c: _keep_only("consolidated.safetensors", c), r"but consolidated\.safetensors"),
+        (_lead_the_index_elsewhere, "lists no weight files in its own folder"),
+        (lambda c: _keep_only("consolidated.safetensors", c), r"does not load consolidated\.safetensors"),
         (lambda c: _keep_only("pytorch_model.bin", c), "no safetensors weights"),
         (_become_an_adapter, r"a LoRA adapter of org/base.*merge_and_unload\(\)\.save_pretrained"),
         (lambda c: change(c / "config.json", sliding_window=128), "a sliding window of 128 tokens in a context of 256"),
         (lambda c: change(c / "config.json", architectures=["BertForMaskedLM"]), "decoder-only"),
         (lambda c: change(c / "config.json", vocab_size=600), "different vocabularies"),
-        (lambda c: (c / "generation_config.json").write_text("[1]"), "holds a list"),
+        (lambda c: (c / "generation_config.json").write_text("[1]"), "contains a list"),
     ],
 )
 def test_what_would_not_be_served_is_refused_and_nothing_is_written(
@@ -139,7 +139,7 @@ def test_what_would_not_be_served_is_refused_and_nothing_is_written(
         ({"architectures": ["LlamaForSequenceClassification"]}, "decoder-only"),
         ({"architectures": ["PopulationForCausalLM"]}, "is a population"),
         ({"architectures": ["GPT2LMHeadModel"]}, None),
-        ({"quantization_config": {"quant_method": "awq"}}, "one format"),
+        ({"quantization_config": {"quant_method": "awq"}}, "one quantisation"),
     ],
 )
 def test_configs_show_what_an_engine_cannot_mix(config: dict[str, Any], says: str | None) -> None:
@@ -178,7 +178,7 @@ def test_a_template_in_the_tokenizers_settings_counts(pair: tuple[Path, Path], t
 
 
 @pytest.mark.parametrize(
-    ("template", "says"), [(None, "no checkpoint has a chat template"), ("{{ 1 }}", "have another")]
+    ("template", "says"), [(None, "no checkpoint has a chat template"), ("{{ 1 }}", "which differs from that of")]
 )
 def test_missing_and_differing_templates_are_told(
     pair: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, template: str | None, says: str
@@ -230,7 +230,7 @@ def test_the_shortest_context_is_the_populations(
     shared = manifest.read_config(tmp_path / "mine")
     assert shared["max_position_embeddings"] == 256
     assert not {"sliding_window", "rope_parameters", "rope_scaling"} & set(shared)
-    assert "the context is the shortest, 256 tokens" in caplog.text
+    assert "the context is the shortest of all checkpoints, 256 tokens" in caplog.text
 
 
 def test_a_name_that_is_not_allowed_is_one_sentence(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_checkpoints_that_cannot_be_mixed_are_refused_and_nothing_is_written(
     tokenizer = checkpoints[2] / "tokenizer.json"
     original = tokenizer.read_text()
     tokenizer.write_text(original.replace('"merges"', '"merges_"', 1))
-    refused("another tokenizer")
+    refused("different tokenizers")
     tokenizer.write_text(original)
     config = checkpoints[1] / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "vocab_size": 600}))

@@ -163,14 +163,14 @@ def test_what_cannot_be_read_is_named_and_the_rest_of_the_folder_is_read(
         "cut.txt.gz cannot be read",
     ):
         assert named in caplog.text
-    assert "files of other kinds: 1 broken link or special file, 1 .png" in caplog.text
-    assert "1 document holds no text and stays out" in caplog.text
+    assert "files of other types: 1 broken link or special file, 1 .png" in caplog.text
+    assert "skipped 1 document without text" in caplog.text
 
 
 def test_a_folder_of_nothing_but_binaries_is_refused_with_the_reason(tmp_path: Path) -> None:
     for idx in range(9):
         (tmp_path / f"{idx}.txt").write_bytes(b"\0")
-    with pytest.raises(ChorusError, match=r"no text that can be read.*0\.txt is binary"):
+    with pytest.raises(ChorusError, match=r"no readable text.*0\.txt is binary"):
         list(read_documents(str(tmp_path)))
 
 
@@ -239,7 +239,7 @@ def test_rows_of_a_dataset_are_documents_and_nulls_empty_ones(monkeypatch: pytes
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: held.to_iterable_dataset())
     assert [d.text for d in read_all_documents("some/name")] == ["one", "", "three"]
-    with pytest.raises(ChorusError, match="dataset some/name, row 1: no text in the field 'chat'; it holds list"):
+    with pytest.raises(ChorusError, match="dataset some/name, row 1: no text in the field 'chat'; it contains list"):
         list(read_documents("some/name", text_field="chat"))
     with pytest.raises(ChorusError, match="no text in the field 'body'; it has text, chat"):
         list(read_documents("some/name", text_field="body"))

@@ -160,7 +160,7 @@ def test_links_out_of_the_directory_are_found(directory: Path, tmp_path: Path, l
     loaded = manifest.load(directory)
     (directory / linked).rename(tmp_path / "elsewhere")
     (directory / linked).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ChorusError, match="leads out of the population"):
+    with pytest.raises(ChorusError, match="outside the population"):
         manifest.verify(loaded, directory)
 
 

@@ -27,7 +27,7 @@ def test_every_row_is_a_document_and_empty_ones_are_left_out(tmp_path: Path) -> 
     ("content", "sentence"),
     [
         (b'{"text": "one"}\n{"txt": "two"}\n', r"row 2: no text in the field 'text'; it has txt.*--text-field"),
-        (b'{"text": 7}\n', r"row 1: no text in the field 'text'; it holds int"),
+        (b'{"text": 7}\n', r"row 1: no text in the field 'text'; it contains int"),
         (b'{"text": "one"}\nplain words\n', r"line 2, is not a JSON object"),
         (b"[1, 2]\n", r"line 1, is not a JSON object \(a list, not an object\)"),
         (b'{"text": "caf\xe9"}\n', r"is not UTF-8 \(byte 13\)"),
@@ -44,7 +44,7 @@ def test_a_parquet_file_without_the_column_or_damaged_is_named(tmp_path: Path) -
     with pytest.raises(ChorusError, match="has no column 'text'; it has body, n"):
         list(read_documents(str(tmp_path / "a.parquet")))
     (tmp_path / "b.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(ChorusError, match="is not a Parquet file that can be read"):
+    with pytest.raises(ChorusError, match="is not a readable Parquet file"):
         list(read_documents(str(tmp_path / "b.parquet")))
 
 
@@ -96,9 +96,9 @@ def test_json_of_every_layout_gives_the_same_documents(
         ('[{"text": "one"}, {"text": "tw', "element 2 of the array: Unterminated string"),
         ('["one", 7]', "element 2 of the array: a int, not an object or a string"),
         ('[{"body": "one"}]', "row 1: no text in the field 'text'; it has body.*--text-field"),
-        ('{"data": [\n{"text": "one"}]}', "is not an array of objects or strings"),
-        ("[1, 2]", "is not an array of objects or strings"),
-        ("[" * 100_000, "is not an array of objects or strings"),
+        ('{"data": [\n{"text": "one"}]}', "is neither an array of objects or strings"),
+        ("[1, 2]", "is neither an array of objects or strings"),
+        ("[" * 100_000, "is neither an array of objects or strings"),
     ],
 )
 def test_json_that_holds_no_documents_is_refused_by_itself_and_named_in_a_folder(
@@ -124,7 +124,7 @@ def test_nulls_in_parquet_are_empty_documents_and_strings_that_are_none_a_senten
         pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xe9\xe9")]
     )
     parquet.write_table(pyarrow.table({"text": raw}), tmp_path / "b.parquet")
-    with pytest.raises(ChorusError, match="is not a Parquet file that can be read"):
+    with pytest.raises(ChorusError, match="is not a readable Parquet file"):
         list(read_documents(str(tmp_path / "b.parquet")))
 
 

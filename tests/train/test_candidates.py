@@ -38,7 +38,7 @@ def refusal(*arguments: str) -> str:
 def test_a_student_joins_the_population_and_tells_what_it_learnt(run: Run) -> None:
     result = CliRunner().invoke(distil, [str(run.directory), "--epochs", "2", "--width", "64", "--heads", "2"])
     assert result.exit_code == 0, (result.output, result.exception)
-    assert "taught by 4 members" in result.output
+    assert "distilled from 4 members" in result.output
     population = manifest.load(run.directory)
     manifest.verify(population, run.directory)
     assert [member.name for member in population.members][-1] == "student"
@@ -79,7 +79,7 @@ def test_a_student_hears_the_whole_mixture_and_goes_on_after_a_stop(run: Run) ->
     assert seen[0] == pytest.approx(expected.item(), rel=1e-3)  # the steps may run in bfloat16
 
     other = student.make_plan(run, tier, **{**SMALL, "epochs": 3})
-    with pytest.raises(ChorusError, match=r"begun in .* under other settings"):
+    with pytest.raises(ChorusError, match=r"started in .* with other settings"):
         student.claim(run, "apprentice", other)
     assert Student(run, "apprentice", CPU).train(lambda record: None, lambda: False)
     log = (run.directory / "training" / "students" / "apprentice" / "log.jsonl").read_text()

@@ -134,14 +134,14 @@ def test_the_same_command_on_a_finished_run_only_reports(undisturbed: Path) -> N
     before = digests(undisturbed)
     result = CliRunner().invoke(train, ["stdlib", "--out", str(undisturbed), *TINY])
     assert result.exit_code == 0, result.output
-    assert "finished already" in result.output
+    assert "already finished" in result.output
     assert digests(undisturbed) == before
 
 
 def test_other_settings_on_the_same_directory_are_refused(undisturbed: Path) -> None:
     result = CliRunner().invoke(train, ["stdlib", "--out", str(undisturbed), *TINY, "--lr", "0.5"])
     assert isinstance(result.exception, ChorusError)
-    assert "holds another run (lr 0.015 there, 0.5 here)" in str(result.exception)
+    assert "contains another run (lr 0.015 there, 0.5 here)" in str(result.exception)
 
 
 def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(undisturbed: Path, tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_sigterm_checkpoints_and_says_how_to_go_on(tmp_path: Path) -> None:
     process = start(out, *long)
     wait_for_steps(out, 5)
     second = CliRunner().invoke(train, ["stdlib", "--out", str(out), *TINY, *long])
-    assert "another chorus train is at work" in str(second.exception)
+    assert "another chorus command is training" in str(second.exception)
     process.send_signal(signal.SIGTERM)
     output = finish(process)
     assert process.returncode == 128 + signal.SIGTERM

@@ -12,7 +12,7 @@ import pytest
 from chorus.population.corpus import Document, read_documents
 from chorus.population.errors import ChorusError
 from chorus.train import corpus as module
-from chorus.train.corpus import Corpus, Dealt, capped
+from chorus.train.corpus import Corpus, SplitCorpus, capped
 from chorus.train.data import TrainTokens
 from chorus.train.prepare import prepare
 from chorus.train.settings import Settings
@@ -21,8 +21,8 @@ from tests.worlds import save_tokenizer, some_documents
 FRACTIONS = {"train": 0.7, "fitness": 0.1, "selection": 0.1, "test": 0.1}
 
 
-def deal(corpus: Corpus) -> Dealt:
-    return Dealt.deal(corpus, max_bytes=None, seed=1, fractions=FRACTIONS, source="tests")
+def deal(corpus: Corpus) -> SplitCorpus:
+    return SplitCorpus.sample(corpus, max_bytes=None, seed=1, fractions=FRACTIONS, source="tests")
 
 
 def test_tokens_are_those_of_each_document_in_the_order_dealt_whether_held_or_read_again(
@@ -38,7 +38,7 @@ def test_tokens_are_those_of_each_document_in_the_order_dealt_whether_held_or_re
 
     found = []
     for held_bytes, expected_reads in ((1 << 20, 1), (1_000, 3)):
-        monkeypatch.setattr(module, "_HELD_BYTES", held_bytes)
+        monkeypatch.setattr(module, "_MAX_CACHED_BYTES", held_bytes)
         reads.clear()
         dealt = deal(Corpus(read))
         assert "".join(dealt.texts("train")).startswith(documents[min(o.idx for o in dealt.splits["train"])].text)
@@ -64,7 +64,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytes
             file.write(json.dumps({"text": f"{idx} " + " ".join(words)}) + "\n")
     size = (tmp_path / "large.jsonl").stat().st_size
     assert size > 1_500_000
-    monkeypatch.setattr(module, "_HELD_BYTES", 50_000)
+    monkeypatch.setattr(module, "_MAX_CACHED_BYTES", 50_000)
     monkeypatch.setattr(module, "HELD_OUT_CHARACTERS", 10_000)
     tracemalloc.start()
     try:
@@ -87,7 +87,7 @@ def test_held_out_splits_of_a_large_corpus_stop_at_the_cap() -> None:
 
 
 def test_a_corpus_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_HELD_BYTES", 0)
+    monkeypatch.setattr(module, "_MAX_CACHED_BYTES", 0)
     documents = some_documents(8)
     reads: list[int] = []
 

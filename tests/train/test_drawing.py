@@ -22,7 +22,7 @@ def test_traces_follow_the_schedule() -> None:
     assert (traces.learning_rate[at], traces.weight_decay[at]) == schedule.rates(cycles[2], 0)
     assert (traces.epochs[at], traces.batch_tokens[at]) == (4.0, 64.0)
     assert traces.noise == [(2, 0.25), (4, pytest.approx(0.15)), (6, pytest.approx(0.05))]
-    assert traces.taught_from == 4.0
+    assert traces.distils_from == 4.0
 
 
 def test_a_schedule_is_drawn_in_a_terminal_and_as_a_picture(tmp_path: Path) -> None:

@@ -69,5 +69,5 @@ def test_processes_that_make_no_whole_groups_are_refused(tmp_path: Path) -> None
     with pytest.raises(ChorusError, match="--ranks-per-trajectory 2 does not divide the 3 processes"):
         joined(rank=0, world=3, size=2, device=CPU).__enter__()
     run = prepare(TINY, tmp_path / "run")
-    with pytest.raises(ChorusError, match="--ranks-per-trajectory is 4; 1 to 3 are expected"):
+    with pytest.raises(ChorusError, match="--ranks-per-trajectory is 4; expected 1 to 3"):
         check_shares(run, 4)

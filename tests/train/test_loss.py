@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from chorus.train import loss as loss_module
-from chorus.train.loss import Distillation, Taught, Teacher, by_formulas, in_place, next_token_loss
+from chorus.train.loss import Distillation, Teacher, TeacherChunk, by_formulas, in_place, next_token_loss
 
 # N tokens, D width, V vocabulary
 N, D, V = 70, 12, 33
@@ -27,7 +27,7 @@ def slow_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher: Tensor | N
 def test_loss_and_gradients_equal_a_slow_float64_reference(
     alpha: float | None, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss_module, "_ROWS", 32)  # three chunks, the last one partial
+    monkeypatch.setattr(loss_module, "_CPU_ROWS", 32)  # three chunks, the last one partial
     generator = torch.Generator().manual_seed(1)
     hidden, teacher_hidden = (torch.randn(N, D, generator=generator, dtype=torch.float64) for _ in range(2))
     head, teacher_head = (torch.randn(V, D, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -41,8 +41,8 @@ def test_loss_and_gradients_equal_a_slow_float64_reference(
     inputs = hidden.float().requires_grad_(), head.float().requires_grad_()
     distillation = None
     if alpha is not None:
-        said = Teacher(hidden_ND=teacher_hidden.float(), head_VD=teacher_head.float())
-        distillation = Distillation(teachers=(said,), alpha=alpha, temperature=temperature)
+        teacher = Teacher(hidden_ND=teacher_hidden.float(), head_VD=teacher_head.float())
+        distillation = Distillation(teachers=(teacher,), alpha=alpha, temperature=temperature)
     found, cross_entropy = next_token_loss(*inputs, targets, distillation)
     (3 * found).backward()
 
@@ -92,11 +92,16 @@ def test_several_teachers_are_one_whose_probabilities_are_their_average() -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_formulas_for_gpus_are_those_in_place(num_teachers: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(4)
-    logits, *said = ((torch.randn(N, V, generator=generator) * 3).to(dtype) for _ in range(1 + num_teachers))
+    logits, *teacher_logits = ((torch.randn(N, V, generator=generator) * 3).to(dtype) for _ in range(1 + num_teachers))
     targets = torch.randint(V, (N, 1), generator=generator)
     weights = (1.0,) if num_teachers == 1 else (0.3, 0.7)[:num_teachers]
     found = [
-        chunk_loss(logits.clone(), targets, Taught(tuple(map(torch.clone, said)), weights, 0.45, 1.2), torch.tensor(N))
+        chunk_loss(
+            logits.clone(),
+            targets,
+            TeacherChunk(tuple(map(torch.clone, teacher_logits)), weights, 0.45, 1.2),
+            torch.tensor(N),
+        )
         for chunk_loss in (in_place, by_formulas)
     ]
     for own, other in zip(*found, strict=True):

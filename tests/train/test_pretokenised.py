@@ -78,7 +78,7 @@ def test_documents_are_those_of_the_text_whatever_holds_and_parts_them(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pretokenised, "_AT_ONCE", 1_000)  # documents lie across what is looked at
+    monkeypatch.setattr(pretokenised, "_CHUNK_TOKENS", 1_000)  # documents lie across what is looked at
     written = documents if marks == "both" else [document[1:] for document in documents]
     stream = np.concatenate([*written, written[0]]).astype(np.uint16)  # one copy: to be dropped
     run = prepared(write(tmp_path / "tokens", stream), tmp_path / "out")
@@ -92,16 +92,16 @@ def test_documents_are_those_of_the_text_whatever_holds_and_parts_them(
 
 def test_a_last_document_without_a_mark_and_marks_without_a_document(tokenizer: TextTokenizer, tmp_path: Path) -> None:
     np.save(tmp_path / "t.npy", np.asarray([1, 1, 7, 8, 1, 0, 0, 9, 1, 0, 10, 11, 12]))
-    found = pretokenised._cuts(tmp_path / "t.npy", np.load(tmp_path / "t.npy"), tokenizer)
+    found = pretokenised._document_spans(tmp_path / "t.npy", np.load(tmp_path / "t.npy"), tokenizer)
     assert list(found) == [(2, 4), (7, 8), (10, 13)]
-    assert list(tokenizer.between_marks(np.asarray([7, 8]))) == [0, 7, 8, 1]
+    assert list(tokenizer.add_markers(np.asarray([7, 8]))) == [0, 7, 8, 1]
 
 
 def test_memory_does_not_grow_with_the_tokens(
     tokenizer: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("chorus.train.corpus.HELD_OUT_CHARACTERS", 40_000)
-    monkeypatch.setattr(pretokenised, "_AT_ONCE", 1 << 14)
+    monkeypatch.setattr(pretokenised, "_CHUNK_TOKENS", 1 << 14)
     tokens = np.random.default_rng(0).integers(2, 300, size=4_000_000, dtype=np.uint16)
     tokens[9_999::10_000] = 1
     path = as_bin(tmp_path / "large", tokens)

@@ -46,33 +46,33 @@ def refusal(*arguments: str | Path, out: Path) -> str:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--cycles", "0"], "--cycles is 0; a number above 0"),
-        (["--lr", "-1"], "--lr is -1.0; a number above 0"),
+        (["--cycles", "0"], "--cycles is 0; expected a number above 0"),
+        (["--lr", "-1"], "--lr is -1.0; expected a number above 0"),
         (["--lr", "nan"], "--lr is nan"),
-        (["--weight-decay", "-0.1"], "--weight-decay is -0.1; 0 or more"),
-        (["--distil-alpha", "1.5"], "share between 0 and 1"),
-        (["--weight-decay-floor", "1.5"], "--weight-decay-floor is 1.5; a share between 0 and 1"),
-        (["--embedding-rate", "0"], "--embedding-rate is 0.0; a number above 0"),
+        (["--weight-decay", "-0.1"], "--weight-decay is -0.1; expected 0 or more"),
+        (["--distil-alpha", "1.5"], "a fraction between 0 and 1"),
+        (["--weight-decay-floor", "1.5"], "--weight-decay-floor is 1.5; expected a fraction between 0 and 1"),
+        (["--embedding-rate", "0"], "--embedding-rate is 0.0; expected a number above 0"),
         (["--distil-alpha", "0", "--distil-after", "3"], "--distil-after 3 contradicts --distil-alpha 0"),
         (["--distil-after", "9"], "--distil-after 9 with --cycles 5"),
-        (["--distil-after", "saturation", "--cycles", "2"], "--cycles is 2. Give a number"),
-        (["--distil-after", "saturation", "--restart"], "with --restart no cycle goes on"),
+        (["--distil-after", "saturation", "--cycles", "2"], "--cycles is 2. Use a number"),
+        (["--distil-after", "saturation", "--restart"], "with --restart, no cycle continues"),
         (["--distil-after", "saturation", "--distil-alpha", "0"], "contradicts --distil-alpha 0"),
-        (["--burn-in", "-1"], "--burn-in is -1; 0 or more"),
+        (["--burn-in", "-1"], "--burn-in is -1; expected 0 or more"),
         (["--burn-in", "2", "--restart"], "--burn-in 2 contradicts --restart"),
-        (["--micro-batch-tokens", "0"], "--micro-batch-tokens is 0; a number above 0"),
+        (["--micro-batch-tokens", "0"], "--micro-batch-tokens is 0; expected a number above 0"),
         (["--vary", "lr=0.1,0.2", "--lr", "0.1"], "--lr contradicts --vary lr="),
         (["--vary", "lr=0.1,0.2,0.3"], "--vary lr has 3 values for --trajectories 2"),
         (["--vary", "layers=1,2"], "'layers' cannot differ between trajectories"),
-        (["--epochs", "0"], "--epochs is 0; 1 or more"),
-        (["--epochs", "20", "--cycles", "4"], "--epochs 20 chooses --cycles itself"),
-        (["--perturbation", "3"], "noise drowns"),
-        (["--width", "100", "--heads", "3"], "--width 100 cannot be shared by --heads 3"),
+        (["--epochs", "0"], "--epochs is 0; expected at least 1"),
+        (["--epochs", "20", "--cycles", "4"], "--epochs 20 already sets --cycles"),
+        (["--perturbation", "3"], "noise would drown"),
+        (["--width", "100", "--heads", "3"], "--width 100 is not a multiple of --heads 3"),
         (["--width", "128", "--heads", "8"], "heads of size 16, which the engine cannot serve"),
         (["--vocab-size", "100"], "at least 258 tokens"),
         (["--batch-tokens", "64"], "--batch-tokens 64 is less than --context-length 256"),
         (["--max-bytes", "0"], "--max-bytes is 0"),
-        (["--max-bytes", "10"], "fits into --max-bytes 10"),
+        (["--max-bytes", "10"], "fits in --max-bytes 10"),
         (["--tokenizer", "nowhere"], "nowhere does not exist"),
         (["--split-on", "("], "not a regular expression"),
     ],
@@ -126,7 +126,7 @@ def test_a_tokenizer_whose_numbers_have_gaps(corpus: Path, tmp_path: Path) -> No
     last = max(content["model"]["vocab"], key=content["model"]["vocab"].get)
     content["model"]["vocab"][last] = 5_000
     path.write_text(json.dumps(content))
-    assert "has 300 tokens but numbers them up to 5,000" in refusal(
+    assert "has 300 tokens but ids up to 5,000" in refusal(
         corpus, "--tokenizer", tmp_path / "given", out=tmp_path / "out"
     )
 
@@ -134,7 +134,7 @@ def test_a_tokenizer_whose_numbers_have_gaps(corpus: Path, tmp_path: Path) -> No
 def test_a_directory_that_holds_something_else(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("precious")
-    assert "holds something else" in refusal(corpus, out=tmp_path / "out")
+    assert "contains something else" in refusal(corpus, out=tmp_path / "out")
     assert "is a file" in refusal(corpus, out=tmp_path / "out" / "thesis.txt")
 
 
@@ -144,7 +144,7 @@ def test_what_a_kill_left_of_a_record_is_no_content(tmp_path: Path) -> None:
     settings = Settings(corpus="stdlib")
     assert not runs.check_out(tmp_path, settings)
     (tmp_path / "training" / "notes.txt").write_text("precious")
-    with pytest.raises(ChorusError, match="holds something else"):
+    with pytest.raises(ChorusError, match="contains something else"):
         runs.check_out(tmp_path, settings)
 
 
@@ -153,13 +153,13 @@ def test_tokens_without_their_tokenizer_or_with_another(tmp_path: Path, corpus: 
     encoded = np.concatenate([tokenizer.encode_document(path.read_text()) for path in sorted(corpus.iterdir())])
     np.save(tmp_path / "tokens.npy", encoded.astype(np.uint16))
     out, given = tmp_path / "out", ("--tokenizer", tmp_path / "given")
-    assert "name the tokenizer that made them" in refusal(tmp_path / "tokens.npy", out=out)
+    assert "Set --tokenizer to the tokenizer that made them" in refusal(tmp_path / "tokens.npy", out=out)
     np.save(tmp_path / "large.npy", np.asarray([5, 400, 1, 7]))
-    assert "holds the token 400; the tokenizer has 300" in refusal(tmp_path / "large.npy", *given, out=out)
+    assert "contains the token 400; the tokenizer has 300" in refusal(tmp_path / "large.npy", *given, out=out)
     np.save(tmp_path / "flat.npy", np.full(1000, 5))
-    assert "holds no mark between documents" in refusal(tmp_path / "flat.npy", *given, out=out)
+    assert "contains no marker between documents" in refusal(tmp_path / "flat.npy", *given, out=out)
     np.save(tmp_path / "square.npy", np.zeros((4, 4)))
-    assert "holds float64 in the shape (4, 4)" in refusal(tmp_path / "square.npy", *given, out=out)
+    assert "contains float64 of shape (4, 4)" in refusal(tmp_path / "square.npy", *given, out=out)
     (tmp_path / "words.bin").write_bytes(b"odd")
     assert "cannot be read as tokens" in refusal(tmp_path / "words.bin", *given, out=out)
     np.save(corpus / "tokens.npy", encoded)
@@ -205,7 +205,7 @@ def test_documents_without_text_stay_out_and_are_counted(corpus: Path, tmp_path:
     run = prepare.prepare(settings, tmp_path / "out")
     assert run.prepared.empty_documents == 2
     assert sum(run.prepared.documents.values()) == 12
-    assert "2 documents hold no text and stay out" in _headline(run)
+    assert "Skipped 2 documents without text" in _headline(run)
 
 
 def test_the_plan_shows_schedule_and_cost_and_writes_nothing(corpus: Path, tmp_path: Path) -> None:

@@ -31,10 +31,10 @@ def test_values_are_read_as_what_the_setting_is() -> None:
 @pytest.mark.parametrize(
     ("texts", "sentence"),
     [
-        (("width=64,128",), "'width' cannot differ between trajectories; these may: lr, weight-decay"),
-        (("lr=0.1,fast",), "'fast' is no value of --lr"),
-        (("lr",), "'' is no value of --lr"),
-        (("lr=0.1,0.2", "lr=0.3,0.4"), "--vary lr is given twice"),
+        (("width=64,128",), "'width' cannot differ between trajectories; these can: lr, weight-decay"),
+        (("lr=0.1,fast",), "'fast' is not a value of --lr"),
+        (("lr",), "'' is not a value of --lr"),
+        (("lr=0.1,0.2", "lr=0.3,0.4"), "--vary lr is set twice"),
     ],
 )
 def test_words_that_are_no_values(texts: tuple[str, ...], sentence: str) -> None:
@@ -47,7 +47,7 @@ def test_settings_of_each_trajectory_are_checked_and_taken_in_turn() -> None:
     assert [(own.lr, own.distil_alpha) for own in settings.of_each()] == [(0.01, 0.0), (0.02, 0.3), (0.01, 0.5)]
     assert settings.of_trajectory(1).vary == {}
     assert Settings(**json.loads(json.dumps(settings.as_json()))).as_json() == settings.as_json()
-    with pytest.raises(ChorusError, match=r"--lr is -1; a number above 0"):
+    with pytest.raises(ChorusError, match=r"--lr is -1; expected a number above 0"):
         replace(TINY, vary={"lr": (0.01, -1)})
     with pytest.raises(ChorusError, match=r"--vary lr has 3 values for --trajectories 2"):
         replace(TINY, vary={"lr": (0.01, 0.02, 0.03)})

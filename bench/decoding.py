@@ -20,6 +20,7 @@ from typing import Any
 from chorus.population import manifest
 from chorus.population.corpus import read_documents
 from chorus.population.tokens import TextTokenizer
+from chorus.population.wire import StepCosts
 
 MODES = {1.0: ("plain", "sampled", "speculative", "auto"), 0.0: ("plain", "speculative", "auto")}
 
@@ -68,7 +69,7 @@ def main() -> None:
             )
             print(
                 f"| {temperature:g} | {streams} | {medians['plain']:.1f} | {cells.get('sampled', '')} | {cells['speculative']} "
-                f"| {scheduler._ways.acceptance.rate(0):.2f} | {cells['auto']} | {f'{max_gain:.2f}' if max_gain else ''} |",
+                f"| {scheduler._chooser.acceptance.rate(0):.2f} | {cells['auto']} | {f'{max_gain:.2f}' if max_gain else ''} |",
                 flush=True,
             )
 
@@ -86,11 +87,11 @@ def run(engine: Any, mode: str, tier: str, temperature: float, prompts: list[lis
     return len(prompts) * tokens / (time.perf_counter() - began)
 
 
-def max_sampled_gain(parts: dict[str, float], weights: tuple[float, ...], streams: int) -> float:
+def max_sampled_gain(costs: StepCosts, weights: tuple[float, ...], streams: int) -> float:
     """Time of a plain step over that of a sampled step, from the learned costs of a step, request, member and row."""
-    fixed = parts["step"] + streams * parts["request"] + streams * len(weights) * parts["row"]
+    fixed = costs.step + streams * costs.request + streams * len(weights) * costs.row
     drawn = sum(1 - (1 - weight) ** streams for weight in weights)
-    return (fixed + len(weights) * parts["member"]) / (fixed + drawn * parts["member"])
+    return (fixed + len(weights) * costs.member) / (fixed + drawn * costs.member)
 
 
 if __name__ == "__main__":

@@ -11,23 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
+from chorus.population.wire import StepCosts
 from chorus.serve.engine.mixture import Mixture
 from chorus.serve.least_squares import LeastSquares
-
-BUDGET_ARGUMENT = "chorus_time_budget_ms"
-"""Key of a request's `vllm_xargs`: the time budget in milliseconds, counted from its arrival."""
-FLOOR_ARGUMENT = "chorus_floor"
-"""Key of a request's `vllm_xargs`: the tier whose members are never dropped; the cheapest by default."""
-MOST_ARGUMENT = "chorus_most_members"
-"""Key of a request's `vllm_xargs`: with a time budget, the maximum number of members that it begins with."""
-EXPECTED_ARGUMENT = "chorus_expected_tokens"
-"""Key of a request's `vllm_xargs`: with a time budget, how many tokens it will probably generate, if fewer than `max_tokens`."""
-REPORT_ARGUMENT = "chorus_report_in_stop_reason"
-"""Key of a request's `vllm_xargs`: requests a report of what was computed, in the response's `kv_transfer_params`.
-
-If the value is not empty, the `stop_reason` also carries the report: the value, then JSON that includes the real stop reason,
-because vLLM's streams have no other field for it. Requests with a time budget always get a report in `kv_transfer_params`.
-"""
 
 _LATENESS_TOLERANCE = 0.05
 """Tolerated lateness, as a share of the expected remaining time: a dropped member never returns, but load may ease."""
@@ -151,13 +137,13 @@ class StepCost:
             return None
         return self._pace * self.expect(load)
 
-    def parts(self) -> dict[str, float]:
-        """Seconds per `step`, and per unit of each load quantity; empty until enough steps were observed."""
+    def parts(self) -> StepCosts | None:
+        """Seconds per step, and per unit of each load quantity; None until enough steps were observed."""
         if not self.is_known:
-            return {}
-        names = ("member", "row", "context", "step", "request")
+            return None
         seconds = self._members.coefficients() + self._overhead.coefficients()
-        return {name: self._pace * value for name, value in zip(names, seconds, strict=True)}
+        member, row, context, step, request = (self._pace * value for value in seconds)
+        return StepCosts(step=step, request=request, member=member, row=row, context=context)
 
     def expect(self, load: StepLoad) -> float:
         """Expected seconds by the coefficients alone, without the pace of recent steps."""

@@ -16,8 +16,6 @@ from typing import Any
 from chorus.population.manifest import Decoding
 from chorus.serve.engine.mixture import Mixture
 
-DECODING_ARGUMENT = "chorus_decoding"
-"""Key of a request's `vllm_xargs`: one of `manifest.DECODINGS`, its tier's by default."""
 MAX_DRAFTS = 6
 """Maximum drafts per request and step."""
 

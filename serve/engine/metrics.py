@@ -6,6 +6,7 @@ The scheduler counts in the engine core process. Its totals reach the API server
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from chorus.population import manifest
 from chorus.population.checkpoint import ARCHITECTURE
+from chorus.population.wire import STEP_COST_METRIC, StepCosts
 from chorus.serve.engine.stopwatch import MIXING
 
 DROP_REASONS = {
@@ -81,7 +83,7 @@ class StepCounts:
         self._sent_at = now
         return True
 
-    def totals(self, *, active_sets: int, prior_version: int, step_cost: Mapping[str, float]) -> dict[str, int]:
+    def totals(self, *, active_sets: int, prior_version: int, step_costs: StepCosts | None) -> dict[str, int]:
         """All metrics by `name` or `name/label`, as integers because the channel carries nothing else; times in µs or ps."""
         rows = [0] * self._num_members
         for members, count in self._rows_by_set.items():
@@ -93,7 +95,8 @@ class StepCounts:
         totals["caught_up_rows"] = self._caught_up
         totals |= {f"member_us/{member}": round(self._seconds[member] * 1e6) for member in range(self._num_members)}
         totals["mixing_us"] = round(self.mixing_s * 1e6)
-        totals |= {f"step_cost_ps/{part}": round(seconds * 1e12) for part, seconds in step_cost.items()}
+        if step_costs is not None:
+            totals |= {f"step_cost_ps/{part}": round(seconds * 1e12) for part, seconds in asdict(step_costs).items()}
         return totals | {f"drops/{reason}": self._drops[reason] for reason in DROP_REASONS}
 
 
@@ -171,7 +174,7 @@ class PopulationCollector(Collector):
         for reason in DROP_REASONS:
             drops.add_metric([self._engine, reason], self.totals[f"drops/{reason}"])
         costs = GaugeMetricFamily(
-            "chorus_engine_step_cost_seconds",
+            STEP_COST_METRIC,
             "Learned cost of a step: fixed, and per unit of what it computes.",
             labels=["engine", "part"],
         )

@@ -8,11 +8,7 @@ from typing import Self
 from chorus.population.errors import ChorusError
 from chorus.population.live import LiveManifest
 from chorus.population.manifest import Decoding, Pool, Population, Tier
-
-TIER_ARGUMENT = "chorus_tier"
-"""Key of a request's `vllm_xargs` that names its tier."""
-MEMBER_ARGUMENT = "chorus_member"
-"""Key of a request's `vllm_xargs` that names the single member to run, used to fit a prior through an engine."""
+from chorus.population.wire import MEMBER_ARGUMENT, TIER_ARGUMENT
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,17 +6,21 @@ from typing import Any
 
 from chorus.population.errors import ChorusError
 from chorus.population.manifest import DECODINGS
-from chorus.serve.engine.deadline import (
+from chorus.population.wire import (
     BUDGET_ARGUMENT,
-    EXPECTED_ARGUMENT,
+    DECODING_ARGUMENT,
+    EXPECTED_TOKENS_ARGUMENT,
     FLOOR_ARGUMENT,
-    MOST_ARGUMENT,
+    MAX_MEMBERS_ARGUMENT,
+    MEMBER_ARGUMENT,
     REPORT_ARGUMENT,
+    RESERVED_PREFIX,
+    TIER_ARGUMENT,
 )
-from chorus.serve.engine.decoding import DECODING_ARGUMENT, why_not_sampled, why_not_speculative
-from chorus.serve.engine.mixture import MEMBER_ARGUMENT, TIER_ARGUMENT, Prior
+from chorus.serve.engine.decoding import why_not_sampled, why_not_speculative
+from chorus.serve.engine.mixture import Prior
 
-_COUNT_ARGUMENTS = {MOST_ARGUMENT: "members", EXPECTED_ARGUMENT: "tokens"}
+_COUNT_ARGUMENTS = {MAX_MEMBERS_ARGUMENT: "members", EXPECTED_TOKENS_ARGUMENT: "tokens"}
 _ARGUMENTS = (
     TIER_ARGUMENT,
     MEMBER_ARGUMENT,
@@ -36,7 +40,7 @@ def check(parameters: Any, prior: Prior) -> None:
             would not be exact.
     """
     arguments: dict[str, Any] = getattr(parameters, "extra_args", None) or {}
-    if unknown := sorted(key for key in arguments if key.startswith("chorus_") and key not in _ARGUMENTS):
+    if unknown := sorted(key for key in arguments if key.startswith(RESERVED_PREFIX) and key not in _ARGUMENTS):
         raise ChorusError(f"vllm_xargs: unknown keys {', '.join(unknown)}; supported are {', '.join(_ARGUMENTS)}")
     try:
         mixture = prior.resolve(arguments)

@@ -19,24 +19,18 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from chorus.population import manifest
 from chorus.population.errors import ChorusError
 from chorus.population.manifest import Decoding
-from chorus.serve.engine.chooser import Candidate, DecodingChooser, Kind
-from chorus.serve.engine.deadline import (
+from chorus.population.wire import (
     BUDGET_ARGUMENT,
-    EXPECTED_ARGUMENT,
-    FLOOR_ARGUMENT,
-    MOST_ARGUMENT,
-    REPORT_ARGUMENT,
-    Deadline,
-    Drop,
-    Runner,
-    StepCost,
-    StepLoad,
-    StepTally,
-    choose_drops,
-    way_down,
-)
-from chorus.serve.engine.decoding import (
     DECODING_ARGUMENT,
+    EXPECTED_TOKENS_ARGUMENT,
+    FLOOR_ARGUMENT,
+    MAX_MEMBERS_ARGUMENT,
+    REPORT_ARGUMENT,
+    TIER_ARGUMENT,
+)
+from chorus.serve.engine.chooser import Candidate, DecodingChooser, Kind
+from chorus.serve.engine.deadline import Deadline, Drop, Runner, StepCost, StepLoad, StepTally, choose_drops, way_down
+from chorus.serve.engine.decoding import (
     MAX_DRAFTS,
     Acceptance,
     MemberDraws,
@@ -48,7 +42,7 @@ from chorus.serve.engine.decoding import (
 from chorus.serve.engine.grammars import GrammarManager
 from chorus.serve.engine.kv import MemberCoordinator, groups_by_member
 from chorus.serve.engine.metrics import DROP_REASONS, StepCounts, attach
-from chorus.serve.engine.mixture import TIER_ARGUMENT, Mixture, Prior
+from chorus.serve.engine.mixture import Mixture, Prior
 
 logger = init_logger(__name__)
 
@@ -331,7 +325,7 @@ class PopulationScheduler(Scheduler):
             active_sets = len({self._mixtures[request.request_id].members for request in self.running})
             attach(
                 self.counts.totals(
-                    active_sets=active_sets, prior_version=self._prior.version, step_cost=self._step_cost.parts()
+                    active_sets=active_sets, prior_version=self._prior.version, step_costs=self._step_cost.parts()
                 ),
                 stats,
             )
@@ -356,10 +350,10 @@ class PopulationScheduler(Scheduler):
         deadline = Deadline(
             finish_at=request.arrival_time + arguments[BUDGET_ARGUMENT] / 1000,
             way_down=way_down(mixture, frozenset(floor.members), fitted),
-            expected_tokens=arguments.get(EXPECTED_ARGUMENT),
+            expected_tokens=arguments.get(EXPECTED_TOKENS_ARGUMENT),
         )
         self._deadlines[request.request_id] = deadline
-        max_members = arguments.get(MOST_ARGUMENT, len(mixture.members))
+        max_members = arguments.get(MAX_MEMBERS_ARGUMENT, len(mixture.members))
         while len(mixture.members) > max_members and deadline.may_leave:
             member, mixture = deadline.may_leave[0]
             self._record_drop(deadline, member, at_token=0, reason="start")

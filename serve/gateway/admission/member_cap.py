@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 
+from chorus.population.wire import StepCosts
 from chorus.serve.expected_loss import expected_loss
 from chorus.serve.gateway.admission.demand import Rates
-from chorus.serve.gateway.engines.costs import StepCosts
 from chorus.serve.gateway.engines.latency import LatencyModel, Load, Work
 
 _MAX_BACKLOG_TO_RISE = 0.5

@@ -13,6 +13,7 @@ from collections.abc import Coroutine, Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from chorus.population.wire import MEMBER_ARGUMENT
 from chorus.serve.gateway.admission.quotas import Bill
 from chorus.serve.gateway.engines import upstream
 from chorus.serve.gateway.engines.engine import Engine
@@ -24,8 +25,6 @@ from chorus.serve.gateway.transport.disconnects import cancel
 
 T = TypeVar("T")
 
-MEMBER_ARGUMENT = "chorus_member"
-"""Key of an engine's extra arguments that names one member, to be asked alone."""
 _LOWEST = -1e4
 """Stands for the logarithm of nothing, which JSON has no number for."""
 

@@ -1,36 +1,25 @@
-"""What a step of an engine costs, as the engine itself has learned it and shows in its metrics.
+"""An engine's step costs, read from its metrics.
 
-The gateway's own model (`latency`) sees whole answers: it knows well how long those like the last ones take, but not which part of
-that belongs to a member, a row or a prompt, as these come and go together. For what would be if everybody had other numbers of
-members, the engine is asked, which measures its members one by one.
+The gateway's own model (`latency`) is fitted to whole answers. It predicts answers like the last ones well, but cannot tell which
+part of the time belongs to a member, a row or a prompt, as these come and go together. The engine measures its members one by one.
 """
 
-import re
-from dataclasses import dataclass
+from prometheus_client.parser import text_string_to_metric_families
 
-_GAUGE = re.compile(rb'^chorus_engine_step_cost_seconds\{[^}]*part="(\w+)"[^}]*\} (\S+)$', re.MULTILINE)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepCosts:
-    """Seconds."""
-
-    step: float
-    """Of a step at all."""
-    request: float
-    """For each request in it."""
-    member: float
-    """For each different member that runs."""
-    row: float
-    """For each token row of each member."""
-    context: float
-    """For each cached token that each member reads."""
+from chorus.population.wire import STEP_COST_METRIC, StepCosts
 
 
 def read_costs(metrics: bytes) -> StepCosts | None:
-    """The costs in an engine's metrics, in Prometheus' text format; None if it does not know them yet."""
-    found = {name.decode(): float(value) for name, value in _GAUGE.findall(metrics)}
+    """The costs in an engine's metrics, in Prometheus' text format; None until the engine has learned them.
+
+    Raises:
+        ValueError: this is not that format.
+    """
+    prefix = STEP_COST_METRIC.encode()
+    lines = b"\n".join(line for line in metrics.splitlines() if line.startswith(prefix))  # of hundreds, these alone
+    families = text_string_to_metric_families(lines.decode() + "\n")
+    parts = {sample.labels.get("part", ""): sample.value for family in families for sample in family.samples}
     try:
-        return StepCosts(**found)
+        return StepCosts(**parts)
     except TypeError:
         return None

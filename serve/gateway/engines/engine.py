@@ -14,8 +14,9 @@ from dataclasses import replace
 
 import aiohttp
 
+from chorus.population.wire import StepCosts
 from chorus.serve.gateway.engines.breaker import Breaker
-from chorus.serve.gateway.engines.costs import StepCosts, read_costs
+from chorus.serve.gateway.engines.costs import read_costs
 from chorus.serve.gateway.engines.latency import LatencyModel, Work
 from chorus.serve.gateway.engines.life import Life, Processes
 from chorus.serve.gateway.engines.reserve import Reserve

@@ -16,12 +16,13 @@ from typing import Any
 import aiohttp
 
 from chorus.population.manifest import Tier
+from chorus.population.wire import TIER_ARGUMENT
 from chorus.serve.gateway.engines import upstream
 from chorus.serve.gateway.engines.engine import Engine
 from chorus.serve.gateway.engines.latency import Work
 from chorus.serve.gateway.engines.pool import Pool
 from chorus.serve.gateway.engines.traffic import InFlight
-from chorus.serve.gateway.request.call import TIER_ARGUMENT, Call
+from chorus.serve.gateway.request.call import Call
 
 logger = logging.getLogger(__name__)
 

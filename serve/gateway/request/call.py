@@ -18,6 +18,16 @@ from pydantic import (
 )
 
 from chorus.population.manifest import Decoding, Population, Tier
+from chorus.population.wire import (
+    BUDGET_ARGUMENT,
+    DECODING_ARGUMENT,
+    EXPECTED_TOKENS_ARGUMENT,
+    FLOOR_ARGUMENT,
+    MAX_MEMBERS_ARGUMENT,
+    REPORT_ARGUMENT,
+    RESERVED_PREFIX,
+    TIER_ARGUMENT,
+)
 from chorus.serve.gateway.request.constraints import check_constraints
 from chorus.serve.gateway.request.errors import ApiError, bad_request
 from chorus.serve.gateway.request.size import Size, read_size, read_text
@@ -46,15 +56,6 @@ Kind = Literal["completion", "chat", "responses", "messages", "tokens"]
 member does."""
 INPUTS: dict[Kind, str] = {"completion": "prompt", "chat": "messages", "responses": "input", "messages": "messages"}
 """The field with what the members read."""
-RESERVED_PREFIX = "chorus_"
-"""Extra arguments of the engine that only the gateway sets: they say which members answer, and by when."""
-TIER_ARGUMENT = "chorus_tier"
-BUDGET_ARGUMENT = "chorus_time_budget_ms"
-FLOOR_ARGUMENT = "chorus_floor"
-MOST_ARGUMENT = "chorus_most_members"
-EXPECTED_ARGUMENT = "chorus_expected_tokens"
-REPORT_ARGUMENT = "chorus_report_in_stop_reason"
-DECODING_ARGUMENT = "chorus_decoding"
 MOST_TOKENS_PER_EVENT = 64
 """A stream that says nothing for much longer than that looks like one of an engine that hangs."""
 _EVENT_INTERVAL_S = 1 / 30
@@ -207,9 +208,9 @@ class Call:
             extra[BUDGET_ARGUMENT] = max(1, round(1000 * budget_s))
             extra[FLOOR_ARGUMENT] = (floor or self.floor).name
             if most_members is not None:
-                extra[MOST_ARGUMENT] = most_members
+                extra[MAX_MEMBERS_ARGUMENT] = most_members
             if expected_tokens is not None and self.size.is_open:
-                extra[EXPECTED_ARGUMENT] = expected_tokens
+                extra[EXPECTED_TOKENS_ARGUMENT] = expected_tokens
         if report_mark is not None:
             extra[REPORT_ARGUMENT] = report_mark
         ours: dict[str, JsonValue] = {"vllm_xargs": extra}

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from chorus.population.manifest import Population
+from chorus.population.wire import EXPECTED_TOKENS_ARGUMENT
 from chorus.serve.gateway.admission.admission import Limits
 from chorus.serve.gateway.admission.lengths import PRIOR_TOKENS, AnswerLengths
-from chorus.serve.gateway.request.call import EXPECTED_ARGUMENT
 from chorus.serve.gateway.request.keys import Tenant
 from chorus.serve.gateway.request.size import Size
 from tests.serve.gateway.conftest import Pair, known
@@ -138,13 +138,13 @@ def test_lengths_are_learned_from_answers_and_told_to_the_engine(pair: Pair) -> 
     told = []
     for _ in range(11):
         ask_chat(pair, latency_budget_ms=20_000)
-        told.append(pair.engine.bodies[-1]["vllm_xargs"][EXPECTED_ARGUMENT])
+        told.append(pair.engine.bodies[-1]["vllm_xargs"][EXPECTED_TOKENS_ARGUMENT])
         assert "max_tokens" not in pair.engine.bodies[-1]
     assert (told[0], told[-1]) == (256, 30), "at first the whole of this small context"
     ask_chat(pair, latency_budget_ms=20_000, max_tokens=100)
-    assert EXPECTED_ARGUMENT not in pair.engine.bodies[-1]["vllm_xargs"]
+    assert EXPECTED_TOKENS_ARGUMENT not in pair.engine.bodies[-1]["vllm_xargs"]
     ask_chat(pair)
-    assert EXPECTED_ARGUMENT not in pair.engine.bodies[-1]["vllm_xargs"]
+    assert EXPECTED_TOKENS_ARGUMENT not in pair.engine.bodies[-1]["vllm_xargs"]
 
 
 def test_streams_teach_lengths_too(pair: Pair) -> None:

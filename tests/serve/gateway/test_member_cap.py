@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chorus.population.wire import StepCosts
 from chorus.serve.gateway.admission.demand import Demand, Rates
 from chorus.serve.gateway.admission.member_cap import Forecast, MemberCap, Supply, forecast
-from chorus.serve.gateway.engines.costs import StepCosts
 from chorus.serve.gateway.request.size import Size
 from tests.serve.gateway.conftest import known
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from scipy.optimize import nnls
 
 from chorus.population.manifest import Population
+from chorus.population.wire import StepCosts
 from chorus.serve.gateway.admission.placement import Blocked, Job, Plan, place
-from chorus.serve.gateway.engines.costs import StepCosts, read_costs
+from chorus.serve.gateway.engines.costs import read_costs
 from chorus.serve.gateway.engines.latency import LatencyModel, Load, Work
 from chorus.serve.gateway.engines.reserve import Reserve
 from chorus.serve.gateway.engines.residuals import Residuals

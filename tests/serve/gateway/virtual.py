@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from chorus.population.manifest import Population
+from chorus.population.wire import StepCosts
 from chorus.serve.engine.deadline import Deadline, Runner, StepCost, StepLoad, StepTally, choose_drops
 from chorus.serve.gateway.admission.admission import Admission, Limits
 from chorus.serve.gateway.admission.queue import Grant
-from chorus.serve.gateway.engines.costs import StepCosts
 from chorus.serve.gateway.engines.engine import Engine
 from chorus.serve.gateway.request.call import Call, Kind, read_call
 from chorus.serve.gateway.request.errors import ApiError
@@ -174,8 +174,7 @@ class VirtualEngine:
 
     def told(self) -> StepCosts | None:
         """What it says of its costs."""
-        parts = self._learned.parts()
-        return StepCosts(**parts) if parts else None
+        return self._learned.parts()
 
 
 @dataclass(kw_only=True)

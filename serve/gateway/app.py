@@ -1,4 +1,4 @@
-"""The gateway as an app: made for a `Gateway`, whose life is the app's lifespan."""
+"""The FastAPI app of a `Gateway`. Its lifespan starts and stops the gateway."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,7 +14,7 @@ from chorus.serve.gateway.relay.reply import TIER_HEADER
 
 
 def create_app(gateway: Gateway) -> FastAPI:
-    """The app in front of `gateway`'s engine."""
+    """The app that serves `gateway`'s engines."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -26,8 +26,8 @@ def create_app(gateway: Gateway) -> FastAPI:
         version=chorus_version(),
         description="An OpenAI API whose answers are mixtures of a population's members, with a budget per request.",
         lifespan=lifespan,
-        redirect_slashes=False,  # a redirect would lead wherever the client's Host says, and out of TLS
-        docs_url=None,  # FastAPI's pages load scripts from elsewhere; ours is in `playground`
+        redirect_slashes=False,  # a redirect would follow the client's Host header and leave TLS
+        docs_url=None,  # FastAPI's pages load scripts from other hosts; `playground` serves ours
         redoc_url=None,
     )
     app.state.gateway = gateway

@@ -1,4 +1,4 @@
-"""Tasks that run beside the requests: started, watched and ended together. One that fails is logged and begins again."""
+"""Background tasks of the gateway: started, watched and cancelled together. A failed task is logged and restarted."""
 
 import asyncio
 import logging
@@ -13,7 +13,7 @@ Work = Callable[[], Coroutine[Any, Any, None]]
 
 
 class Background:
-    """All of them."""
+    """The running background tasks."""
 
     def __init__(self, on_failure: Callable[[], None] = lambda: None, *, pause_s: float = _PAUSE_S) -> None:
         self._on_failure = on_failure
@@ -22,7 +22,10 @@ class Background:
         self._patient: set[asyncio.Task[None]] = set()
 
     def begin(self, name: str, work: Work, *, again: bool = True, is_patient: bool = False) -> asyncio.Task[None]:
-        """Run `work`; `again` when it fails, not when it ends. If it `is_patient` it is cancelled only once, and takes its time."""
+        """Run `work`. If `again`, restart it after a failure, but not after it returns.
+
+        A patient task (`is_patient`) is cancelled only once, so that it can finish its cleanup.
+        """
         task = asyncio.create_task(self._run(name, work, again=again), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -32,10 +35,10 @@ class Background:
         return task
 
     async def end(self) -> None:
-        """Cancel all and wait until they have ended."""
+        """Cancel all tasks and wait until they have ended."""
         for task in self._tasks:
             task.cancel()
-        # Again and again: a library that is cancelled at the moment its own time runs out may take the one for the other.
+        # Cancel repeatedly: a library whose own timeout expires at the same moment may swallow the cancellation.
         while self._tasks:
             await asyncio.wait(self._tasks, timeout=1)
             for task in self._tasks - self._patient:

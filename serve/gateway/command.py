@@ -1,4 +1,4 @@
-"""`chorus serve`: a population behind an OpenAI API. Nothing heavy is imported until the command runs."""
+"""`chorus serve`: serve a population behind an OpenAI API. Heavy modules are imported only when the command runs."""
 
 from pathlib import Path
 

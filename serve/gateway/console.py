@@ -1,4 +1,4 @@
-"""What `chorus serve` prints: the population on offer, where it listens, and how to ask it."""
+"""What `chorus serve` prints: the population's tiers, the addresses, and an example request."""
 
 import json
 
@@ -10,7 +10,7 @@ from chorus.population.manifest import Population, Tier
 
 
 def print_offer(console: Console, population: Population, default: Tier) -> None:
-    """The tiers that requests can choose from."""
+    """Print the tiers that requests can choose from."""
     prior = f"prior version {population.prior_version}" if population.prior_version else "uniform weights"
     console.print(
         f"[bold]{population.name}[/]  {len(population.members)} members, context {population.context_length:,}; {prior}\n",
@@ -35,14 +35,14 @@ def print_offer(console: Console, population: Population, default: Tier) -> None
 
 
 def print_ready(console: Console, url: str, engine_url: str, start_s: float | None) -> None:
-    """That requests are served from now on, and where."""
+    """Print that requests are served now, and where. `start_s` is how long our own engine took to start; None for others."""
     ready = "ready" if start_s is None else f"ready in {start_s:.0f} s"
     places = f"[dim]docs {url}/docs   metrics {url}/metrics   engine {engine_url}[/]"
     console.print(f"[bold green]{ready}[/]  [bold]{url}/v1[/]   {places}", highlight=False, soft_wrap=True)
 
 
 def print_example(console: Console, url: str, population: Population, default: Tier) -> None:
-    """A request to try."""
+    """Print a request to try."""
     body = json.dumps({"model": population.name, "prompt": "def main(", "max_tokens": 32, "budget": default.name})
     lines = f"\n  curl {url}/v1/completions -H 'Content-Type: application/json' \\\n    -d '{escape(body)}'\n"
     console.print(lines, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What a running gateway holds, for as long as it runs: its settings, its engines, a pool of connections and the metrics."""
+"""The state of a running gateway: settings, engines, connections to them, background tasks and metrics."""
 
 import asyncio
 import logging
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class Gateway:
-    """The shared state of all requests. It belongs to one event loop, between `running`'s begin and end."""
+    """The state that all requests share. It belongs to one event loop, for the duration of `running`."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Gateway:
         self.slots = Slots()
         self.keys = settings.keys
         self._watches: dict[str, asyncio.Task[None]] = {}
-        """Of the engines that others run, by address."""
+        """Watch tasks of the engines that others run, by address."""
         self.bodies = Bodies(
             max_bytes=settings.max_body_bytes,
             max_bytes_together=max(settings.max_bodies_bytes, settings.max_body_bytes),
@@ -57,11 +57,11 @@ class Gateway:
         )
         self.store: Store = MemoryStore()
         if settings.redis is not None:
-            from chorus.serve.gateway.shared.redis_store import RedisStore  # only those who share need the client
+            from chorus.serve.gateway.shared.redis_store import RedisStore  # only a shared store needs the Redis client
 
             self.store = RedisStore(settings.redis, self.population_name)
         self.is_draining = False
-        """Whether it was told to stop and only finishes what it has."""
+        """Whether the gateway is stopping: it only finishes the requests that it has."""
         shared = self.store if settings.redis is not None else None
         self.metrics = Metrics(self.pool, self.admission, self._offer.current, shared)
         self.background = Background(self.metrics.count_background_failure)
@@ -85,7 +85,7 @@ class Gateway:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Keep the engines; requests are accepted at once and answered with 503 until one is up."""
+        """Run or watch the engines. Requests are accepted at once and get 503 until an engine is up."""
         settings = self.settings
         async with upstream.open_session() as self.session:
             try:
@@ -118,7 +118,7 @@ class Gateway:
         )
 
     async def _discover(self) -> None:
-        """Follow the engines that others run, as they come and go. One that went finishes what it runs."""
+        """Track engines that others run as they appear and disappear. One that disappears may finish its requests."""
         sources, watches = self.settings.sources, self._watches
         discovery = Discovery(sources, self.store)
         while True:
@@ -145,7 +145,7 @@ class Gateway:
         )
         engine.on_restart = self.metrics.count_restart
         self.pool.engines = [*self.pool.engines, engine]
-        # Cancelled once, whoever keeps an engine of ours gives it its time to stop.
+        # Patient for an engine of our own: cancelled once, the supervisor gives it time to stop.
         return self.background.begin(
             "the watch over an engine", partial(self._keep, engine), is_patient=engine.is_supervised
         )
@@ -160,9 +160,7 @@ class Gateway:
             await supervisor.run(lambda start_s: self._came_up(engine, start_s))
         except EngineFailedError as error:
             self._on_failure(str(error))
-        except (
-            Exception
-        ) as error:  # whatever it is, a gateway that no longer minds its engine must not go on in silence
+        except Exception as error:  # a gateway that no longer supervises its engine must report it, whatever the cause
             logger.exception("the supervision of the engine failed")
             self._on_failure(f"the supervision of the engine failed: {error}")
 
@@ -172,7 +170,10 @@ class Gateway:
         self._on_up(engine.url, start_s)
 
     async def _learn(self, engine: Engine) -> None:
-        """Know an engine before it is needed. One of our own is warmed up after each start, however well it is known."""
+        """Learn an engine's context length and expected times before requests depend on them.
+
+        An engine of our own whose times are known is calibrated again after a restart, which also warms it up.
+        """
         await engine.learn_context()
         if not self.settings.calibrates or (engine.model.is_seeded and not engine.is_supervised):
             return

@@ -1,4 +1,4 @@
-"""From a population directory to a server that runs until it is told to stop."""
+"""Serving a population directory: checks the population, builds the gateway, and runs the server until a signal stops it."""
 
 import argparse
 import contextlib
@@ -34,12 +34,12 @@ from chorus.serve.gateway.transport.connections import ConnectionLimits, server_
 
 @dataclass(frozen=True, kw_only=True)
 class Drain:
-    """How the server stops when it is told to by SIGTERM."""
+    """How the server stops after SIGTERM."""
 
     delay_s: float = 0.0
-    """For so long it goes on serving, while /ready is red: whoever sends requests needs time to see that."""
+    """Seconds for which it goes on serving while /ready fails, so that load balancers have time to notice."""
     timeout_s: float = 30.0
-    """Longest time for requests that are being answered, from then on."""
+    """Most seconds, after that delay, for the requests still being answered."""
 
 
 def serve(
@@ -63,7 +63,7 @@ def serve(
     max_body_bytes: int = Settings.max_body_bytes,
     allow_origins: tuple[str, ...] = (),
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then finish what is being answered and stop the engine.
+    """Serve until SIGINT or SIGTERM, then finish the running requests and stop the engine.
 
     Raises:
         ChorusError: the population, an option or the address cannot be used, or the engine cannot be kept running.
@@ -93,16 +93,16 @@ def serve(
             run.run()
     except ChorusError:
         if log is not None and log.stat().st_size == 0:
-            log.unlink()  # else it says why the engine failed
+            log.unlink()  # a log with content shows why the engine failed
         raise
     if log is not None and not run.num_restarts:
         log.unlink()
 
 
 def load(directory: Path, *, with_weights: bool = True) -> Population:
-    """The population, checked file by file before anything is started, under uniform tiers if none were fitted.
+    """The population, each file checked before anything starts; with uniform tiers if none were fitted.
 
-    Engines that others run check their own files when they load them: without `with_weights` the manifest alone is needed.
+    Without `with_weights` only the manifest is checked: engines that others run check their own files when they load them.
 
     Raises:
         ChorusError: it cannot be served.
@@ -114,18 +114,18 @@ def load(directory: Path, *, with_weights: bool = True) -> Population:
 
 
 def max_num_seqs(engine_arguments: Sequence[str]) -> int | None:
-    """How many sequences an engine with these arguments runs at once; None if they do not say."""
+    """How many sequences an engine with these arguments runs at once; None if the arguments do not set it."""
     parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--max-num-seqs", "--max_num_seqs", type=int)
     try:
         found: int | None = parser.parse_known_args(engine_arguments)[0].max_num_seqs
     except argparse.ArgumentError:
-        return None  # the engine will say what is wrong
+        return None  # the engine reports the error
     return found
 
 
 class Run:
-    """One run of the server, from the first line on the console to the last."""
+    """One run of the server and its console output."""
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ class Run:
         )
 
     def run(self) -> None:
-        """Serve until told to stop.
+        """Serve until stopped.
 
         Raises:
             ChorusError: the engine cannot be kept running.
@@ -178,7 +178,7 @@ class Run:
 
     @property
     def num_restarts(self) -> int:
-        """How often an engine of our own ended while it should have served."""
+        """How often our own engine exited while it should have been serving."""
         return sum(engine.num_restarts for engine in self._gateway.pool.engines)
 
     def _on_up(self, engine_url: str, start_s: float | None) -> None:
@@ -196,7 +196,7 @@ class Run:
 
 
 class _Server(uvicorn.Server):
-    """Ends normally after a signal; uvicorn would raise the signal again, and SIGTERM would look like a crash."""
+    """A server that exits normally after a signal. uvicorn raises the signal again, so that SIGTERM would look like a crash."""
 
     def __init__(self, gateway: Gateway, drain: Drain, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -204,7 +204,7 @@ class _Server(uvicorn.Server):
         self._drain = drain
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """SIGTERM drains; SIGINT, or a second signal, does not wait."""
+        """SIGTERM waits for the drain delay; SIGINT or a second signal does not."""
         if sig != signal.SIGTERM or self._gateway.is_draining or not self._drain.delay_s:
             self._gateway.is_draining = True
             super().handle_exit(sig, frame)
@@ -225,8 +225,9 @@ class _Server(uvicorn.Server):
 
 
 def _spare_collector() -> None:
-    """Let the garbage collector look at what requests leave behind, not again and again at all modules: that took a tenth of a busy
-    gateway's time.
+    """Freeze what is loaded now, so that the garbage collector scans only what requests create.
+
+    Scanning all modules again and again took a tenth of a busy gateway's time.
     """
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""Logs as text, or as lines of JSON for whoever collects them. What others sent cannot look like a line of ours in either."""
+"""Log formats: text, or one JSON object per line for log collectors. In neither can text from clients forge a log line."""
 
 import json
 import logging
@@ -10,10 +10,10 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class TextFormatter(logging.Formatter):
-    """Time and message. Control characters are escaped, and further lines (of a traceback) are indented."""
+    """Time and message. Control characters are escaped; the lines of a traceback are indented."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line, and more for a traceback."""
+        """One line, then the lines of a traceback if there is one."""
         first = f"{self.formatTime(record)} {_escape(record.getMessage())}"
         more = [self.formatException(record.exc_info)] if record.exc_info else []
         more += [self.formatStack(record.stack_info)] if record.stack_info else []
@@ -21,7 +21,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """Time (UTC), level, logger and message, and the `fields` that a call gave as `extra`."""
+    """Time (UTC), level, logger, message, and the `fields` passed in `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
@@ -39,7 +39,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(*, as_json: bool, is_verbose: bool) -> None:
-    """Log to standard error: as text only what needs attention, unless verbose; as JSON every request, too."""
+    """Log to standard error. Text contains only warnings and errors unless verbose; JSON contains every request too."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
     logging.basicConfig(level=logging.INFO if is_verbose or as_json else logging.WARNING, handlers=[handler])

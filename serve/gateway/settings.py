@@ -1,4 +1,4 @@
-"""What a gateway is told when it starts."""
+"""The settings of a gateway, checked when they are made."""
 
 import re
 from dataclasses import dataclass, field
@@ -18,48 +18,48 @@ _MIN_AUXILIARY_BYTES = 256 * 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A gateway for one population."""
+    """Settings of a gateway for one population."""
 
     population: Population
-    """With at least one tier."""
+    """The population to serve, with at least one tier."""
     default_tier_name: str | None = None
-    """Tier of requests that ask for none; the largest if None."""
+    """Tier of requests that name none; the largest if None."""
     manifest: LiveManifest | None = None
-    """Where a prior fitted again appears; None keeps the tiers as they are."""
+    """The manifest on disk, reread when a prior is refitted; None keeps the tiers fixed."""
     directory: Path | None = None
-    """The population's directory, where a prior that another gateway published is written; None ignores those."""
+    """The population's directory, to which priors published by other gateways are written; None ignores them."""
     engine: Supervision | str | tuple[str, ...]
-    """An engine to run and watch over, or where others run theirs: addresses, `dns+http://NAME:PORT` for every address behind a
-    name, or `redis` for those that gateways announced there."""
+    """An engine to start and supervise, or where others run theirs: addresses, `dns+http://NAME:PORT` for every address behind a
+    name, or `redis` for the engines that gateways announced there."""
     keys: Keys = field(default_factory=Keys)
-    """Who may ask for what."""
+    """API keys and their rights."""
     redis: str | None = None
-    """Address of the Redis that replicas share; None keeps everything in memory."""
+    """Address of the Redis that gateways share; None keeps everything in memory."""
     discovery_interval_s: float = 5.0
-    """Time between two looks for engines that came or went, and for what replicas share."""
+    """Seconds between two discoveries of engines. State is shared with other gateways twice as often."""
     otlp_traces_endpoint: str | None = None
-    """Where traces go, in OTLP over HTTP; None makes none."""
+    """Address to which traces are sent, in OTLP over HTTP; None disables tracing."""
     echo_part: float = 0.0
-    """Part of the requests whose prompt's loss is measured, in moments in which an engine has nothing else to do."""
+    """Fraction of requests whose prompt's loss is measured while an engine is idle."""
     limits: Limits = field(default_factory=Limits)
-    """How much is taken on at once."""
+    """Limits of admission."""
     calibrates: bool = True
-    """Whether a few short requests of our own tell how long an engine takes, when it begins to answer."""
+    """Whether a few short requests measure how long an engine takes when it comes up."""
     stall_timeout_s: float = 60.0
-    """Longest silence without a reason (see `life`): of an engine with work, which then counts as gone, and of a stream."""
+    """Longest unexplained silence in seconds (see `life`): of a stream, or of an engine with work, which then counts as frozen."""
     max_body_bytes: int = 2 * 2**20
-    """Longest request body, also after decoding; longer ones get 413. The worst 2 MiB take a third of a second to read,
-    in which nobody else is answered."""
+    """Most bytes of a request body, also after decoding; longer ones get 413. The worst 2 MiB take a third of a second to parse,
+    which blocks all other requests."""
     max_bodies_bytes: int = 64 * 2**20
-    """What bodies that are still being read may hold together."""
+    """Most bytes held by all bodies that are being read."""
     body_timeout_s: float = 60.0
-    """Longest time from a request's head to the end of its body."""
+    """Most seconds from a request's head to the end of its body."""
     allow_origins: tuple[str, ...] = ()
-    """Origins whose pages may call the API from a browser (CORS); `*` for all."""
+    """Origins whose pages may call the API from a browser (CORS); `*` allows all."""
     probe_interval_s: float = 1.0
-    """Time between two looks at the engine's health."""
+    """Seconds between two health probes of an engine."""
     probe_timeout_s: float = 15.0
-    """An engine that does not answer a look for this long counts as down. A busy one takes its time."""
+    """Seconds after which an unanswered probe marks an engine as down; long, because a busy engine answers slowly."""
 
     def __post_init__(self) -> None:
         for origin in self.allow_origins:
@@ -85,19 +85,19 @@ class Settings:
 
     @property
     def max_auxiliary_bytes(self) -> int:
-        """Longest body of a request beside completions: more than fits a context as text or as token ids."""
+        """Most bytes of an auxiliary request's body: more than a full context takes as text or as token ids."""
         return min(self.max_body_bytes, max(_MIN_AUXILIARY_BYTES, 8 * self.population.context_length))
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Where others run engines; empty if there is one of our own."""
+        """Where others run engines; empty if the gateway runs its own."""
         if isinstance(self.engine, Supervision):
             return ()
         return (self.engine,) if isinstance(self.engine, str) else self.engine
 
     @property
     def default_tier(self) -> Tier:
-        """Tier of requests that ask for none."""
+        """Tier of requests that name none."""
         if self.default_tier_name is None:
             return default_tier(self.population)
         return self.population.tier(self.default_tier_name)

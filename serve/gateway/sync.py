@@ -1,4 +1,4 @@
-"""What a gateway says and hears in the shared store while it runs: its engine, what it learned, and the live prior."""
+"""Sharing with other gateways through the store: our own engine's address, learned engine times, and the live prior."""
 
 import asyncio
 import logging
@@ -17,13 +17,13 @@ from chorus.serve.gateway.shared.store import Store
 logger = logging.getLogger(__name__)
 
 _MOST_FITS = 1000
-"""So many versions may be fitted while a gateway looks away; a later one was not counted up."""
+"""Most versions by which a published prior may be ahead of ours; one further ahead is rejected as invalid."""
 
 
 async def share(
     store: Store, pool: Pool, current: Callable[[], Population], directory: Path | None, *, interval_s: float
 ) -> None:
-    """Share until cancelled."""
+    """Share every `interval_s` seconds until cancelled. Failures are logged and retried."""
     said: dict[str, int] = {}
     while True:
         try:
@@ -35,13 +35,13 @@ async def share(
                     said[engine.url] = engine.model.count
                     await store.save_model(engine.url, engine.model.state())
             await _agree_on_prior(store, current(), directory)
-        except Exception:  # whatever it is, it must not end the sharing
+        except Exception:  # no failure may end the sharing
             logger.exception("sharing with other gateways failed, and is tried again")
         await asyncio.sleep(interval_s)
 
 
 async def seed(store: Store, engine: Engine) -> bool:
-    """Begin with what other gateways learned about an engine; whether they had learned anything."""
+    """Restore what other gateways learned about an engine. Returns whether its expected times are known now."""
     state = await store.load_model(engine.url)
     if state is None:
         return False
@@ -54,9 +54,9 @@ async def seed(store: Store, engine: Engine) -> bool:
 
 
 async def _agree_on_prior(store: Store, ours: Population, directory: Path | None) -> None:
-    """The newest prior wins. It is written where the engine and the offer look for it, and nothing else needs to be told.
+    """Publish our prior if it is the newest; else write the newer one to `directory`, where the engine and the offer reload it.
 
-    Only what a fit decides is taken over, never what is on disk. What no gateway of this population can use is replaced.
+    Only the fields that a fit sets are taken over. A published prior that this population cannot use is replaced by ours.
     """
     live = await store.live_prior()
     if live is None or live[0] < ours.prior_version:

@@ -1,1 +1,1 @@
-"""`chorus bench`: load on a gateway and what became of it."""
+"""`chorus bench`: a load test of a gateway."""

@@ -1,4 +1,4 @@
-"""`chorus bench`: load on a gateway, and what became of it. Nothing heavy is imported until the command runs."""
+"""`chorus bench`: a load test of a gateway. Heavy modules are imported only when the command runs."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from chorus.population.manifest import DECODINGS
 
 
 def _mix(text: str) -> tuple[tuple[str | None, float], ...]:
-    """`economy=1,max=3`, or names alone; `default` asks for no tier."""
+    """Tiers and shares from `economy=1,max=3`, or names alone; `default` stands for no tier."""
     found: list[tuple[str | None, float]] = []
     for part in text.split(","):
         name, _, share = part.partition("=")

@@ -1,4 +1,4 @@
-"""Load on a gateway by a chosen arrival process: when requests are sent, what they ask for, and what became of each."""
+"""Sends load to a gateway by a chosen arrival process, and records the outcome of each request."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ from chorus.population.manifest import Decoding
 
 Arrivals = Literal["poisson", "constant", "bursty"]
 _BURST = 8
-"""Requests that come together in bursty arrivals; the bursts themselves are a Poisson process."""
+"""Requests per burst in bursty arrivals; the bursts are a Poisson process."""
 _WORDS = (
     "def",
     "class",
@@ -35,23 +35,23 @@ _WORDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to send."""
+    """The load to send."""
 
     url: str
     arrivals: Arrivals = "poisson"
     rate_per_s: float | None = None
-    """Mean arrivals per second; None for a closed loop of `num_streams`."""
+    """Mean arrivals per second; None for a closed loop of `num_streams` concurrent streams."""
     num_streams: int = 16
     duration_s: float = 30.0
     tiers: tuple[tuple[str | None, float], ...] = ((None, 1.0),)
-    """Tiers to ask for with their shares; None asks for none."""
+    """Tiers and their shares of the requests; None stands for no tier."""
     budgets_ms: tuple[float | None, ...] = (None,)
-    """Time budgets, of which each request gets one at random."""
+    """Time budgets in milliseconds; each request gets one at random. None is no budget."""
     tells_budget: bool = True
-    """Whether requests carry their budget; else answers are only judged by it."""
+    """Whether requests carry their time budget; else it only serves to judge the answers."""
     on_deadline: str = "degrade"
     decoding: Decoding | None = None
-    """How tokens are to be computed; None leaves it to the gateway."""
+    """Decoding of the requests; None leaves it to the gateway."""
     max_tokens: int = 64
     prompt_words: int = 12
     streams: bool = True
@@ -62,10 +62,10 @@ class Plan:
 
 @dataclass(kw_only=True)
 class Sent:
-    """One request and what became of it. Times in seconds from its sending."""
+    """One request and its outcome. Times are in seconds from its sending."""
 
     at_s: float
-    """From the begin of the run."""
+    """Seconds from the start of the run."""
     budget_s: float | None
     tier_asked: str | None
     status: int = 0
@@ -75,7 +75,7 @@ class Sent:
     total_s: float = 0.0
     tokens: int = 0
     members_per_token: list[tuple[int, int]] = field(default_factory=list)
-    """Numbers of members and of the tokens that had so many, where the answer says so."""
+    """Pairs of a number of members and the number of tokens that had it, if the answer reports that."""
     retry_after_s: int | None = None
     error: str | None = None
 
@@ -86,12 +86,12 @@ class Sent:
 
     @property
     def is_in_time(self) -> bool:
-        """Whether it was answered within its budget, if it had one."""
+        """Whether it was answered in full, and within its budget if it had one."""
         return self.is_served and (self.budget_s is None or self.total_s <= self.budget_s)
 
 
 def arrivals(kind: Arrivals, rate_per_s: float, duration_s: float, dice: random.Random) -> Iterator[float]:
-    """Times of arrival in seconds, in order."""
+    """Arrival times in seconds, ascending."""
     at_s = 0.0
     while True:
         match kind:
@@ -110,7 +110,7 @@ def arrivals(kind: Arrivals, rate_per_s: float, duration_s: float, dice: random.
 
 
 async def run(plan: Plan) -> list[Sent]:
-    """Send what is planned and wait for every answer."""
+    """Send the load and wait for every answer."""
     dice = random.Random(plan.seed)
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3)
     async with aiohttp.ClientSession(

@@ -1,4 +1,4 @@
-"""What a load test found: who was served, in time, at what quality, and how long it took."""
+"""Summary of a load test: requests served and in time, quality, and latency."""
 
 import math
 import statistics
@@ -15,9 +15,9 @@ _PERCENTILES = (50, 90, 95, 99)
 def summarise(sent: Sequence[Sent], cards: dict[str, dict[str, Any]], duration_s: float) -> dict[str, Any]:
     """Figures of a run. `cards` are the `population` objects of the tiers' model cards, by tier.
 
-    attainment: of the requests that were admitted (not answered with 429), those answered in full within their budget.
-    goodput: requests and tokens per second of those. quality-weighted goodput: its tokens, each weighted by
-    exp(best loss - loss of the mixture that gave it), which is the ratio of perplexities on the test split.
+    attainment: the fraction of admitted requests (not answered with 429) that were answered in full within their budget.
+    goodput: requests and tokens per second of those. quality-weighted goodput: the same tokens, each weighted by
+    exp(best loss - loss of its mixture), which is the ratio of perplexities on the test split.
     """
     admitted = [each for each in sent if each.status != 429]
     in_time = [each for each in sent if each.is_in_time]

@@ -1,6 +1,6 @@
-"""How long answers are whose requests do not say: a quantile of what such requests generated lately, tenant by tenant.
+"""Expected answer lengths of requests without a `max_tokens`: a quantile of recent lengths, per tenant.
 
-A chat without `max_tokens` may fill the context, and almost none does. Planned as if it did, it would get the smallest tier
+A chat without `max_tokens` could fill the context, but almost none does. Planned for a full context, it would get the smallest tier
 whenever it has a time budget.
 """
 
@@ -11,35 +11,35 @@ from chorus.serve.gateway.request.size import Size
 
 QUANTILE = 0.9
 PRIOR_TOKENS = 512
-"""What is expected where nothing is known: most answers of chat models are shorter."""
+"""Length expected before any answer was seen; most answers of chat models are shorter."""
 _ENOUGH = 10
-"""The prior stands in for each answer that is missing to so many."""
+"""With fewer answers than this, `PRIOR_TOKENS` fills in for the missing ones."""
 _REMEMBERED = 200
 _MOST_TENANTS = 4096
 
 
 class AnswerLengths:
-    """The lengths of one gateway's answers. No tenant learns from another: long answers of one would shrink others' tiers."""
+    """Recent answer lengths of one gateway, kept per tenant: one tenant's long answers must not shrink another's tiers."""
 
     def __init__(self) -> None:
         self._seen: OrderedDict[str, deque[int]] = OrderedDict()
 
     def expected(self, tenant: str) -> int:
-        """Tokens that nine of ten such answers stay below."""
+        """The `QUANTILE` of the tenant's recent answer lengths, in tokens."""
         seen = self._seen.get(tenant, deque[int]())
         lengths = sorted([*seen, *[PRIOR_TOKENS] * (_ENOUGH - len(seen))])
         return max(1, lengths[min(len(lengths) - 1, int(QUANTILE * len(lengths)))])
 
     def planned(self, size: Size, tenant: str) -> Size:
-        """The size to plan with: the answer as long as is expected, where the request names no length."""
+        """The size to plan with: if the request sets no length, its answer has the expected one."""
         if not size.is_open:
             return size
         return replace(size, max_tokens=min(size.max_tokens, self.expected(tenant)))
 
     def observe(self, size: Size, tenant: str, tokens: float, *, is_cut: bool = False) -> None:
-        """Learn from an answer of so many tokens in each sequence.
+        """Learn from an answer with `tokens` in each sequence.
 
-        One that was cut would have been longer: it counts as no less than is expected, as otherwise only short answers would teach.
+        A cut answer would have been longer, so it counts as at least the expected length; else the estimate would be biased low.
         """
         if not size.is_open:
             return

@@ -1,4 +1,4 @@
-"""Rates of a tenant: requests per second and tokens per minute, taken before a request is served and settled after it."""
+"""A tenant's rate limits: requests per second and tokens per minute, charged before a request is served and settled after it."""
 
 import asyncio
 import math
@@ -16,10 +16,10 @@ _LONGEST_WAIT_S = 24 * 3600
 
 @dataclass(kw_only=True)
 class Bill:
-    """What a request costs, filled in by those who serve it."""
+    """What a request used, filled in while it is served."""
 
     used: Usage | None = NO_USAGE
-    """What the engine computed so far; None while that cannot be known: then the charge stays as it was taken."""
+    """What the engine computed so far; None while that is unknown: the charge then stays as it was taken."""
 
 
 def _request_bucket(tenant: Tenant) -> Bucket | None:
@@ -33,10 +33,10 @@ def _token_bucket(tenant: Tenant) -> Bucket | None:
 
 
 async def take_request(store: Store, tenant: Tenant) -> None:
-    """Take a request from its tenant's rate of requests, before its body is read.
+    """Charge one request to its tenant's request rate, before its body is read.
 
     Raises:
-        ApiError: 429 with the time after which there is enough.
+        ApiError: 429 with the seconds to wait, if the rate is used up.
     """
     if (requests := _request_bucket(tenant)) and (wait_s := await store.take(requests, 1.0)):
         raise _too_many(f"{tenant.requests_per_s:g} requests per second", wait_s)
@@ -44,12 +44,12 @@ async def take_request(store: Store, tenant: Tenant) -> None:
 
 @asynccontextmanager
 async def charged(store: Store, tenant: Tenant, tokens: float) -> AsyncIterator[Bill]:
-    """Take tokens from the tenant's rate, and settle them to the bill's `used` however the request ends.
+    """Charge `tokens` to the tenant's token rate, and settle them to the bill's `used`, however the request ends.
 
-    A request may ask for more than the burst: it takes the burst, and what it used beyond that is a debt.
+    A request with more tokens than the burst is charged the burst; what it uses beyond that becomes a debt.
 
     Raises:
-        ApiError: 429 with the time after which there is enough.
+        ApiError: 429 with the seconds to wait, if the rate is used up.
     """
     bucket, taken = _token_bucket(tenant), 0.0
     if bucket:

@@ -1,1 +1,1 @@
-"""The HTTP API: routes, how requests are read, the OpenAPI document, the playground."""
+"""The HTTP API: routes, request reading, the OpenAPI document and the playground."""

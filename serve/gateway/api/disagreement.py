@@ -1,7 +1,7 @@
 """How much the members of a tier disagree about each token of a text.
 
-Each member is asked alone for its log-probabilities of the text, through an echoed prompt: of a text that the tier has just written
-most is in the members' caches.
+One request per member returns its log-probabilities of the text as an echoed prompt. If the tier has just generated the text, most
+of it is in the members' caches.
 
 M members, N tokens
 """
@@ -26,14 +26,14 @@ from chorus.serve.gateway.transport.disconnects import cancel
 T = TypeVar("T")
 
 _LOWEST = -1e4
-"""Stands for the logarithm of nothing, which JSON has no number for."""
+"""Stands for log 0, which JSON cannot represent."""
 
 
 def jensen_gaps(log_p_MN: list[list[float]], weights_M: list[float]) -> list[float]:
-    """log sum_m w_m p_m - sum_m w_m log p_m of each token (N), in nats, at least 0: by how much mixing beats its members there.
+    """log sum_m w_m p_m - sum_m w_m log p_m of each token (N), in nats, at least 0: the gain of mixing at that token.
 
-    Zero where all members give the token the same probability. Its mean over a text is the members' mean loss less the loss of
-    their linear mixture (the ambiguity of Krogh and Vedelsby 1995, for the logarithmic loss).
+    Zero where all members assign the token the same probability. Its mean over a text is the members' mean loss minus the loss of
+    their linear pool (the ambiguity of Krogh and Vedelsby 1995, for the log loss).
     """
     gaps = []
     for log_p_M in zip(*log_p_MN, strict=True):
@@ -47,10 +47,10 @@ def jensen_gaps(log_p_MN: list[list[float]], weights_M: list[float]) -> list[flo
 
 
 def size_of(call: Call) -> Size:
-    """What is computed for a call, as one prompt for each member of its tier.
+    """The size of a call that runs its prompt once for each member of its tier.
 
     Raises:
-        ApiError: the prompt is something else than token ids.
+        ApiError: the prompt is not a list of token ids.
     """
     num_members = len(call.choice.tier.members)
     return Size(
@@ -62,12 +62,12 @@ def size_of(call: Call) -> Size:
 
 
 async def find(call: Call, context: RequestContext, bill: Bill) -> dict[str, Any]:
-    """The gaps of a prompt of token ids, under the tier that the call asks for; the first token has none.
+    """The gaps of a prompt of token ids, at the call's tier; None for the first token.
 
-    Takes its turn among the requests, and is charged as so many prompts as the tier has members.
+    Admitted like other requests, and charged as one prompt per member of the tier.
 
     Raises:
-        ApiError: the prompt is something else than token ids, or as `Relay`.
+        ApiError: the prompt is not a list of token ids, or as `Relay`.
     """
     tokens, tier = _token_ids(call), call.choice.tier
     size = size_of(call)
@@ -91,7 +91,7 @@ async def find(call: Call, context: RequestContext, bill: Bill) -> dict[str, Any
 
 
 async def _together(asked: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """All answers; if one fails, the others are not waited for."""
+    """All results; if one fails, the others are cancelled."""
     tasks = [asyncio.ensure_future(each) for each in asked]
     try:
         return await asyncio.gather(*tasks)
@@ -115,7 +115,7 @@ def _token_ids(call: Call) -> list[int]:
 async def _ask(context: RequestContext, engine: Engine, member: str, tokens: list[int]) -> list[float]:
     """A member's log-probabilities of all tokens but the first.
 
-    An engine takes prompts shorter than its context only, so the last token is not echoed but generated, as the only one allowed.
+    The last token is generated, as the only one allowed, rather than echoed: a prompt must be shorter than the engine's context.
     """
     body = {
         "model": context.offer.population.name,

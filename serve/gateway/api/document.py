@@ -1,7 +1,7 @@
-"""The OpenAPI document: what routes take and answer, in the words of the population that is on offer.
+"""The OpenAPI document: what routes accept and return, with the model and tier names of the population on offer.
 
-Bodies are read by `calls` and `assembly` as bytes, so FastAPI cannot know their form; it is said here. What JSON Schema cannot say
-(that a model's name and a budget mean the same tier, that a prompt fits the context) is in docs/gateway.md.
+Routes read bodies as bytes, so FastAPI cannot derive their schemas; they are defined here. Constraints beyond JSON Schema (a
+model's name and a budget must name the same tier, a prompt must fit the context) are in docs/gateway.md.
 """
 
 from collections.abc import Callable
@@ -80,14 +80,14 @@ _CAUSES = {
     504: "The time budget cannot be kept, and the request wants to fail then; or an engine took too long.",
 }
 _EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
-"""The data is a part of the answer as JSON, or `[DONE]`."""
+"""A server-sent event, whose data is a part of the answer as JSON, or `[DONE]`."""
 _RETRY: Schema = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
 
 
 def answers(
     body: Schema, *statuses: int, streams: bool = False, error: Schema = _ERROR
 ) -> dict[int | str, dict[str, Any]]:
-    """What a route answers: `body` if all is well, else an `error` with one of `statuses`."""
+    """The responses of a route: `body` with 200, else an `error` with one of `statuses`."""
     content: Schema = {"application/json": {"schema": body}}
     if streams:
         content["text/event-stream"] = {"schema": _EVENT}
@@ -100,9 +100,10 @@ def answers(
 
 
 def takes(own: Schema, *, required: str | None = None, engines: dict[str, str] | None = None) -> dict[str, Any]:
-    """The description of a body that a route reads itself, so that its bytes pass with little work.
+    """The request body of a route that reads its bytes itself, to avoid the cost of FastAPI's parsing.
 
-    `own` are the fields of this route beside those that all have; `engines` the engine's, which checks them, with a word on each.
+    `own` are the schemas of the route's own fields; `engines` describes the fields that the engine checks, by name. With `engines`
+    the gateway's fields are included, else only `model`.
     """
     known = _without_references(CallFields.model_json_schema())["properties"] if engines else {}
     known |= {
@@ -119,7 +120,7 @@ def takes(own: Schema, *, required: str | None = None, engines: dict[str, str] |
 
 
 def describe(app: FastAPI, offer: Callable[[], Offer], *, keys_are_needed: bool) -> None:
-    """Make `app`'s document that of what is on offer when it is asked for."""
+    """Make `app`'s document describe what is on offer at the time of each request."""
 
     def document() -> dict[str, Any]:
         found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
@@ -219,7 +220,7 @@ def _answer() -> Schema:
 
 
 ANSWER = _answer()
-"""A completion or a chat's answer."""
+"""A completion or a chat completion."""
 MODELS = _object({"object": {"type": "string", "const": "list"}, "data": {"type": "array", "items": _MODEL}})
 MODEL = _MODEL
 TOKENS = _object({"tokens": {"type": "array", "items": {"type": "integer"}}})
@@ -234,7 +235,7 @@ DISAGREEMENT = _object(
         "logprobs": {"type": "array", "items": _NUMBERS},
     }
 )
-"""What mixing gains at each token, and each member's log-probability of it."""
+"""The gain of mixing at each token, and each member's log-probability of it."""
 PROMPT: Schema = {
     "anyOf": [
         {"type": "string", "minLength": 1},
@@ -271,7 +272,7 @@ ANTHROPIC_ERROR = _object(
 
 
 def _without_references(schema: Any) -> Any:
-    """Pydantic's schema without its own definitions, which nothing in the document could find: they all mean any JSON."""
+    """Pydantic's schema with its references replaced by {}: they all stand for any JSON, and would not resolve in the document."""
     if isinstance(schema, list):
         return [_without_references(each) for each in schema]
     if not isinstance(schema, dict):

@@ -1,4 +1,4 @@
-"""Every failure of the app as an answer in the shape of its API: ours, the router's, the framework's and the unforeseen."""
+"""Exception handlers: every failure becomes an error in the format of the route's API."""
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -10,7 +10,7 @@ from chorus.serve.gateway.request.errors import CLIENT_CLOSED_REQUEST, ApiError,
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Answer every failure of `app` in OpenAI's shape: ours, the router's, the framework's and the unforeseen."""
+    """Answer our errors, the router's, the framework's and unexpected exceptions in the format of the route's API."""
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)

@@ -1,4 +1,4 @@
-"""The pages at `/` and `/docs`: files beside this module, sent with headers that let nothing else in."""
+"""The pages at `/` and `/docs`: files from `page/`, with headers that forbid content from other origins."""
 
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ async def index() -> Response:
 
 @router.get("/docs")
 async def docs() -> Response:
-    """The API, as the OpenAPI document describes it."""
+    """The API's documentation, drawn from the OpenAPI document."""
     return _file("docs.html")
 
 

@@ -1,4 +1,4 @@
-"""The gateway's routes."""
+"""The gateway's HTTP routes."""
 
 import re
 from collections.abc import Callable, Coroutine
@@ -23,7 +23,7 @@ from chorus.serve.gateway.request.tiers import tiers_between
 
 
 class _Direct(APIRoute):
-    """A route that hands its function the request as it came: nothing to resolve, nothing to check, a response comes back."""
+    """A route that calls its function with the raw request, without FastAPI's dependency resolution and validation."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
@@ -37,7 +37,7 @@ router = APIRouter()
 _ENGINE_ERRORS = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 502, 503, 504)
 _TOKEN_ERRORS = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 502, 503, 504)
 _COUNT = re.compile(rb'"count"\s*:\s*(\d{1,15})')
-"""How many tokens an engine cut a text into."""
+"""The number of tokens in an engine's /tokenize answer."""
 
 
 async def _relay(path: str, request: Request, kind: Kind) -> Response:
@@ -97,7 +97,7 @@ async def chat(request: Request) -> Response:
     tags=["OpenAI"],
 )
 async def respond(request: Request) -> Response:
-    """Answer in the form of OpenAI's Responses. Nothing is stored: a conversation is sent whole."""
+    """Answer in the format of OpenAI's Responses. Nothing is stored: send the whole conversation each time."""
     return await _relay("/v1/responses", request, "responses")
 
 
@@ -108,7 +108,7 @@ async def respond(request: Request) -> Response:
     tags=["Anthropic"],
 )
 async def message(request: Request) -> Response:
-    """Answer in the form of Anthropic's Messages."""
+    """Answer in the format of Anthropic's Messages."""
     return await _relay(MESSAGES, request, "messages")
 
 
@@ -119,7 +119,7 @@ async def message(request: Request) -> Response:
     tags=["Anthropic"],
 )
 async def count_tokens(request: Request) -> Response:
-    """How many tokens a message's conversation is."""
+    """Count the tokens of a conversation."""
     return await _forward(f"{MESSAGES}/count_tokens", request)
 
 
@@ -146,7 +146,7 @@ async def show_disagreement(request: Request) -> dict[str, Any]:
     tags=["tokens"],
 )
 async def tokenize(request: Request) -> Response:
-    """Cut a text or a conversation into the tokens that all members share."""
+    """Tokenize a text or a conversation with the tokenizer that all members share."""
     return await _forward("/tokenize", request)
 
 
@@ -157,7 +157,7 @@ async def tokenize(request: Request) -> Response:
     tags=["tokens"],
 )
 async def detokenize(request: Request) -> Response:
-    """Join tokens into text."""
+    """Convert token ids to text."""
     return await _forward("/detokenize", request)
 
 
@@ -169,7 +169,7 @@ async def list_models(request: Request) -> dict[str, Any]:
 
 @router.get("/v1/models/{model}", responses=document.answers(document.MODEL, 401, 403, 404, 422), tags=["OpenAI"])
 async def show_model(model: str, request: Request) -> dict[str, Any]:
-    """One of them."""
+    """One model: the population or a tier."""
     cards = offer_for(request).cards
     if model not in cards:
         raise ApiError(
@@ -183,13 +183,13 @@ async def show_model(model: str, request: Request) -> dict[str, Any]:
 
 @router.get("/health", tags=["operation"])
 async def health() -> dict[str, str]:
-    """Whether this process lives."""
+    """Liveness: 200 while the process runs."""
     return {"status": "ok"}
 
 
 @router.get("/ready", responses=document.answers({"type": "object"}, 503), tags=["operation"])
 async def ready(request: Request) -> dict[str, str]:
-    """Whether requests should come here: 503 while no engine answers, and from when the gateway was told to stop."""
+    """Readiness: 503 while no engine is up, and once the gateway is stopping."""
     gateway = gateway_of(request)
     if gateway.is_draining:
         raise unavailable("this gateway is about to stop; another should be asked.", retry_after_s=1)
@@ -200,7 +200,7 @@ async def ready(request: Request) -> dict[str, str]:
 @router.post("/ping", include_in_schema=False)
 @router.get("/ping", responses=document.answers({"type": "object"}, 503), tags=["operation"])
 async def ping(request: Request) -> dict[str, str]:
-    """The same, by the name that SageMaker has for it."""
+    """The same as /ready, under SageMaker's name for it."""
     return await ready(request)
 
 
@@ -212,7 +212,7 @@ async def metrics(request: Request) -> Response:
 
 @router.get("/version", tags=["operation"])
 async def version(request: Request) -> dict[str, str | int]:
-    """What runs here."""
+    """The versions of chorus and of the prior, and the population's name."""
     gateway = gateway_of(request)
     return {
         "version": chorus_version(),

@@ -1,4 +1,4 @@
-"""Routes of OpenAI, Anthropic or vLLM that a population does not serve, and why: a client that asks for one is told what to use."""
+"""Routes of OpenAI, Anthropic and vLLM that the gateway does not serve: the reason, and what to use instead."""
 
 _POOLING = (
     "a population's members are mixed in their next-token distributions, and the vectors or scores of several models have no such "
@@ -58,7 +58,7 @@ _WHY = {
 
 
 def why_unserved(path: str) -> str | None:
-    """Why there is no such route, and what to use; None where that is not known of it."""
+    """Why the gateway does not serve `path`, and what to use instead; None for an unknown path."""
     parts = path.rstrip("/").split("/")
     candidates = ("/".join(parts[:length]) for length in range(len(parts), 1, -1))
     return next((_WHY[each] for each in candidates if each in _WHY), None)

@@ -1,1 +1,1 @@
-"""What operators see: a record of each request, metrics, traces, drift."""
+"""Observability: a record of each request, metrics, traces, drift."""

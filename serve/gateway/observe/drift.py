@@ -1,8 +1,8 @@
-"""What the mixture makes of the text that clients send: on a sample of requests, the loss of the prompt at the tier that served it.
+"""Loss on live prompts: for a sample of requests, the mean loss of the prompt at the tier that served it.
 
-Beside the test losses in the manifest this shows drift: traffic that the members were not trained for, or a prior that no longer
-fits. Prompts are asked for again with their log-probabilities, one at a time, only while an engine has nothing else to do; what
-cannot be asked soon is forgotten. Nothing but the loss is kept.
+Compared with the manifest's test losses it shows drift: traffic unlike the training data, or a prior that no longer fits. Sampled
+prompts are sent again for their log-probabilities, one at a time and only to an idle engine; a sample that finds none in time is
+discarded. Only the loss is kept.
 """
 
 import asyncio
@@ -30,12 +30,12 @@ _MOST_WAITING = 8
 _LOOK_S = 0.1
 _PATIENCE_S = 30.0
 _INPUT = ("model", "prompt", "messages", "tools", "chat_template", "chat_template_kwargs", "add_special_tokens")
-"""Fields that say what the members read. The others are about what they write."""
+"""Fields of a request that determine the prompt. The others are about the answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A prompt to be asked for again."""
+    """A prompt whose loss is to be measured."""
 
     path: str
     call: Call
@@ -44,7 +44,7 @@ class Sample:
 
 
 class DriftSampler:
-    """Draws requests at random, and asks for their prompts again in quiet moments."""
+    """Samples requests at random and measures the loss of their prompts while an engine is idle."""
 
     def __init__(self, pool: Pool, part: float, observe: Callable[[str, float], None]) -> None:
         self._pool = pool
@@ -53,7 +53,7 @@ class DriftSampler:
         self._waiting: asyncio.Queue[Sample] = asyncio.Queue(_MOST_WAITING)
 
     def draw(self, echo: Sample) -> None:
-        """A request was answered: perhaps it is taken as a sample."""
+        """Queue an answered request with probability `part`, if it has one sequence and the queue has room."""
         if (
             self._part
             and random.random() < self._part
@@ -63,7 +63,7 @@ class DriftSampler:
             self._waiting.put_nowait(echo)
 
     async def keep(self, session: aiohttp.ClientSession, is_busy: Callable[[], bool]) -> None:
-        """Work until cancelled, while `is_busy` does not say that requests wait."""
+        """Measure samples until cancelled, while not `is_busy`, which is true while requests wait for an engine."""
         while True:
             echo = await self._waiting.get()
             engine = await self._idle_engine(is_busy)
@@ -78,7 +78,7 @@ class DriftSampler:
                     self._observe(echo.tier.name, nats)
 
     async def _idle_engine(self, is_busy: Callable[[], bool]) -> Engine | None:
-        """An engine without any request, as soon as there is one; None if there was none for long."""
+        """An engine without requests, as soon as there is one; None if there is none for `_PATIENCE_S` seconds."""
         for _ in range(round(_PATIENCE_S / _LOOK_S)):
             idle = [each for each in self._pool.engines if each.is_up and not each.traffic.in_flight]
             if idle and not is_busy():
@@ -108,9 +108,9 @@ class DriftSampler:
 
 
 def mean_loss(answer: dict[str, Any]) -> float | None:
-    """Mean loss in nats over the tokens of the prompt after the first; None if there is none."""
+    """Mean loss in nats over the prompt's tokens after the first; None for a prompt of one token."""
     found = answer.get("prompt_logprobs") or answer["choices"][0]["prompt_logprobs"]
-    # Of each position the engine gives the token's own entry; the first has none.
+    # For each position the engine returns the entry of its own token; the first position has none.
     losses = [-float(next(iter(entry.values()))["logprob"]) for entry in found if entry]
     return sum(losses) / len(losses) if losses else None
 

@@ -1,4 +1,4 @@
-"""What Prometheus is told. Labels take their values from the manifest and the routes, so their number is bounded."""
+"""The gateway's Prometheus metrics. Label values come from the manifest, routes, keys and engines, so their number is bounded."""
 
 from collections.abc import Callable, Iterator
 
@@ -15,7 +15,7 @@ from chorus.serve.gateway.observe.record import Record
 from chorus.serve.gateway.request.offer import Offer
 from chorus.serve.gateway.shared.store import Store
 
-# OpenTelemetry's semantic conventions for generative AI name these buckets for time to first token, per token, and duration.
+# The buckets of OpenTelemetry's semantic conventions for generative AI: time to first token, per token, and duration.
 _FIRST_TOKEN_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 _TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 _DURATION_BUCKETS_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
@@ -26,12 +26,12 @@ _LOSS_BUCKETS_NATS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5
 
 
 class Metrics:
-    """The gateway's metrics, in a registry of their own."""
+    """The gateway's metrics, in their own registry."""
 
     def __init__(
         self, pool: Pool, admission: Admission, offer: Callable[[], Offer], shared: Store | None = None
     ) -> None:
-        """`shared` is the store in Redis, where there is one."""
+        """`shared` is the store in Redis; None without one."""
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "chorus_gateway_requests",
@@ -149,15 +149,15 @@ class Metrics:
         )
 
     def count_background_failure(self) -> None:
-        """A task that runs beside the requests failed."""
+        """Count a failure of a background task."""
         self._background_failures.inc()
 
     def count_restart(self) -> None:
-        """An engine of our own was started again."""
+        """Count a restart of our own engine."""
         self._engine_restarts.inc()
 
     def observe_echo(self, tier: str, nats: float) -> None:
-        """Count a prompt that was asked for again, with its mean loss per token."""
+        """Record the mean loss per token of a sampled prompt."""
         self._echo_loss.labels(tier).observe(nats)
 
     def begin(self) -> None:
@@ -165,7 +165,7 @@ class Metrics:
         self._in_flight.inc()
 
     def observe(self, record: Record) -> None:
-        """Count an answered request, which `begin` counted before."""
+        """Count an answered request that `begin` counted before."""
         self._in_flight.dec()
         served = record.tier_served or "none"
         self._requests.labels(record.route, record.tier_asked or "none", served, str(record.status)).inc()
@@ -201,18 +201,18 @@ class Metrics:
             self._tenant_tokens.labels(record.tenant).inc(tokens)
 
     def text(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self._registry)
 
 
 class _Engines(Collector):
-    """The engines' state when it is asked for: those that went leave nothing behind."""
+    """Gauges of the engines, computed at each scrape, so that engines that are gone leave no series behind."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """One family for each fact, with the engine's address as label; `own` for the one that the gateway runs."""
+        """One family per gauge, labelled with the engine's address, or `own` for the engine that the gateway runs."""
         facts: dict[str, tuple[str, Callable[[Engine], float]]] = {
             "up": ("1 if the engine answers.", lambda engine: engine.is_up),
             "circuit_open": ("1 if it failed several requests in a row.", lambda engine: not engine.breaker.is_closed),
@@ -235,13 +235,13 @@ class _Engines(Collector):
 
 
 class _Losses(Collector):
-    """What each tier on offer was found to lose on held-out text."""
+    """Test loss of each tier on offer, from the manifest."""
 
     def __init__(self, offer: Callable[[], Offer]) -> None:
         self._offer = offer
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """One sample for each tier that was evaluated."""
+        """One sample per tier with a test loss."""
         text = "Test loss of the tier in nats per token, from the manifest."
         family = GaugeMetricFamily("chorus_gateway_tier_test_loss_nats", text, labels=["tier"])
         for tier in self._offer().population.tiers:

@@ -1,4 +1,4 @@
-"""What is noted about each request while it is answered, and the middleware that opens and closes these notes."""
+"""The record of each request, and the middleware that opens it, closes it and logs it."""
 
 import logging
 import re
@@ -21,42 +21,42 @@ _ACCEPTABLE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class Trace(Protocol):
-    """A request as a trace knows it."""
+    """The trace of one request."""
 
     def headers(self) -> dict[str, str]:
-        """What tells the engine to which span its own belong."""
+        """Headers for the engine, which make its spans children of this one."""
 
     def end(self, method: str, record: "Record") -> None:
-        """The request was answered, and this is what is known of it."""
+        """End the trace with the record of the answered request."""
 
 
 @dataclass(kw_only=True)
 class Record:
-    """One request, filled in by whoever learns a part of it."""
+    """One request, filled in by the modules that serve it."""
 
     request_id: str
     client: str | None = None
-    """Its address; as a trusted proxy tells, if one stands between."""
+    """Address of the client; behind a trusted proxy, the address that the proxy forwards."""
     route: str = "none"
     status: int = CLIENT_CLOSED_REQUEST
-    """Of the answer; if none was begun, the client left before."""
+    """HTTP status of the answer; 499 if the client left before one began."""
     tier_asked: str | None = None
     tier_served: str | None = None
     first_token_s: float | None = None
     usage: Usage | None = None
     tenant: str | None = None
     engine: str | None = None
-    """Address of the engine that it went to last."""
+    """Address of the engine that was tried last."""
     waited_s: float = 0.0
-    """In the queue."""
+    """Seconds in the queue."""
     budget_s: float | None = None
     is_deadline_met: bool | None = None
     """None if there was no deadline, or no answer."""
     is_truncated: bool = False
     is_shrunk: bool = False
-    """Whether it was served at a smaller tier than it asked for."""
+    """Whether it was served at a smaller tier than it requested."""
     num_drops: int = 0
-    """Members that left on the way, where the engine said so."""
+    """Members that were dropped, if the engine reports it."""
     is_broken: bool = False
     """Whether its stream ended with an error event."""
     trace: Trace | None = None
@@ -65,13 +65,13 @@ class Record:
 
     @property
     def token_s(self) -> float | None:
-        """Mean time per token after the first, of a stream that was complete."""
+        """Mean seconds per token after the first, of a complete stream; None if unknown or for fewer than two tokens."""
         if self.first_token_s is None or self.usage is None or self.usage.completion_tokens < 2:
             return None
         return (self.duration_s - self.first_token_s) / (self.usage.completion_tokens - 1)
 
     def fields(self, method: str) -> dict[str, object]:
-        """All of it for a log, without what is not known. No part of a body or a key is in it."""
+        """The known fields, for a log. They contain nothing of a body or a key."""
         known: dict[str, object] = {
             "request_id": self.request_id,
             "client": self.client,
@@ -96,12 +96,12 @@ class Record:
         return {name: value for name, value in known.items() if value is not None}
 
     def elapsed_s(self) -> float:
-        """Since the request's head arrived."""
+        """Seconds since the request's head arrived."""
         return time.perf_counter() - self.began_at
 
 
 class RecordMiddleware:
-    """Gives each request an id and a `Record` (`request.state.record`), and hands that to `observe` when it has been answered."""
+    """Gives each request an id and a `Record` (`request.state.record`), and passes the record to `observe` when it is answered."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class RecordMiddleware:
                 headers = MutableHeaders(scope=message)
                 headers[REQUEST_ID] = record.request_id
                 if self._is_draining():
-                    headers["connection"] = "close"  # the client's next request is to find another gateway
+                    headers["connection"] = "close"  # so that the client's next request goes to another gateway
             await send(message)
 
         self._begin()

@@ -1,6 +1,6 @@
-"""OpenTelemetry traces: a span for each request, which the engine's spans join. Imported only where traces are wanted.
+"""OpenTelemetry traces: one span per request, the parent of the engine's spans.
 
-Attributes are those of OpenTelemetry's conventions for HTTP and for generative AI, and `chorus.*` for what only we have.
+Attributes follow OpenTelemetry's conventions for HTTP and generative AI; `chorus.*` is for what these lack.
 """
 
 import time
@@ -14,13 +14,13 @@ _OPERATIONS = {"/v1/completions": "text_completion", "/v1/chat/completions": "ch
 
 
 class Tracing:
-    """Makes spans and sends them to a collector, in batches and from a thread of its own.
+    """Creates spans and sends them to a collector, in batches from a background thread.
 
-    `OTEL_TRACES_SAMPLER`, `OTEL_BSP_*` and the like are heeded.
+    `OTEL_TRACES_SAMPLER`, `OTEL_BSP_*` and similar variables apply.
     """
 
     def __init__(self, endpoint: str, *, population: str) -> None:
-        """`endpoint` is the whole address for traces in OTLP over HTTP, such as http://collector:4318/v1/traces.
+        """`endpoint` is the full address for traces in OTLP over HTTP, such as http://collector:4318/v1/traces.
 
         Raises:
             ChorusError: OpenTelemetry is not installed.
@@ -42,7 +42,7 @@ class Tracing:
         self._tracer = self._provider.get_tracer("chorus.serve.gateway")
 
     def begin(self, method: str, headers: Mapping[str, str]) -> Trace:
-        """A span for a request, below the one that its headers name."""
+        """A span for a request, a child of the span in its headers if there is one."""
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -51,7 +51,7 @@ class Tracing:
         return _Span(span, propagator)
 
     def close(self) -> None:
-        """Send what is left; may take some seconds."""
+        """Send the remaining spans; may take some seconds."""
         self._provider.shutdown()
 
 

@@ -1,1 +1,1 @@
-"""Sending a request to an engine and its answer to the client, with the gateway's additions."""
+"""Sends a request to an engine, and its answer, with the gateway's additions, to the client."""

@@ -1,4 +1,4 @@
-"""A whole answer put together from the events of a stream: what the engine would have answered at once, or as much as there is."""
+"""Assembles a stream's events into the whole answer that the engine would have sent without streaming, or a part of it if cut."""
 
 import json
 from typing import Any
@@ -9,7 +9,7 @@ _OBJECTS = {"chat.completion.chunk": "chat.completion"}
 
 
 class Assembly:
-    """Events in, one answer out."""
+    """Collects events and assembles them into one answer."""
 
     def __init__(self) -> None:
         self._head: dict[str, Any] = {}
@@ -17,13 +17,13 @@ class Assembly:
         self._usage: dict[str, Any] | None = None
 
     def feed(self, events: bytes) -> None:
-        """Take in whole events."""
+        """Add whole events."""
         for line in events.split(b"\n\n"):
             if line.startswith(b"data: {"):
                 self._take(json.loads(line[6:]))
 
     def answer(self, *, cut: Usage | None = None) -> bytes:
-        """The answer as JSON. If it is `cut`, having used so much, choices that have not ended end with finish_reason `length`."""
+        """The answer as JSON. If cut short, `cut` is its usage, and unfinished choices get finish_reason `length`."""
         choices = [self._choices[index] for index in sorted(self._choices)]
         for choice in choices:
             if cut is not None and choice.get("finish_reason") is None:
@@ -55,7 +55,7 @@ class Assembly:
 
 
 def empty_answer(model: str, *, is_chat: bool, num_choices: int, usage: Usage) -> bytes:
-    """What there is when the deadline comes before the first token."""
+    """The answer of a request whose deadline passes before its first token."""
     nothing: dict[str, Any] = {"message": {"role": "assistant", "content": ""}} if is_chat else {"text": ""}
     choices = [{"index": idx, **nothing, "logprobs": None, "finish_reason": "length"} for idx in range(num_choices)]
     body = {"object": "chat.completion" if is_chat else "text_completion", "model": model, "choices": choices}
@@ -63,14 +63,14 @@ def empty_answer(model: str, *, is_chat: bool, num_choices: int, usage: Usage) -
 
 
 def last_event(model: str, *, is_chat: bool, indices: list[int], like: dict[str, Any]) -> bytes:
-    """The event that ends a stream which is cut short; `like` holds what else its events carry (id, created)."""
+    """The event that ends a stream that is cut short; `like` holds the fields that its events share (id, created)."""
     nothing: dict[str, Any] = {"delta": {}} if is_chat else {"text": ""}
     choices = [{"index": idx, **nothing, "logprobs": None, "finish_reason": "length"} for idx in indices]
     return _event(model, is_chat=is_chat, like=like, choices=choices)
 
 
 def usage_event(model: str, *, is_chat: bool, usage: Usage, like: dict[str, Any]) -> bytes:
-    """The event after that one, where the client wants to know what the stream used."""
+    """The event after the last one, which reports usage, for clients that request it."""
     return _event(model, is_chat=is_chat, like=like, choices=[], usage=usage.as_json())
 
 
@@ -97,7 +97,7 @@ def _merge_message(message: dict[str, Any], delta: dict[str, Any]) -> None:
 
 
 def _joined(known: Any, more: Any) -> Any:
-    """Strings and lists grow, objects grow by key, anything else is replaced; null changes nothing."""
+    """Concatenate strings and lists, merge objects key by key, replace anything else; null changes nothing."""
     if more is None or known is None:
         return known if more is None else more
     if isinstance(known, str) and isinstance(more, str):

@@ -1,7 +1,7 @@
-"""Calibration: a few short requests to an engine that has just begun to answer, so that its first deadlines can be planned.
+"""Calibration: a few short requests to an engine that has just come up, so that its first deadlines can be planned.
 
-The smallest and the largest tier, alone and side by side, after a short and a longer prompt: enough to tell apart the costs of a
-step, a member, a row and a prompt. The first round only warms the engine up, which is slow at whatever it does for the first time.
+They use the smallest and the largest tier, alone and concurrently, with a short and a longer prompt: enough to separate the costs
+of a step, a member, a row and a prompt. The first round only warms up the engine, whose first requests are slow.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ _SIDE_BY_SIDE = (1, 1, 2, 4)
 
 
 async def calibrate(session: aiohttp.ClientSession, engine: Engine, population: Population) -> None:
-    """Fit the engine's expected times. After a failure, which is logged, its traffic has to."""
+    """Fit the engine's expected times. A failure is logged; the times are then learned from traffic."""
     small = min(population.tiers, key=lambda tier: tier.budget)
     large = max(population.tiers, key=lambda tier: tier.budget)
     lengths = (4, max(4, min(512, population.context_length - _TOKENS - 1)))
@@ -89,10 +89,10 @@ async def _send(
 
 
 def _call(population: Population, tier: Tier, prompt_tokens: int, *, is_warm_up: bool) -> Call:
-    # Ids that differ from request to request: what the prefix cache holds would look like a fast prefill.
+    # Token ids differ between requests: a hit in the prefix cache would look like a fast prefill.
     start = time.monotonic_ns() % population.vocab_size
     prompt: Sequence[int] = [(start + 7 * idx) % population.vocab_size for idx in range(prompt_tokens)]
     fields = {"prompt": prompt, "max_tokens": _TOKENS, "ignore_eos": True, "stream": True, "temperature": 0}
-    if is_warm_up:  # prompt log-probabilities have their own path in the engine, slow the first time (2 s on two cores)
+    if is_warm_up:  # the engine computes prompt log-probabilities separately, slowly the first time (2 s on two cores)
         fields |= {"echo": True, "logprobs": 1}
     return read_call(json.dumps({**fields, "budget": tier.name}).encode(), "completion", population, tier)

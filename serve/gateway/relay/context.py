@@ -1,4 +1,4 @@
-"""What a request needs on its way to an engine and back."""
+"""What the relay needs to serve one request."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from chorus.serve.gateway.shared.store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class RequestContext:
-    """One request's share of the gateway."""
+    """The parts of the gateway that one request uses, with its tenant, offer and record."""
 
     session: aiohttp.ClientSession
     pool: Pool
@@ -25,7 +25,7 @@ class RequestContext:
     offer: Offer
     tenant: Tenant
     headers: dict[str, str]
-    """For the engine."""
+    """Headers of the request to the engine."""
     record: Record
     stall_timeout_s: float
-    """Longest silence in the middle of a stream."""
+    """Longest silence, in seconds, in the middle of a stream."""

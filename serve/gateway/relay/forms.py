@@ -1,7 +1,7 @@
-"""How each API gives its answers: what its streams, its usage and its errors look like, and what an answer is that was cut short.
+"""The answer formats of the APIs: streams, usage, errors, and answers that are cut short.
 
-Completions and chats pass spliced (`splice`). The events of Responses and Messages have names, and hold whole objects where a
-stream begins and ends; there each event is parsed.
+Completions and chats are spliced (`splice`). Events of Responses and Messages have names, and contain whole objects at the start
+and end of a stream, so each event is parsed.
 """
 
 import copy
@@ -19,61 +19,61 @@ from chorus.serve.gateway.request.errors import ApiError, anthropic_body, engine
 from chorus.serve.gateway.request.size import Usage
 
 AtEnd = Callable[[bytes], tuple[bytes, bytes]]
-"""Given an event in which an answer ends, that event as it is to be, and the `population` object made anew for it."""
+"""Takes an event that ends an answer; returns the event to send, and a new `population` object for it."""
 _DONE = b"data: [DONE]\n\n"
 _DELTA = re.compile(rb"^event: \S+[._]delta$", re.MULTILINE)
 
 
 class Stream(Protocol):
-    """The stream of one answer, on its way to a client or, put together, to become a whole one."""
+    """The stream of one answer, which is passed to a client or assembled into a whole answer."""
 
     usage: Usage | None
-    """As the engine says at the end."""
+    """The engine's count at the end of the stream."""
     done: bool
-    """Whether the engine ended it itself."""
+    """Whether the engine ended the stream."""
     is_opening: bool
-    """Whether what came so far only announces an answer, of which nothing has been generated."""
+    """Whether the events so far only announce an answer, and nothing has been generated."""
 
     def feed(self, data: bytes) -> bytes:
         """The events that `data` completes, with our additions."""
 
     def count(self, events: bytes) -> int:
-        """How many of them hold something that was generated."""
+        """How many of the events contain generated output."""
 
     def refusal(self, events: bytes) -> ApiError | None:
-        """The engine's error, if these first events are one."""
+        """The engine's error, if these first events contain one."""
 
     def usage_so_far(self, num_choices: int) -> Usage | None:
-        """What it has used, of so many choices for each prompt; None where nothing came. An unknown prompt counts as nothing."""
+        """Usage so far, with `num_choices` choices per prompt; None if nothing came. An unknown prompt counts as 0 tokens."""
 
     def answer(self) -> bytes:
         """The whole answer, without our additions."""
 
     def cut_answer(self, usage: Usage) -> bytes:
-        """The whole answer as far as there is one."""
+        """What there is of the answer, as a whole answer that was cut short."""
 
     def cut_events(self, usage: Usage, additions: Additions) -> bytes:
-        """Events that end it as if its length were reached."""
+        """Events that end the stream as if its maximum length were reached."""
 
 
 class Form(Protocol):
-    """One API's form."""
+    """The answer format of one API."""
 
     def read_usage(self, body: bytes) -> Usage | None:
-        """The engine's count in a whole answer."""
+        """The engine's usage in a whole answer."""
 
     def whole(self, body: bytes, additions: Additions) -> bytes:
         """A whole answer with our additions."""
 
     def stream(self, call: Call, additions: Additions, *, name: str, at_end: AtEnd | None) -> Stream:
-        """A stream. `name` is the model's, for what we write ourselves."""
+        """A stream. `name` is the model's name, for events that the gateway writes."""
 
     def error_event(self, error: ApiError) -> bytes:
-        """An error in a stream that has begun."""
+        """The event of an error in a stream that has begun."""
 
 
 class _SplicedStream(EventSplicer):
-    """Of completions and chats."""
+    """A stream of a completion or a chat."""
 
     is_opening = False
 
@@ -120,7 +120,7 @@ class _SplicedStream(EventSplicer):
 
 
 class Spliced:
-    """Completions and chats."""
+    """The format of completions and chats."""
 
     def read_usage(self, body: bytes) -> Usage | None:
         check_answer(body)
@@ -137,15 +137,15 @@ class Spliced:
 
 
 class _NamedStream:
-    """Of an API whose events have names. Each is taken note of, so that an answer can be ended, or given whole, at any time."""
+    """A stream of an API whose events have names. It tracks every event, so that it can end the answer or return it at any time."""
 
     opening: frozenset[str]
-    """Events before anything is generated. They are kept back until then: what fails so early is answered with its status."""
+    """Events before the first output. They are held until then, so that an early failure can be answered with its status."""
     last: frozenset[str]
 
     @staticmethod
     def error_event(error: ApiError) -> bytes:
-        """An error of ours, as this API writes it."""
+        """An error as an event of this API."""
         raise NotImplementedError
 
     def __init__(self, call: Call, additions: Additions, *, name: str, at_end: AtEnd | None) -> None:
@@ -166,7 +166,7 @@ class _NamedStream:
             if name in self.last or name == "error":
                 self.done = True
             if not self.is_opening and (error := self.refusal(event)) is not None:
-                out += self.error_event(error)  # without the engine's words, if it failed
+                out += self.error_event(error)  # hides the engine's message if the engine failed
                 continue
             if fields is None:
                 out += b"" if self.is_opening else event + b"\n\n"
@@ -180,7 +180,7 @@ class _NamedStream:
                 continue
             self.is_opening = False
             if name == "error":
-                self._held = b""  # so that the error comes first, and can be answered with its status
+                self._held = b""  # the error then comes first and can be answered with its status
             out, self._held = out + self._held + written, b""
         return out
 
@@ -207,7 +207,7 @@ class _NamedStream:
 
 
 class _ResponseStream(_NamedStream):
-    """Of OpenAI's Responses."""
+    """A stream of OpenAI's Responses."""
 
     opening = frozenset({"response.created", "response.in_progress"})
     last = frozenset({"response.completed", "response.incomplete", "response.failed"})
@@ -296,7 +296,7 @@ class _ResponseStream(_NamedStream):
 
 
 class _MessageStream(_NamedStream):
-    """Of Anthropic's Messages."""
+    """A stream of Anthropic's Messages."""
 
     opening = frozenset({"message_start", "ping"})
     last = frozenset({"message_stop"})
@@ -377,7 +377,7 @@ class _MessageStream(_NamedStream):
                 try:
                     block = {**block, "input": json.loads(self._json.get(idx) or "{}")}
                 except ValueError:
-                    continue  # a call that was cut short must not run
+                    continue  # a tool call that was cut short must not run
             content.append(block)
         known = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": self._name}
         usage = {"input_tokens": 0, "output_tokens": 0}
@@ -392,10 +392,10 @@ class _MessageStream(_NamedStream):
 
 
 class _Parsed:
-    """What both have in common."""
+    """What Responses and Messages share: their whole answers are parsed."""
 
     key: str
-    """Of the list that an answer holds."""
+    """Key of the list that every answer contains."""
 
     def read_usage(self, body: bytes) -> Usage | None:
         check_answer(body, self.key)
@@ -408,7 +408,7 @@ class _Parsed:
 
 
 class Responses(_Parsed):
-    """OpenAI's Responses."""
+    """The format of OpenAI's Responses."""
 
     key = "output"
 
@@ -420,7 +420,7 @@ class Responses(_Parsed):
 
 
 class Messages(_Parsed):
-    """Anthropic's Messages."""
+    """The format of Anthropic's Messages."""
 
     key = "content"
 
@@ -435,7 +435,7 @@ FORMS: dict[Kind, Form] = {"completion": Spliced(), "chat": Spliced(), "response
 
 
 def _parse(event: bytes) -> tuple[str, dict[str, Any] | None]:
-    """An event's name and its data; no data in a comment, which keeps a connection alive."""
+    """An event's name and its data; None for a comment, which keeps a connection alive."""
     name, data = "", b""
     for line in event.split(b"\n"):
         key, _, value = line.partition(b":")
@@ -470,7 +470,7 @@ def _add_to(answer: dict[str, Any], model: str | None, population: Any) -> None:
 
 
 def _usage_of(usage: Any) -> Usage | None:
-    """Anthropic's `input_tokens` leave out what came from a cache."""
+    """Usage in our form. Cached tokens are added, since Anthropic's `input_tokens` exclude them."""
     if not isinstance(usage, dict) or not isinstance(usage.get("input_tokens"), int):
         return None
     cached = sum(usage.get(key) or 0 for key in ("cache_read_input_tokens", "cache_creation_input_tokens"))

@@ -1,6 +1,6 @@
-"""Offsets of tokens into the text of an answer that echoes its prompt, as OpenAI defines `text_offset`.
+"""Corrects `text_offset` in answers that echo their prompt, to OpenAI's definition: offsets of tokens into the text.
 
-vLLM adds up the lengths of all tokens, also of those that its tokenizer puts in front of the prompt and that are not in the text.
+vLLM also counts the tokens that its tokenizer adds in front of the prompt, which are not in the text.
 """
 
 import json
@@ -11,21 +11,21 @@ _MOST_HIDDEN = 4
 
 
 class Offsets:
-    """Mends the offsets of one answer, whole or event by event."""
+    """Corrects the offsets of one answer, whole or event by event."""
 
     def __init__(self) -> None:
         self._hidden: dict[int, int] = {}
-        """Characters of the tokens in front that are not in the text, by choice."""
+        """Characters of the leading tokens that are not in the text, by choice."""
 
     def mend(self, body: bytes) -> bytes:
-        """A JSON object with the offsets as they should be."""
+        """A JSON object with corrected offsets."""
         answer = json.loads(body)
         for choice in answer.get("choices", ()):
             self._mend_choice(choice)
         return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
 
     def mend_events(self, events: bytes) -> bytes:
-        """The same for whole server-sent events."""
+        """Whole server-sent events with corrected offsets."""
         parts = events.split(b"\n\n")
         return b"\n\n".join(
             b"data: " + self.mend(part[6:]) if part.startswith(_OBJECT) and b'"text_offset"' in part else part
@@ -46,5 +46,5 @@ class Offsets:
 
 
 def _num_hidden(tokens: list[str], text: str) -> int:
-    """How many tokens in front are not in the text: those before the first with which it begins."""
+    """The number of leading tokens that are not in the text: those before the first token with which the text starts."""
     return next((idx for idx, token in enumerate(tokens[:_MOST_HIDDEN]) if token and text.startswith(token)), 0)

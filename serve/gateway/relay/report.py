@@ -1,4 +1,4 @@
-"""The `population` object of an answer: which members gave it, what that took, and what became of its time budget."""
+"""The `population` object of an answer: its members, the work they did, and whether its time budget was met."""
 
 import json
 import re
@@ -17,37 +17,37 @@ _FIELDS = ("decoding", "members_per_token", "drops")
 
 
 def new_mark() -> str:
-    """How a report may begin in the place of a stop reason: nobody can guess it, so no stop text of a client's looks like it."""
+    """A random prefix for a report sent in place of a stop reason: a client's stop text cannot imitate it."""
     return f"chorus:{secrets.token_hex(8)}:"
 
 
 @dataclass(kw_only=True)
 class Report:
-    """One answer's report, completed while the answer is given."""
+    """One answer's report, completed while the answer is generated."""
 
     offer: Offer
     tier: Tier
-    """With which it began."""
+    """The tier with which the answer began."""
     tiers: Sequence[Tier] = ()
-    """Those that may stand in for it, from the largest on."""
+    """Tiers that the answer may amount to, largest first."""
     most_members: int | None
-    """How many of the tier's members it began with, if not with all."""
+    """How many of the tier's members it began with; None for all."""
     asked: str
     terms: Terms
     mark: str | None = None
-    """How a stop reason begins that is the engine's report, empty for a whole answer; None where no report was asked for."""
+    """Prefix of a stop reason that is the engine's report; empty for a whole answer, None if no report was requested."""
     computed: dict[str, Any] = field(default_factory=dict)
-    """What the engine reports, where it does: passes for each token, and members that left on the way."""
+    """What the engine reports, if it does: decoding, members per token, and drops."""
     is_truncated: bool = False
     num_drops: int = 0
-    """Members that left on the way, of all choices, as far as the engine says so."""
+    """Members dropped, over all choices, if the engine reports it."""
     _num_tokens: int = 0
     _num_member_tokens: int = 0
-    """Tokens of all choices whose members are known, and the same counted once for each of these."""
+    """Over all choices: tokens whose members are known, and the sum of their numbers of members."""
 
     @property
     def served(self) -> Tier:
-        """The tier that the answer amounts to: the smallest with as many members as its tokens had on average."""
+        """The tier that the answer amounts to: the smallest with at least as many members as its tokens had on average."""
         if not self._num_tokens:
             return self.tier
         members = round(self._num_member_tokens / self._num_tokens)
@@ -55,7 +55,7 @@ class Report:
         return min(fitting, key=lambda tier: tier.budget, default=self.tier)
 
     def begin(self) -> bytes:
-        """The object as far as it is known when the answer begins."""
+        """The object as known when the answer begins."""
         return self._object(self._choice())
 
     def end(self, elapsed_s: float) -> bytes:
@@ -72,7 +72,7 @@ class Report:
         return known[:-1] + b"," + _dumps(extra)[1:] if extra else known
 
     def take(self, body: bytes) -> bytes:
-        """Take the engine's report out of its answer, where vLLM carries it in a field for other purposes."""
+        """Take the engine's report out of a whole answer, from the vLLM field that carries it (`kv_transfer_params`)."""
         matches = list(_KEY.finditer(body))
         if not matches or not body.startswith(b"{", start := matches[-1].end()):
             return body
@@ -81,8 +81,8 @@ class Report:
         return body[:start] + b"null" + rest
 
     def take_from_event(self, event: bytes) -> bytes:
-        """The same for the event in which a choice ends: there the report came as its stop reason, and holds the real one."""
-        self.computed = {}  # of the choice that ended before
+        """The same for the event that ends a choice: its stop reason is the report, which contains the real one."""
+        self.computed = {}  # discard the report of the previous choice
         if not self.mark or not (match := _STOP_REASON.search(event)):
             return event
         text, rest = _read(event[match.end() :])
@@ -112,7 +112,7 @@ class Report:
 
 
 def _read(data: bytes) -> tuple[Any, bytes]:
-    """The JSON value with which `data` begins, and what follows it."""
+    """The JSON value at the start of `data`, and the rest."""
     text = data.decode()
     found, length = json.JSONDecoder().raw_decode(text)
     return found, text[length:].encode()

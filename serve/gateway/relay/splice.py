@@ -1,7 +1,7 @@
-"""Adding to an engine's answer without parsing it: bytes are spliced in at the front, the rest passes through.
+"""Adds fields to an engine's answer without parsing it: bytes are spliced in at the front, the rest passes through.
 
 Inside a JSON string every quote is escaped, so `"model":"` can only be a key and its value, never generated text. The engine
-writes `model` before `choices`; the first match is therefore the answer's own.
+writes `model` before `choices`, so the first match is the answer's own.
 """
 
 import json
@@ -15,10 +15,10 @@ from chorus.serve.gateway.request.size import Usage
 
 DONE = b"data: [DONE]"
 ERROR = b'data: {"error"'
-"""How an engine begins the event that says it refused or failed."""
+"""The start of an engine's error event."""
 _OBJECT = b"data: {"
 _COMMENT = b":"
-"""An event that keeps a connection alive."""
+"""The start of a comment event, which keeps a connection alive."""
 _MODEL = re.compile(rb'"model"\s*:\s*"(?:[^"\\]|\\.)*"')
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
@@ -41,10 +41,10 @@ def read_usage(body: bytes) -> Usage | None:
 
 
 def check_answer(body: bytes, key: str = "choices") -> None:
-    """That it is an answer, or an event of one, with a list under its `key`.
+    """Check that `body` is an answer, or an event of one, with a list under `key`.
 
     Raises:
-        ValueError, KeyError, TypeError, RecursionError: it is something else.
+        ValueError, KeyError, TypeError, RecursionError: it is not.
     """
     if not isinstance(json.loads(body)[key], list):
         raise TypeError(f"{key} that are no list")
@@ -57,10 +57,10 @@ class Additions:
     population: bytes
     """The `population` object, as JSON."""
     model: str | None
-    """The model name to write in place of the engine's; None to leave it."""
+    """The model name that replaces the engine's; None keeps it."""
 
     def splice(self, body: bytes, *, first: bool = True) -> bytes:
-        """A JSON object (or an event that holds one) with the additions; `population` only if it is the first."""
+        """A JSON object, or an event with one, with the additions; `population` is added only if `first`."""
         if self.model is not None:
             name = b'"model":' + json.dumps(self.model).encode()
             body = _MODEL.sub(lambda match: name, body, count=1)
@@ -72,11 +72,11 @@ class Additions:
 
 
 class EventSplicer:
-    """Server-sent events in, in pieces cut anywhere; whole events out, the first with the additions.
+    """Takes server-sent events in pieces cut anywhere and returns whole events, the first with the additions.
 
-    Only whole events leave, so that an error event can follow at any time and be read. `at_end`, if given, gets each event in which
-    a choice ends, and returns it as it is to be and the `population` object made anew for it. With `counts`, the
-    engine counts in each event; with `hides_counts`, only for us.
+    Whole events only, so that an error event can follow at any time. `at_end`, if given, receives each event that ends a choice and
+    returns the event to send and a new `population` object for it. With `counts`, each of the engine's events carries usage;
+    `hides_counts` removes it.
     """
 
     def __init__(
@@ -94,25 +94,25 @@ class EventSplicer:
         self._counts = counts
         self._hides_counts = hides_counts
         self._used: dict[int, tuple[int, int]] = {}
-        """Tokens of its prompt and of itself, by choice."""
+        """Prompt tokens and completion tokens so far, by choice."""
         self._rest = b""
         self._saw_first = False
         self._first = b""
         self.usage: Usage | None = None
         self.done = False
-        """Whether the engine ended the stream itself."""
+        """Whether the engine ended the stream."""
 
     @property
     def head(self) -> dict[str, Any]:
-        """What the events of this stream have in common: its id and date; nothing before the first event."""
+        """The fields that the stream's events share, `id` and `created`; empty before the first event."""
         known = json.loads(self._first[6:]) if self._first else {}
         return {key: known[key] for key in ("id", "created") if key in known}
 
     def usage_so_far(self, num_choices: int) -> Usage | None:
-        """What the events that came have used, of so many choices for each prompt; None before the first that counts."""
+        """Usage up to the last event, with `num_choices` choices per prompt; None before the first event that carries usage."""
         if not self._used:
             return None
-        # The choices of a prompt follow each other, and each has the prompt's tokens in its count.
+        # A prompt's choices have consecutive indices, and each counts the prompt's tokens.
         prompts = {idx // num_choices: prompt_tokens for idx, (prompt_tokens, _) in self._used.items()}
         completion_tokens = sum(tokens for _, tokens in self._used.values())
         return Usage(prompt_tokens=sum(prompts.values()), completion_tokens=completion_tokens)
@@ -121,7 +121,7 @@ class EventSplicer:
         """The events that `data` completes; often exactly one, sometimes none.
 
         Raises:
-            ValueError, or what else reading JSON of another shape raises: this is no engine's stream.
+            ValueError, or another error of reading unexpected JSON: this is not an engine's stream.
         """
         if self._rest:
             data = self._rest + data
@@ -136,13 +136,13 @@ class EventSplicer:
         is_last = self._at_end is not None and FINISHED.search(events)
         has_more = self._counts or is_last or ERROR in events or _NO_CHOICES.search(events)
         if self._saw_first and self._additions.model is None and not has_more:
-            return events  # the common case: nothing to add, nothing to take out
+            return events  # the common case: nothing to add or remove
         return b"".join([self._splice(event + b"\n\n") for event in events[:-2].split(b"\n\n")])
 
     def _splice(self, event: bytes) -> bytes:
         if event.startswith(_COMMENT) or (event.startswith(DONE) and self._saw_first):
             return event
-        if event.startswith(ERROR):  # the first of all is for the caller to answer with its status
+        if event.startswith(ERROR):  # an error as the first event passes unchanged: the caller answers with its status
             first, self._saw_first = not self._saw_first, True
             return event if first else engine_error(error_status(event[6:]), event[6:]).event()
         if not self._saw_first:

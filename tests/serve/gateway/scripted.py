@@ -1,6 +1,6 @@
-"""An engine that does what a test says, at the seam where the real one stands: HTTP on a local port.
+"""A fake engine that follows a test's script, in place of a real one: HTTP on a local port.
 
-Run as a program, `python scripted.py PORT`, it is a process that the supervisor can launch and a test can kill.
+`python scripted.py PORT` runs it as a process that the supervisor can launch and a test can kill.
 """
 
 import asyncio
@@ -17,11 +17,11 @@ Step = bytes | float
 
 
 class BreakOffError(Exception):
-    """Ends an answer in the middle: uvicorn then closes the connection."""
+    """Breaks off an answer: uvicorn then closes the connection."""
 
 
 def event(text: str, **fields: Any) -> bytes:
-    """A server-sent event such as vLLM writes."""
+    """A server-sent event in vLLM's format."""
     choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": None}
     body = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": "tiny", "choices": [choice], **fields}
     return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
@@ -33,7 +33,7 @@ WHOLE = event("abc", usage={"prompt_tokens": 4, "total_tokens": 7, "completion_t
 
 
 class ScriptedEngine:
-    """An ASGI app. Set `steps` (and the rest) before a request; read what it was sent afterwards."""
+    """An ASGI app. Set `steps` and the other attributes before a request; read `bodies` and `headers` after it."""
 
     def __init__(self, steps: Sequence[Step] = (), *, then_break: bool = False) -> None:
         self.steps: Sequence[Step] = steps
@@ -42,24 +42,24 @@ class ScriptedEngine:
         self.content_type = "text/event-stream; charset=utf-8"
         self.is_healthy = True
         self.is_frozen = False
-        """Whether nothing is answered, not even how it is."""
+        """Whether no request is answered, not even /health."""
         self.is_stuck = False
-        """Whether it says that it is well, and works on nothing."""
+        """Whether it reports that it is healthy but answers no generation request."""
         self.num_tokens = 0
         self.models: Any = []
-        """What it says of its models."""
+        """The models that /v1/models lists."""
         self.member_logprobs: dict[str, list[float]] = {}
-        """What members say of every prompt but its first token, where they are asked alone."""
+        """Log-probabilities, by member, of every prompt after its first token, for requests to a single member."""
         self.is_slow_for_members = False
-        """Whether members that are asked alone are answered for by `steps`."""
+        """Whether requests to a single member are answered by `steps` instead."""
         self.echo = False
-        """Whether it answers each request with its own prompt."""
+        """Whether each request is answered with its own prompt."""
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.break_before_answer = 0
-        """So many requests from now on lose their connection before the first byte."""
+        """How many of the next requests lose their connection before the first byte."""
         self.break_after_head = 0
-        """So many from now on lose it when only the answer's head has been sent."""
+        """How many of the next requests lose it after the answer's head."""
         self.client_left = threading.Event()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -92,7 +92,7 @@ class ScriptedEngine:
             return
         if self.break_before_answer:
             self.break_before_answer -= 1
-            send.__self__.transport.abort()  # uvicorn's own; ASGI has no word for it
+            send.__self__.transport.abort()  # uvicorn's transport; ASGI has no message to abort a connection
             return
         if self.break_after_head:
             self.break_after_head -= 1

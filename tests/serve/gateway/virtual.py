@@ -1,7 +1,8 @@
-"""Time that passes only where it is waited for, and an engine in it: minutes of load in a second, and the same each time.
+"""Simulation of a gateway and an engine in virtual time: minutes of load in a second, and reproducible.
 
-The engine takes steps as a real one does (a fixed part for each member that runs, and a part for each row), batches whatever has
-come, and drops members from what will be late. What decides is the gateway's own: admission, plans, the learned model, the reserve.
+The virtual engine takes steps like a real one (with a cost per step, per running member and per row), batches what has arrived,
+and drops members from requests that would be late. The gateway's decisions come from its real code: admission, placement, the
+latency model, the reserve.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ from chorus.serve.gateway.request.tiers import default_tier, tiers_between
 
 
 class _Idle(selectors.SelectSelector):
-    """Nothing ever happens outside: a wait is over at once, and the clock has moved on."""
+    """A selector without I/O: each wait returns at once and advances the clock by its timeout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class _Loop(asyncio.SelectorEventLoop):
 
 
 def in_virtual_time(monkeypatch: pytest.MonkeyPatch, story: Awaitable[Any]) -> Any:
-    """Run `story` to its end on a clock of its own."""
+    """Run `story` to its end in virtual time."""
     idle = _Idle()
     loop = _Loop(idle)
     with monkeypatch.context() as patch:
@@ -65,21 +66,21 @@ def in_virtual_time(monkeypatch: pytest.MonkeyPatch, story: Awaitable[Any]) -> A
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Seconds of a step."""
+    """What a step costs, in seconds."""
 
     step_s: float
     member_s: float
     row_s: float
     prompt_row_s: float
     prompt_s: float = 0.0
-    """More, in a step that takes up prompts."""
+    """Extra cost of a step that reads prompts."""
     scatter: float = 0.1
-    """Standard deviation of a step's logarithm."""
+    """Standard deviation of the logarithm of a step's time."""
     hiccup: float = 0.0005
-    """Probability of a step that takes 50 ms more."""
+    """Probability that a step takes 50 ms longer."""
 
     def of(self, load: StepLoad) -> float:
-        """Seconds of a step of that load, as a rule."""
+        """Typical seconds of a step with that load, without its prompts."""
         return self.step_s + self.member_s * load.active_members + self.row_s * load.member_rows
 
 
@@ -91,14 +92,14 @@ class Run:
     floor: int
     prompt_tokens: int
     max_tokens: int
-    """Which it generates."""
+    """Tokens that it generates."""
     expected_tokens: int | None = None
     finish_at: float | None
     members_per_token: list[int] = field(default_factory=list)
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
     most_tokens: int
-    """Which it might."""
+    """Tokens that it may generate at most."""
 
     @property
     def tokens_left(self) -> int:
@@ -106,13 +107,13 @@ class Run:
 
     @property
     def tokens_expected(self) -> int:
-        """As the engine sees it, which cannot know when an answer ends."""
+        """The engine's estimate of the tokens left: when an answer ends is unknown to it."""
         deadline = Deadline(finish_at=self.finish_at or 0.0, way_down=(), expected_tokens=self.expected_tokens)
         return deadline.tokens_left(len(self.members_per_token), self.most_tokens)
 
 
 class VirtualEngine:
-    """Steps in virtual time. It knows what they cost, and says what a real one would have learned of that."""
+    """An engine whose steps take `costs` in virtual time. It learns and reports these costs as a real one does."""
 
     def __init__(self, costs: Costs, dice: random.Random) -> None:
         self._learned = StepCost()
@@ -173,19 +174,19 @@ class VirtualEngine:
         return replace(load, member_rows=load.member_rows + prompt_rows)
 
     def told(self) -> StepCosts | None:
-        """What it says of its costs."""
+        """The step costs that it reports, as learned so far."""
         return self._learned.parts()
 
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What became of a request."""
+    """The outcome of a request."""
 
     is_refused: bool = False
     seconds: float = 0.0
     budget_s: float
     members: float = 0.0
-    """Mean over its tokens."""
+    """Mean number of members over its tokens."""
 
     @property
     def is_in_time(self) -> bool:
@@ -193,7 +194,7 @@ class Outcome:
 
 
 class World:
-    """A gateway's decisions before one virtual engine."""
+    """A gateway's admission in front of one virtual engine."""
 
     def __init__(
         self, population: Population, *, costs: Costs, limits: Limits, tells_costs: bool = True, seed: int = 0
@@ -217,7 +218,7 @@ class World:
         is_open: bool = False,
         tenant: Tenant = ANYONE,
     ) -> Outcome:
-        """One request, as the proxy would pass it on. `is_open`: a chat that does not say how long its answer will be."""
+        """Send one request, as the relay would. `told`: it carries its time budget; `is_open`: a chat without `max_tokens`."""
         now = time.perf_counter
         prompt = "def x " * self.dice.randint(8, 16)
         fields: dict[str, Any] = {"prompt": prompt, "max_tokens": max_tokens}
@@ -269,7 +270,7 @@ class World:
         self.known.learn(grant.in_flight, usage, streamed=False, prompt_characters=2 * run.prompt_tokens)
 
     async def crowd(self, num_streams: int, seconds: float, **ask: Any) -> list[Outcome]:
-        """So many at once, one after the other, for so long."""
+        """A closed loop of `num_streams` streams for `seconds`, each sending one request after another."""
         end_at, found = time.perf_counter() + seconds, list[Outcome]()
 
         async def stream() -> None:
@@ -280,7 +281,7 @@ class World:
         return found
 
     async def arrivals(self, rate_per_s: float, seconds: float, **ask: Any) -> list[Outcome]:
-        """Poisson arrivals."""
+        """Poisson arrivals for `seconds`."""
         end_at, tasks = time.perf_counter() + seconds, []
         while True:
             await asyncio.sleep(self.dice.expovariate(rate_per_s))
@@ -289,7 +290,7 @@ class World:
             tasks.append(asyncio.create_task(self.ask(**ask)))
 
     def working(self) -> list["asyncio.Task[None]"]:
-        """What has to run beside the requests."""
+        """Start the background tasks: the engine's steps, the queue, and the polling of step costs."""
         return [
             asyncio.create_task(each) for each in (self.engine.steps(), self.admission.keep(), self._ask_for_costs())
         ]

@@ -1,1 +1,1 @@
-"""Engines as the gateway sees them: health, load, expected times, and the process of its own engine."""
+"""Engines: their health, load and expected times, and the process of the gateway's own engine."""

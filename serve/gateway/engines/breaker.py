@@ -1,4 +1,4 @@
-"""A circuit breaker: an engine that fails one request after the other gets none for a while, then one to try."""
+"""A circuit breaker: after repeated failures an engine gets no requests for a pause, then a single trial request."""
 
 import time
 
@@ -7,7 +7,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 
 
 class Breaker:
-    """Closed (requests pass), open (none do until a pause is over), or half open (one may try)."""
+    """Closed (requests pass), open (none pass until the pause is over) or half open (one trial request passes)."""
 
     def __init__(self) -> None:
         self._failures = 0
@@ -16,24 +16,24 @@ class Breaker:
 
     @property
     def is_closed(self) -> bool:
-        """Whether all is well."""
+        """Whether fewer than `_FAILURES` requests in a row have failed."""
         return self._failures < _FAILURES
 
     def lets_pass(self) -> bool:
-        """Whether a request may go now."""
+        """Whether a request may be sent now."""
         return self.is_closed or time.monotonic() >= self._open_until
 
     def note_try(self) -> None:
-        """A request goes: while half open, no other does for as long as the pause was."""
+        """A request is sent. While half open, no other request passes for another pause."""
         if not self.is_closed:
             self._open_until = time.monotonic() + self._pause_s
 
     def note_success(self) -> None:
-        """A request was answered."""
+        """A request was answered: close the breaker."""
         self._failures, self._pause_s = 0, _FIRST_PAUSE_S
 
     def note_failure(self) -> None:
-        """The engine failed a request by its own fault."""
+        """The engine failed a request through its own fault. Each failure after `_FAILURES` doubles the pause."""
         self._failures += 1
         if self._failures == _FAILURES:
             self._open_until = time.monotonic() + self._pause_s

@@ -1,9 +1,9 @@
-"""Why an engine failed, in one sentence: the exception in its log that is not merely the echo of another process's."""
+"""Find why an engine failed: the last exception in its log that does not merely repeat another process's."""
 
 import re
 
 _PREFIX = re.compile(r"^(?:\(\S+ pid=\d+\) ?)?(?:(?:ERROR|CRITICAL) \S+ \S+ \[[^\]]*\] ?)?")
-"""What vLLM puts before a line: the process, and of what was logged its level, date, time and place."""
+"""What vLLM puts before a line: the process and, for log records, the level, date, time and place."""
 _EXCEPTION = re.compile(r"^(?:[A-Za-z_]\w*\.)*([A-Z]\w*(?:Error|Exception|Exit)): (.+)")
 _USAGE = re.compile(r"^\S+: error: (.+)")
 _ECHO = re.compile(
@@ -14,7 +14,7 @@ _DETAIL = re.compile(r"^ +(?:Value error, |Assertion failed, )?(.+?)(?: \[type=.
 
 
 def root_cause(log: str) -> str | None:
-    """The last such sentence in a log, without the exception's name where a sentence needs none; None if there is none."""
+    """The message of the last such exception; its name is added only to a single word. None if there is no such exception."""
     lines = [_PREFIX.sub("", line, count=1) for line in log.splitlines()]
     for idx in reversed(range(len(lines))):
         if found := _USAGE.match(lines[idx]):

@@ -1,4 +1,4 @@
-"""Where engines are: a fixed list, the addresses behind a DNS name, or what gateways announced in the shared store."""
+"""Find engines: in a fixed list, behind a DNS name, or among those that gateways announced in the shared store."""
 
 import asyncio
 import logging
@@ -16,12 +16,12 @@ _LOOKUP_TIMEOUT_S = 30.0
 
 
 def changes(sources: Sequence[str]) -> bool:
-    """Whether the engines behind these sources can change while the gateway runs."""
+    """Whether the engines of these sources can change while the gateway runs."""
     return any(source == SHARED or source.startswith(DNS) for source in sources)
 
 
 class Discovery:
-    """Looks for engines again and again. A source that cannot be asked keeps what was found there before, and holds up no other."""
+    """Looks up engines repeatedly. A source that fails keeps the engines found there before and does not affect other sources."""
 
     def __init__(self, sources: Sequence[str], store: Store) -> None:
         self._sources = sources
@@ -30,7 +30,7 @@ class Discovery:
         self._failing: set[str] = set()
 
     async def look(self) -> list[str]:
-        """Addresses of all engines, in a stable order."""
+        """Addresses of all engines, without duplicates and in a stable order."""
         for source in self._sources:
             self._known[source] = await self._ask(source)
         return list(dict.fromkeys(url for source in self._sources for url in self._known[source]))
@@ -42,7 +42,7 @@ class Discovery:
             return [source.rstrip("/")]
         try:
             found = await _resolve(source.removeprefix(DNS))
-        except (OSError, ValueError) as error:  # no answer, or no name that could have one
+        except (OSError, ValueError) as error:  # no answer, or not a valid name
             if source not in self._failing:
                 logger.warning("the engines' name in %s cannot be resolved, what is known stays: %s", source, error)
             self._failing.add(source)
@@ -54,10 +54,10 @@ class Discovery:
 
 
 async def _resolve(url: str) -> list[str]:
-    """`http://NAME:PORT`, once for each address of the name. A headless service of Kubernetes has one for each pod.
+    """The URL once for each address of its host name. A headless Kubernetes service has one address per pod.
 
     Raises:
-        OSError, ValueError: it cannot be resolved.
+        OSError, ValueError: the name cannot be resolved.
     """
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)

@@ -1,6 +1,6 @@
-"""An engine as the gateway sees it: where it listens, whether it answers, and when one that does not will be back.
+"""One engine: its address, whether it answers health probes, and when it is expected back if it does not.
 
-What it runs (`traffic`) and how long it takes (`model`) are noted beside it; what is known of its process alone is its `life`.
+`traffic` holds its requests in flight, `model` its expected times, and `life` what belongs to its current process.
 """
 
 import asyncio
@@ -26,17 +26,17 @@ from chorus.serve.gateway.request.size import Usage
 logger = logging.getLogger(__name__)
 
 _FIRST_START_S = 30.0
-"""What a start is taken to need before one was measured; a small population on two cores needs about this."""
+"""Assumed start time until one was measured; a small population on two cores needs about this."""
 
 _PROGRESS = re.compile(
     rb"^(?:vllm:(?:prompt|generation)_tokens|chorus_engine_steps)_total(?:\{[^}]*\})? ([0-9.e+]+)$", re.MULTILINE
 )
-"""What moves with every step: vLLM counts a prompt when the last of its chunks has been read, the plugin counts steps."""
+"""Counters that show progress. vLLM counts a prompt only once its last chunk has been read; the plugin counts every step."""
 
 _METRICS_EVERY_S = 2.0
 
 _SHARE_OF_LATENESS = 0.25
-"""An engine that is late is expected after so much of the time by which it is late already."""
+"""A late engine is expected after a further wait of this share of its lateness so far."""
 _NOTICE_S = 5.0
 """An engine whose core died answers "unhealthy" for up to this long (vLLM's watchdog) before its process ends."""
 
@@ -62,13 +62,13 @@ class Engine:
         self.traffic = Traffic()
         self.model = LatencyModel()
         self.costs: StepCosts | None = None
-        """What its steps cost by its own account, as far as it says so."""
+        """Step costs that the engine reports; None if it has reported none."""
         self.context_length: int | None = None
-        """The longest that it takes, prompt and answer together, by its own account: it may be started with less than its members
-        have."""
+        """Most tokens of prompt and answer together, as the engine reports; it may be started with less than its members support.
+        None if it has reported none."""
         self.reserve = Reserve()
         self.waiting: set[asyncio.Timeout] = set()
-        """Waits for its words, which end when it goes down."""
+        """Timeouts of waits for its output; all expire at once when it goes down."""
         self._session = session
         self._probe_interval_s = probe_interval_s
         self._probe_timeout = aiohttp.ClientTimeout(total=probe_timeout_s)
@@ -80,26 +80,26 @@ class Engine:
 
     @property
     def url(self) -> str:
-        """Without a path. A supervised engine listens elsewhere in each life."""
+        """Its address, without a path. A supervised engine has a new one in each life."""
         return self.life.url
 
     @property
     def breaker(self) -> Breaker:
-        """Of this life."""
+        """The circuit breaker of its current life."""
         return self.life.breaker
 
     @property
     def is_up(self) -> bool:
-        """Whether it answered when last looked at."""
+        """Whether it answered at the last check."""
         return self._is_up
 
     def begin_life(self, url: str, processes: Processes | None = None) -> Life:
-        """A process has been launched that will answer at `url`."""
+        """Start a new life: a process was launched that will answer at `url`."""
         self.life = Life(url, stall_timeout_s=self.stall_timeout_s, processes=processes)
         return self.life
 
     def mark_up(self, *, start_s: float | None = None) -> None:
-        """It answers; it took `start_s` to start, where that was measured."""
+        """It answers. `start_s` is how long it took to start, if measured."""
         if not self._is_up and not self.is_supervised:
             self.begin_life(self.url)
         self._is_up = True
@@ -108,7 +108,7 @@ class Engine:
             self._last_start_s = start_s
 
     def mark_down(self, *, launch_in_s: float | None = None) -> None:
-        """It does not answer; it will be launched in `launch_in_s`, where that is known."""
+        """It does not answer. `launch_in_s` is the time until its launch, if known."""
         if self._is_up:
             self._is_up = False
             now = asyncio.get_running_loop().time()
@@ -119,10 +119,10 @@ class Engine:
         self._expected_at = None if launch_in_s is None else time.monotonic() + launch_in_s + self._last_start_s
 
     def retry_after_s(self) -> int:
-        """Whole seconds until it should answer again, at least one: from when it is launched and how long its last start took; when
-        that has passed, the longer the later it is.
+        """Whole seconds until it should answer again, at least 1.
 
-        For an engine that others run nothing is known, and the answer is a few of our looks at it.
+        The time until its launch plus that of its last start; once that is over, a share of its lateness. Nothing is known of an
+        engine that others run: three probe intervals.
         """
         if self._expected_at is None:
             return max(1, math.ceil(3 * self._probe_interval_s))
@@ -130,13 +130,13 @@ class Engine:
         return max(1, math.ceil(left_s if left_s > 0 else _SHARE_OF_LATENESS * -left_s))
 
     def suspect(self) -> None:
-        """A request to it failed: look at its health now, not at the next turn."""
+        """A request to it failed: check its health now, not at the next interval."""
         self._look_now.set()
 
     def learn(self, request: InFlight, usage: Usage, *, streamed: bool, prompt_characters: int) -> None:
-        """Fit the expected times to a complete answer. `prompt_characters` of its prompt came as text, 0 if it came as tokens.
+        """Fit the expected times to a complete answer. `prompt_characters` is its prompt's length in text, 0 if it came as tokens.
 
-        Answers that members left on the way count as any other: leaving them out was no better (bench/LOG.md).
+        Answers with dropped members count like all others: leaving them out was no better (bench/LOG.md).
         """
         now = time.perf_counter()
         if request.num_sequences == 1:
@@ -155,7 +155,7 @@ class Engine:
             self.model.observe_whole(request.before, load, work, tokens, total_s)
 
     async def answers(self) -> bool:
-        """Ask for its health, and wait for the answer."""
+        """Whether it answers a health probe with status 200."""
         try:
             async with self._session.get(
                 f"{self.url}/health", timeout=self._probe_timeout, allow_redirects=False
@@ -165,14 +165,14 @@ class Engine:
             return False
 
     def longest_silence_s(self) -> float:
-        """How long a stream of it may be silent, as things are now."""
+        """How long one of its streams may be silent now, in seconds."""
         return self.life.longest_silence_s(self._longest_step_s())
 
     async def check(self) -> bool:
-        """Ask for its health and note the answer."""
+        """Probe its health; record and return the result."""
         life = self.life
         is_well = await self._is_well(life)
-        if life is not self.life:  # it was started anew meanwhile, and whoever did that knows better
+        if life is not self.life:  # a new life began meanwhile, and its state is newer
             return self._is_up
         if is_well != self._is_up:
             level = logging.INFO if is_well else logging.WARNING
@@ -190,7 +190,7 @@ class Engine:
         return False
 
     async def _gets_on(self, life: Life) -> bool:
-        """Whether it computes, where it has work: a process behind the one that answers the probe may hang."""
+        """Whether it makes progress if it has work: a process behind the one that answers probes may hang."""
         if life.froze.is_set():
             if self.is_supervised or not await self._completes():
                 return False
@@ -211,7 +211,7 @@ class Engine:
         return not life.froze.is_set()
 
     async def _read_metrics(self, life: Life) -> None:
-        """What its steps cost, which changes slowly, and whether it takes any."""
+        """Read its step costs, which change slowly, and its progress counters."""
         self._metrics_at = time.monotonic()
         try:
             async with self._session.get(
@@ -229,7 +229,7 @@ class Engine:
         life.counted(sum(counts) if counts else None)
 
     def _longest_step_s(self) -> float:
-        """Expected seconds of a step that reads all prompts whose first token has not come: none takes longer. 0 if unknown."""
+        """Expected seconds of its longest possible step, which reads all prompts still without a first token; 0 if unknown."""
         reading = [in_flight for in_flight in self.traffic.in_flight if in_flight.first_at is None]
         rows = sum(in_flight.work.members * in_flight.work.prompt_tokens for in_flight in reading)
         load = self.traffic.load()
@@ -241,7 +241,7 @@ class Engine:
         return expected_s
 
     async def learn_context(self) -> None:
-        """Ask how long a context it was started with. Where it does not say, what was known stays."""
+        """Read the context length it was started with. If it reports none, the last known one stays."""
         try:
             async with self._session.get(
                 f"{self.url}/v1/models", timeout=self._probe_timeout, allow_redirects=False
@@ -266,7 +266,7 @@ class Engine:
             return False
 
     async def watch(self, on_up: Callable[[], None] = lambda: None) -> None:
-        """Look at its health forever, calling `on_up` whenever it begins to answer."""
+        """Check its health forever, calling `on_up` whenever it begins to answer."""
         while True:
             was_up = self._is_up
             if await self.check() and not was_up:

@@ -1,10 +1,8 @@
-"""A process between the gateway and its engine, so that no engine outlives its gateway, however that one ends.
+"""A process between the gateway and its engine, so that no engine outlives its gateway, however the gateway ends.
 
-It runs a command as its child, in a process group of its own, and holds the read end of a pipe whose other end only the gateway
-has. When the pipe closes (the gateway asked for it, or was killed), or when the child ends, everything in the group is ended: an
-engine is several processes, and the loss of one is the loss of all. If the guard itself is killed, the kernel kills the child, and
-the gateway, which sees the guard end, kills the rest of the group.
-
+It runs a command as its child in a process group of its own, and ends the whole group when the child ends (an engine is several
+processes and needs them all) or when its input pipe closes, whose other end only the gateway holds: the gateway closed it or was
+killed. If the guard is killed, the kernel kills the child, and the gateway, on seeing the guard end, kills the rest of the group.
 Usage: python -m chorus.serve.gateway.engines.guard STOP_TIMEOUT_S COMMAND [ARGUMENT...], with the pipe as standard input.
 """
 
@@ -34,11 +32,11 @@ def main(stop_timeout_s: float, command: list[str]) -> None:
 
 
 def _give_way() -> None:
-    """Let everybody else on this machine have the processor first: the gateway needs little of it, but at once.
+    """Lower the engine's priority: the gateway needs little processor time, but needs it at once.
 
     An engine on CPUs keeps all of them busy even while it waits (OpenMP's threads spin). A gateway beside it waited milliseconds
-    for each of its events, and most of the throughput was lost (bench/LOG.md). Where sessions are scheduled as groups, niceness
-    counts only within each, and the group has its own.
+    for each event, and most of the throughput was lost (bench/LOG.md). Where sessions are scheduled as groups, niceness counts
+    only within a group, and the group has a niceness of its own.
     """
     os.nice(_NICENESS)
     with contextlib.suppress(OSError):
@@ -56,7 +54,7 @@ def _end_with_owner(child: "subprocess.Popen[bytes]", stop_timeout_s: float) -> 
 
 
 def _die_with_parent() -> None:
-    """Linux only; elsewhere the pipe and the process group must do."""
+    """Have the kernel kill this process with its parent. Linux only; elsewhere the pipe and the process group must suffice."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

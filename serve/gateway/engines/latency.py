@@ -1,9 +1,8 @@
-"""How long an engine takes: learned from its own answers, as linear functions of the load, with the spread of what came out.
+"""Predict an engine's times from its own answers: linear functions of the load, and the spread of the residuals.
 
-Pure arithmetic. `traffic` says what runs, `admission` asks what fits.
-
-The first token waits for the step that runs, then for the prefill of its prompt by each member; each further token is one step of
-the engine. A step's cost is linear in the members that run at all and in the rows that they compute (measured: docs/engine.md).
+Pure arithmetic: `traffic` provides the load, `admission` uses the predictions. The first token waits for the running step, then
+for the prefill of its prompt by each member; each further token is one step. A step's cost is linear in the number of running
+members and in the member rows (measured: docs/engine.md).
 """
 
 import itertools
@@ -17,7 +16,7 @@ _LOWEST, _HIGHEST = 0.6, 0.995
 _RATE = 0.2
 _LONGEST_S = 1e6
 _FIRST_SHIFT = -0.3
-"""Promises begin with trust in the engine's drops: what it cannot rescue is learned from the first that are broken."""
+"""Initial shift. Negative, as the engine's drops rescue late requests; the first broken promises show how many they cannot."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,86 +24,86 @@ class Load:
     """What an engine computes at each step."""
 
     members: float = 0.0
-    """Different members that run."""
+    """Distinct members that run."""
     rows: float = 0.0
-    """Sequences, counted once for each member that computes them."""
+    """Member rows: sequences, each counted once per member that runs it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What one request adds."""
+    """What one request adds to the load."""
 
     members: int
     prompt_tokens: float
     max_tokens: int
-    """Of each sequence."""
+    """Per sequence."""
 
 
 class LatencyModel:
-    """Time to first token and time per token of one engine."""
+    """Predicts one engine's time to first token and time per token."""
 
     def __init__(self) -> None:
         self._first_s = LeastSquares((1.0, 16.0, 16.0, 1024.0), forgetting=0.97)
         self._token_s = LeastSquares((1.0, 4.0, 16.0), forgetting=0.98)
         self._tokens_per_character = 0.5
         self.num_prompts = 0
-        """Texts whose length in tokens was seen."""
+        """Observed text prompts with their length in tokens."""
         self._residuals = Residuals()
         self._shift = _FIRST_SHIFT
-        """What is added to a probability to get the quantile that keeps it, as promises turn out."""
+        """Added to a promised probability to get the quantile that keeps it; adapted to kept and broken promises."""
 
     @property
     def is_seeded(self) -> bool:
-        """Whether enough was seen to predict anything."""
+        """Whether there are enough observations to predict anything."""
         return self._token_s.count >= 4 and self._first_s.count >= 4
 
     @property
     def count(self) -> int:
-        """Answers that were learned from."""
+        """Number of observations: first tokens and times per token."""
         return self._first_s.count + self._token_s.count
 
     def prompt_tokens(self, *, tokens: int, characters: int) -> float:
-        """Expected length of a prompt that is partly known as tokens and partly as text."""
+        """Expected length in tokens of a prompt of `tokens` token ids and `characters` of text."""
         return tokens + characters * self._tokens_per_character
 
     def first_s(self, load: Load, work: Work) -> float:
-        """Expected seconds to the first token, beside `load`."""
+        """Expected seconds to the first token of `work`, admitted beside `load`."""
         return self._first_s.predict(self._first_features(load, work))
 
     def token_s(self, load: Load) -> float:
-        """Expected seconds per token while `load` runs, this request included."""
+        """Expected seconds per token under `load`, which includes this request."""
         return self._token_s.predict((1.0, load.members, load.rows))
 
     def total_s(self, before: Load, during: Load, work: Work) -> float:
-        """Expected seconds to the last token, admitted beside `before`, running as part of `during`."""
+        """Expected seconds to the last token of `work`, admitted beside `before` and running as part of `during`."""
         return self.first_s(before, work) + max(0, work.max_tokens - 1) * self.token_s(during)
 
     def margin(self, probability: float, expected_s: float, *, can_shrink: bool = True) -> float:
-        """The factor on `expected_s` with which a promise is kept with `probability`: a quantile of how answers came out lately.
+        """The factor on `expected_s` with which a promise is kept with `probability`: a quantile of recent residuals.
 
-        Which quantile is itself learned from the promises (adaptive conformal inference, Gibbs and Candès 2021): the engine's drops
-        rescue many that would have been late, and a plain quantile would refuse or shrink more than needed. Who is at its floor
-        cannot be rescued.
+        The quantile's level adapts to kept and broken promises (adaptive conformal inference, Gibbs and Candès 2021): the engine's
+        drops rescue many requests that would be late, and a plain quantile would refuse or shrink more than needed. Drops cannot
+        rescue a request at its floor (`can_shrink` false), so its level is never lowered.
         """
         shift = self._shift if can_shrink else max(0.0, self._shift)
         level = min(_HIGHEST, max(_LOWEST, probability + shift))
         return self._residuals.factor(level, expected_s)
 
     def observe_promise(self, *, kept: bool, probability: float) -> None:
-        """Learn from an answer that was promised in time with `probability`."""
+        """Adapt the level to an answer that was promised in time with `probability`."""
         shift = self._shift + _RATE * (float(not kept) - (1.0 - probability))
         self._shift = min(_HIGHEST - probability, max(_LOWEST - probability, shift))
 
     def observe_first(self, load: Load, work: Work, seconds: float) -> None:
-        """Learn from a first token."""
+        """Fit the time to first token to one observation."""
         self._first_s.observe(self._first_features(load, work), seconds)
 
     def observe_tokens(self, load: Load, seconds_per_token: float) -> None:
-        """Learn from tokens generated as part of `load`, on average."""
+        """Fit the time per token to an answer's mean; `load` is the mean load meanwhile."""
         self._token_s.observe((1.0, load.members, load.rows), seconds_per_token)
 
     def observe_whole(self, before: Load, during: Load, work: Work, tokens: float, seconds: float) -> None:
-        """Learn from an answer whose first token was not seen: it was slower or faster than expected in all its parts alike."""
+        """Fit both times to an answer whose first token was not seen, as if all its parts deviated by the same factor."""
         first_s, token_s = self.first_s(before, work), self.token_s(during)
         expected_s = first_s + (tokens - 1) * token_s
         if expected_s <= 0:
@@ -115,18 +114,18 @@ class LatencyModel:
             self.observe_tokens(during, token_s * seconds / expected_s)
 
     def observe_total(self, *, expected_s: float, seconds: float) -> None:
-        """Learn how far an answer was from what was expected for its number of tokens when it was admitted."""
+        """Record a residual: `expected_s` is what was expected at admission for the answer's actual number of tokens."""
         if expected_s > 0:
             self._residuals.observe(expected_s, seconds)
 
     def observe_prompt(self, *, characters: int, tokens: int) -> None:
-        """Learn how many tokens a text becomes."""
+        """Fit the tokens per character to a text prompt."""
         if characters >= 8 and tokens > 0:
             self.num_prompts += 1
             self._tokens_per_character += 0.05 * (tokens / characters - self._tokens_per_character)
 
     def state(self) -> dict[str, Any]:
-        """What was learned, for JSON: another gateway can begin with it."""
+        """The fit and the residuals as JSON, for another gateway to `restore`."""
         return {
             "first": self._first_s.state(),
             "token": self._token_s.state(),
@@ -135,10 +134,10 @@ class LatencyModel:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Begin with what another model learned.
+        """Take over the `state` of another model.
 
         Raises:
-            KeyError, TypeError, ValueError: `state` is not of this form; the model is then as before.
+            KeyError, TypeError, ValueError: `state` is malformed; the model is then unchanged.
         """
         restored = LatencyModel()
         restored._first_s.restore(state["first"])

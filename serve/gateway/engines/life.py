@@ -1,11 +1,8 @@
-"""One life of an engine: from the launch of its process, or from when one that others run began to answer, to its end.
+"""One life of an engine, and all state that ends with it: from its launch, or its first answer if others run it, to its end.
 
-Whatever is known of a process belongs to one life and is forgotten with it.
-
-Slow is not dead. An engine counts as frozen when it has work and gives no sign of life for the stall timeout: nothing is heard of
-it, none of its counters moves, and its processes, where they are ours to see, use no processor time. Silence has a reason, and may
-last up to `_PATIENCE` times as long, at the first step of a life (it warms up), while the processes are busy, and as far as the
-prompts to be read are expected to take so long.
+Slow is not dead. An engine with work counts as frozen after a stall timeout without output, without counters that move and (if
+its processes are visible) without processor use. Up to `_PATIENCE` timeouts are allowed at the first step of a life (warm-up),
+while its processes are busy, and if reading its prompts is expected to take that long.
 """
 
 import asyncio
@@ -16,32 +13,32 @@ from collections.abc import Mapping
 from chorus.serve.gateway.engines.breaker import Breaker
 
 _PATIENCE = 10.0
-"""Stall timeouts that may pass in silence for which there is a reason."""
+"""Most stall timeouts that may pass in silence for one of these reasons."""
 _SLOWER = 10.0
-"""Times its expected duration that a step may take: long prompts cost more than in proportion, and other work may be in the way."""
+"""Multiple of its expected duration that a step may take: long prompts cost more than in proportion; other work may interfere."""
 _STIR = 0.03
-"""Part of a processor that the busiest of an engine's processes uses at least while it computes, however busy the machine is. A
-worker that waits for a core that does not move was seen to use 0.016: vLLM's polls its queue (bench/LOG.md)."""
+"""Least share of a processor that an engine's busiest process uses while it computes, however busy the machine is. A worker
+that waits for a hung core was seen to use 0.016: vLLM's worker polls its queue (bench/LOG.md)."""
 _WINDOW = 0.1
-"""Part of the stall timeout over which that is measured."""
+"""Share of the stall timeout over which processor use is measured."""
 
 
 class Processes:
-    """The processes of an engine of our own, below its guard."""
+    """The processes of a supervised engine, below its guard."""
 
     def __init__(self, guard_pid: int) -> None:
         self._guard_pid = guard_pid
 
     def server_s(self) -> dict[int, float]:
-        """Processor time that the API server has used, by process id; empty where that cannot be known."""
+        """Processor seconds used by the API server, by process id; empty if they cannot be read."""
         return self._used_s(is_core=False)
 
     def core_s(self) -> dict[int, float]:
-        """Processor time that the processes behind the API server have used; empty where there are none."""
+        """Processor seconds used by the processes behind the API server, by process id; empty if there are none."""
         return self._used_s(is_core=True)
 
     def _used_s(self, *, is_core: bool) -> dict[int, float]:
-        import psutil  # vLLM needs it: it is there where an engine is
+        import psutil  # a dependency of vLLM, so it is installed wherever an engine is
 
         try:
             servers = psutil.Process(self._guard_pid).children()
@@ -53,14 +50,15 @@ class Processes:
 
 
 class Silence:
-    """How long something has given no sign of life, as far as somebody looked: a gateway that was stopped itself blames nobody."""
+    """Time without a sign of life. A gap between two checks counts for a third of the timeout at most: the gateway may have been
+    stopped itself."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self.end()
 
     def end(self) -> None:
-        """There was a sign."""
+        """There was a sign of life: start again from zero."""
         self.lasts_s = 0.0
         self._idle_s = 0.0
         self._used_s: Mapping[int, float] = {}
@@ -70,14 +68,14 @@ class Silence:
 
     @property
     def is_busy(self) -> bool:
-        """Whether processor time was used during it, and lately."""
+        """Whether processor time was used during the silence, and recently."""
         return self._has_stirred and self._idle_s < self._timeout_s
 
     def is_too_long(self, used_s: Mapping[int, float], *, patience: float = 1.0) -> bool:
-        """Whether it has lasted `patience` timeouts in which no process was busy, or in any case `_PATIENCE`.
+        """Whether it has lasted `patience` timeouts without a busy process, or `_PATIENCE` timeouts in any case.
 
         Args:
-            used_s: processor time that each process has used so far; empty if nobody looked.
+            used_s: processor seconds used so far by each process id; empty if not measured.
             patience: stall timeouts that may pass.
         """
         now = time.monotonic()
@@ -101,9 +99,9 @@ class Life:
         self.url = url
         self.breaker = Breaker()
         self.froze = asyncio.Event()
-        """Set when it no longer answers though it runs, or answers but does not get on with its work."""
+        """Set when the process runs but no longer answers, or answers but makes no progress."""
         self.heard_at = time.monotonic()
-        """When any request heard from it last."""
+        """When any request last received output from it."""
         self._stall_timeout_s = stall_timeout_s
         self._processes = processes
         self._has_worked = False
@@ -114,16 +112,16 @@ class Life:
 
     @property
     def is_quiet(self) -> bool:
-        """Whether it has work and has given no sign of life for a while."""
+        """Whether it has work and has given no sign of life for an eighth of the stall timeout."""
         return self._work.lasts_s > self._stall_timeout_s / 8
 
     def heard(self) -> None:
-        """A request heard from it."""
+        """A request received output from it."""
         self.heard_at = time.monotonic()
         self._has_worked = True
 
     def counted(self, count: float | None) -> None:
-        """Its counters, which move with every step, add up to `count`; None if it shows none: then its processes must tell."""
+        """Record the sum of its progress counters; None if it has none: then only its processes can show that it is stuck."""
         if count is None:
             if self._processes is None:
                 self._work.end()
@@ -133,7 +131,7 @@ class Life:
         self._count = count
 
     def rests(self) -> None:
-        """It has nothing to do."""
+        """It has no work."""
         self._work.end()
 
     def answered(self) -> None:
@@ -141,7 +139,7 @@ class Life:
         self._server.end()
 
     async def is_stuck(self, expected_s: float) -> bool:
-        """Whether it has been silent for too long, having work of which a step is expected to take `expected_s` at most."""
+        """Whether it has been silent for too long with work. Its longest step is expected to take `expected_s`."""
         if self.heard_at != self._seen_at:
             self._seen_at = self.heard_at
             self._work.end()
@@ -155,7 +153,7 @@ class Life:
         return self._server.is_too_long(used_s)
 
     def longest_silence_s(self, expected_s: float) -> float:
-        """How long one of its streams may be silent: longer than the stall timeout only where all are."""
+        """How long one of its streams may be silent, in seconds: more than the stall timeout only if all streams are."""
         if time.monotonic() - self.heard_at < self._stall_timeout_s / 2:
             return self._stall_timeout_s
         return self._stall_timeout_s * (_PATIENCE if self._work.is_busy else self._patience(expected_s))

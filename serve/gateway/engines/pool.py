@@ -1,4 +1,4 @@
-"""The engines behind a gateway, and which of them a request should go to: by health, load and what they have in their caches."""
+"""The engines behind a gateway, and their order of preference for a request: by health, load and cached prefixes."""
 
 import random
 from collections import OrderedDict
@@ -12,37 +12,37 @@ from chorus.serve.gateway.request.size import Size
 _REMEMBERED = 4096
 _PREFIX_BYTES = 256
 _AFFINITY_ROWS = 8.0
-"""How many member rows more an engine may run than another and still be preferred for what its prefix cache holds."""
+"""How many more member rows an engine may run than another and still be preferred for its prefix cache."""
 
 
 class Pool:
-    """All engines. `engines` may change at any time: those that are taken out finish what they run."""
+    """All engines. `engines` may change at any time; removed engines finish their requests."""
 
     def __init__(self) -> None:
         self.engines: list[Engine] = []
         self._seen: OrderedDict[tuple[bytes, bytes], Engine] = OrderedDict()
 
     def candidates(self, call: Call | None = None, avoid: Container[Engine] = ()) -> Sequence[Engine]:
-        """Engines that are worth a try, the best first.
+        """Engines that may serve the call, best first.
 
         Raises:
-            ApiError: there is none; 503 with the time after which one should answer.
+            ApiError: 503 if there is none, with the time after which one should answer.
         """
         able = [engine for engine in self.engines if engine.is_up and engine not in avoid]
         if not able:
             raise self._unavailable()
-        # Where every circuit is open, one that was opened too long ago beats none.
+        # If all breakers are open, try their engines anyway rather than none.
         able = [engine for engine in able if engine.breaker.lets_pass()] or able
         if len(able) == 1:
             return able
         known = self._seen.get(_key(call)) if call is not None else None
-        # Of equals any: all gateways taking the first would crowd it.
+        # Break ties at random: otherwise all gateways would crowd the first engine.
         return sorted(
             able, key=lambda engine: (engine.traffic.load().rows - _AFFINITY_ROWS * (engine is known), random.random())
         )
 
     def note(self, call: Call, engine: Engine) -> None:
-        """The engine got the call: its cache will hold the beginning of the prompt."""
+        """The engine got the call: its prefix cache will hold the beginning of the prompt."""
         if len(self.engines) > 1:
             key = _key(call)
             self._seen[key] = engine
@@ -51,7 +51,7 @@ class Pool:
                 self._seen.popitem(last=False)
 
     def prompt_tokens(self, size: Size) -> float:
-        """Expected length of a prompt: all engines have the same tokenizer, so whichever has learned something tells."""
+        """Expected prompt length in tokens, by the model with the most prompts observed: all engines share one tokenizer."""
         if not self.engines:
             return size.prompt_tokens + 0.5 * size.prompt_characters
         model = max((engine.model for engine in self.engines), key=lambda model: model.num_prompts)
@@ -59,12 +59,12 @@ class Pool:
 
     @property
     def context_length(self) -> int | None:
-        """The longest context that every engine takes, as far as they say."""
+        """The shortest context length that engines report; None if none does."""
         return min((engine.context_length for engine in self.engines if engine.context_length), default=None)
 
     @property
     def is_ready(self) -> bool:
-        """Whether a request would be served now."""
+        """Whether any engine is up."""
         return any(engine.is_up for engine in self.engines)
 
     def _unavailable(self) -> Exception:
@@ -75,5 +75,5 @@ class Pool:
 
 
 def _key(call: Call) -> tuple[bytes, bytes]:
-    # Members that do not run leave nothing in the cache: what a tier has cached serves that tier best.
+    # Members that do not run leave nothing in the cache, so a cached prefix serves its own tier best.
     return call.choice.tier.name.encode(), call.affinity[:_PREFIX_BYTES]

@@ -1,13 +1,13 @@
-"""How much of a time budget an engine is told, so that what it finishes at the last moment is still in time."""
+"""How much of a time budget the gateway keeps back from the engine, so that an answer at the last moment is still in time."""
 
 _LEAST, _MOST = 0.02, 0.4
 _STEP = 0.03
 
 
 class Reserve:
-    """The part of the remaining budget that is kept back, so that in the long run `misses` of the promised answers are late.
+    """The share of the remaining budget that is kept back, so that in the long run a share `misses` of promised answers is late.
 
-    Approximates that quantile step by step (Robbins and Monro): a late answer raises it by much, one in time lowers it by little.
+    Approximates that quantile step by step (Robbins and Monro): a late answer raises it a lot, one in time lowers it a little.
     """
 
     def __init__(self, *, misses: float = 0.015) -> None:
@@ -15,9 +15,9 @@ class Reserve:
         self.part = 0.08
 
     def after_reserve_s(self, remaining_s: float) -> float:
-        """What the engine is told of `remaining_s`."""
+        """The seconds of `remaining_s` that the engine gets."""
         return max(0.001, remaining_s * (1.0 - self.part))
 
     def observe(self, *, late: bool) -> None:
-        """Learn from a promised answer."""
+        """Adapt to a promised answer."""
         self.part = min(_MOST, max(_LEAST, self.part + _STEP * (float(late) - self._misses)))

@@ -1,9 +1,9 @@
-"""How far answers were from what was expected of them lately, and what that says about the next one.
+"""Residuals of recent answers, and the margin for the next one that follows from them.
 
-An answer that took longer than expected either lost a moment once (a hiccup, the first use of something) or was slower throughout.
-A short answer cannot tell these apart, and its ratio of seconds to expected seconds may be of any size: taken as a factor for
-long answers, one hiccup would make everything look hopeless. So what a short answer lost counts once, and the part by which another
-is longer is slowed down by `_SLOWER` at most.
+An answer over its expected time either lost time once (a hiccup, the first use of something) or was slower throughout. A short
+answer does not show which, and its ratio of actual to expected seconds may be of any size: applied to long answers, one hiccup
+would make every deadline look out of reach. So the time that a short answer lost is added once, and only the part by which the next
+answer is longer is scaled by the ratio, by `_SLOWER` at most.
 """
 
 import math
@@ -19,7 +19,7 @@ _SLOWER = 2.0
 _SHORTEST_S = 1e-4
 _NUM_ASSUMED = 32
 _UNSURE = 1.3
-"""Which factor is assumed to keep 97 of 100 promises before anything is known."""
+"""Factor assumed to keep 97 of 100 promises before there are observations."""
 _SPREAD = math.log(_UNSURE) / NormalDist().inv_cdf(0.97)
 # S answers
 _ASSUMED_S: NDArray[np.float64] = np.exp(
@@ -28,7 +28,7 @@ _ASSUMED_S: NDArray[np.float64] = np.exp(
 
 
 class Residuals:
-    """The last answers, as pairs of expected and real seconds."""
+    """Recent answers, as pairs of expected and actual seconds."""
 
     def __init__(self, pairs: Iterable[tuple[float, float]] = ()) -> None:
         self._pairs: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
@@ -37,30 +37,30 @@ class Residuals:
             self.observe(expected_s, seconds)
 
     def observe(self, expected_s: float, seconds: float) -> None:
-        """Learn how long an answer took of which `expected_s` were expected."""
+        """Record that an answer expected to take `expected_s` took `seconds`."""
         self._pairs.append((max(expected_s, _SHORTEST_S), max(seconds, 0.0)))
         self._known.clear()
 
     def factor(self, level: float, expected_s: float) -> float:
-        """The factor on `expected_s` within which the answer is for a part `level` of what happened lately."""
-        size = round(8 * math.log2(max(expected_s, _SHORTEST_S)))  # within 5 %: what is asked again and again is kept
+        """The factor on `expected_s` that a share `level` of recent answers stayed within."""
+        size = round(8 * math.log2(max(expected_s, _SHORTEST_S)))  # rounded to within 5 %, so that the cache is hit
         if (size, level) not in self._known:
             self._known[size, level] = self._quantile(level, 2 ** (size / 8))
         return self._known[size, level]
 
     def pairs(self) -> list[tuple[float, float]]:
-        """What was observed, oldest first."""
+        """The observations, oldest first."""
         return list(self._pairs)
 
     def _quantile(self, level: float, target_s: float) -> float:
-        # Few answers have no tail of their own; what is assumed fades as they become many.
+        # A few answers have no tail: assumed ones supply it, and fade out as observations accumulate.
         num_assumed = max(0, _NUM_ASSUMED - len(self._pairs) // 4)
         picks = np.linspace(0, _NUM_ASSUMED - 1, num_assumed).round().astype(int)
         factors_S = np.sort(np.concatenate([_ASSUMED_S[picks], self._factors(target_s)]))
         return float(factors_S[int(level * (len(factors_S) - 1))])
 
     def _factors(self, target_s: float) -> NDArray[np.float64]:
-        """What each answer says about one that is expected to take `target_s`."""
+        """Each answer's factor, converted to an answer that is expected to take `target_s`."""
         if not self._pairs:
             return np.empty(0)
         expected_S, seconds_S = np.array(self._pairs).T

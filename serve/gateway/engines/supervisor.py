@@ -1,4 +1,4 @@
-"""Running an engine of our own: launched under a guard, waited for, launched again when it dies, never left behind."""
+"""Run the gateway's own engine: launch it under a guard, wait until it answers, restart it when it dies, never leave it behind."""
 
 import asyncio
 import logging
@@ -24,15 +24,15 @@ logger = logging.getLogger(__name__)
 
 _LONGEST_PAUSE_S = 30.0
 _LONGEST_LOG = 256 * 1024
-_PORTS = range(20_000, 32_768)  # Linux gives away 32768 and above, as bind(0) and to outgoing connections
+_PORTS = range(20_000, 32_768)  # Linux assigns 32768 and above to bind(0) and outgoing connections
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the model runner that the engine's plugin is made for
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the model runner that the engine's plugin supports
 }
 _DEFAULT_ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; vLLM would take half of the machine's memory. On GPUs it means nothing
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; by default vLLM takes half of the machine's memory. No effect on GPUs
 }
 
 
@@ -41,22 +41,22 @@ _OURS = ("--model", "--host", "--port", "--uds", "--served-model-name", "--api-k
 
 @dataclass(frozen=True, kw_only=True)
 class Supervision:
-    """How the gateway runs an engine of its own."""
+    """How the gateway runs its own engine."""
 
     directory: Path
     """The population directory, which the engine loads."""
     arguments: tuple[str, ...] = ()
     """Further arguments for the engine, as `vllm serve` takes them."""
     log: Path | None = None
-    """Where the engine's output goes; None passes it through to ours."""
+    """File for the engine's output; None passes it through to the gateway's output."""
     start_timeout_s: float = 1800.0
     """Longest time from launch until the engine must answer."""
     stop_timeout_s: float = 10.0
-    """Longest time from being asked to stop until the engine is killed."""
+    """Time from the request to stop until the engine is killed."""
     max_quick_failures: int = 5
-    """Failures in a row, each soon after a start, after which the gateway gives up."""
+    """Number of failures in a row, each soon after a start, after which the gateway gives up."""
     steady_after_s: float = 60.0
-    """An engine that served this long before it died has not failed quickly."""
+    """A failure after serving this long does not count as quick."""
 
     def __post_init__(self) -> None:
         for argument in self.arguments:
@@ -68,13 +68,13 @@ class Supervision:
 
 
 class EngineFailedError(Exception):
-    """The engine cannot be kept running. The message says why, or shows the end of its log."""
+    """The engine cannot be kept running. The message gives the cause, or shows the end of its log."""
 
 
 def engine_command(name: str, engine: Supervision, port: int) -> list[str]:
     """The command that serves the population directory as model `name` on a local port.
 
-    It is `vllm serve` without its front: that one looks up the metadata of a package `vllm`, which the CPU build does not have.
+    The server behind `vllm serve`, whose front looks up the metadata of a package `vllm` that the CPU build does not have.
     """
     return [
         *(sys.executable, "-P", "-m", "vllm.entrypoints.launchers.api_server.entry"),
@@ -85,22 +85,22 @@ def engine_command(name: str, engine: Supervision, port: int) -> list[str]:
 
 
 class Supervisor:
-    """Keeps one engine process running and tells `engine` what becomes of it."""
+    """Keeps one engine process running and records its state in `engine`."""
 
     def __init__(self, engine: Engine, settings: Supervision, command: Callable[[int], list[str]]) -> None:
         self._engine = engine
         self._settings = settings
         self._command = command
         self._log_begin = 0
-        """Where in the log this life begins."""
+        """Offset in the log at which this life begins."""
 
     async def run(self, on_up: Callable[[float], None]) -> None:
-        """Launch the engine, and again whenever it ends, until cancelled; then stop it.
+        """Launch the engine and relaunch it whenever it ends, until cancelled; then stop it.
 
-        `on_up` is called with the seconds that a start took, whenever the engine begins to answer.
+        `on_up` is called with the start time in seconds whenever the engine begins to answer.
 
         Raises:
-            EngineFailedError: the very first start failed, or too many in a row ended soon after they began.
+            EngineFailedError: the first start failed, or too many lives in a row ended quickly.
         """
         quick_failures, has_served = 0, False
         while True:
@@ -120,7 +120,7 @@ class Supervisor:
             logger.warning("the engine ended and is started again; requests are answered with 503 until it is back")
 
     async def _run_once(self, on_up: Callable[[float], None]) -> float | None:
-        """One life of the engine: seconds that it served, or None if it never answered."""
+        """One life of the engine. Returns the seconds that it served, or None if it never answered."""
         launched_at = time.monotonic()
         port = _free_port()
         process = await self._launch(port)
@@ -159,7 +159,7 @@ class Supervisor:
                 stdout=log,
                 stderr=None if log is None else subprocess.STDOUT,
                 env=environment,
-                start_new_session=True,  # a Ctrl-C in the terminal is for us alone: we drain first
+                start_new_session=True,  # Ctrl-C in the terminal must reach only the gateway, which drains first
             )
         finally:
             if log is not None:
@@ -174,7 +174,7 @@ class Supervisor:
         return False
 
     async def _end(self, process: Process) -> None:
-        """Ask the guard to stop the engine, wait, and leave nothing of the process group behind."""
+        """Have the guard stop the engine, wait, and kill what is left of the process group."""
         assert process.stdin is not None
         process.stdin.close()
         try:
@@ -195,7 +195,7 @@ class Supervisor:
 
 
 def tail(log: str, num_lines: int = 15) -> str:
-    """The last lines of a log, without those that are blank."""
+    """The last non-blank lines of a log, indented."""
     return "\n".join([f"  {line}" for line in log.splitlines() if line.strip()][-num_lines:])
 
 
@@ -206,9 +206,9 @@ def _end_of(log: Path, begin: int) -> str:
 
 
 def _free_port() -> int:
-    """A port that nobody listens on, below those that systems give away by themselves.
+    """A free port below the range that operating systems assign themselves.
 
-    The engine needs seconds until it takes it: of the others, a stranger could get it meanwhile, and answer the probe in its place.
+    The engine binds it seconds later: a port of that range might go to another process first, which could then answer the probe.
     """
     for port in random.sample(_PORTS, len(_PORTS)):
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):

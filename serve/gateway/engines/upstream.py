@@ -1,7 +1,7 @@
-"""HTTP to the engine: connections kept for many streams.
+"""HTTP to the engine, over pooled connections.
 
-aiohttp rather than httpx: a chunk of a stream costs it 40 us of processor time, httpx 165 us (sixteen streams, two cores), and the
-engine lives on the same cores.
+aiohttp rather than httpx: a chunk of a stream costs aiohttp 40 us of processor time and httpx 165 us (sixteen streams, two cores),
+and the engine runs on the same cores.
 """
 
 import asyncio
@@ -18,19 +18,19 @@ from chorus.serve.gateway.request.errors import ApiError, bad_gateway, engine_er
 logger = logging.getLogger(__name__)
 
 BROKEN = (aiohttp.ClientError, ConnectionError)
-"""What reading an answer raises when the engine goes away."""
+"""Exceptions raised while reading an answer when the engine goes away."""
 NO_ANSWER = "the engine did not answer as an engine does; its log may say why."
 _KEEP_ALIVE_S = 4.0  # vLLM closes idle connections after 5 s; a request sent at that moment would need the retry
 _CONNECT_TIMEOUT_S = 5.0
-_REACH_TIMEOUT_S = 15.0  # with looking its name up, which may hang
+_REACH_TIMEOUT_S = 15.0  # includes the name lookup, which may hang
 
 
 class GarbledError(Exception):
-    """An engine's answer that cannot be read."""
+    """An engine's answer is malformed."""
 
 
 def open_session() -> aiohttp.ClientSession:
-    """A pool without a limit of its own (the engine queues) and without a timeout on reading (a token may take its time)."""
+    """A session without a connection limit (the engine queues) and without a read timeout (a token may take long)."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
         timeout=aiohttp.ClientTimeout(total=None, connect=_REACH_TIMEOUT_S, sock_connect=_CONNECT_TIMEOUT_S),
@@ -45,7 +45,7 @@ async def send(
     """Send a request to the engine and wait for the head of its answer. The caller closes the response.
 
     Raises:
-        one of BROKEN: the engine cannot be reached, or went away.
+        one of BROKEN: the engine cannot be reached or went away.
     """
     return await session.post(engine.url + path, data=body, headers=headers, allow_redirects=False)
 
@@ -59,11 +59,11 @@ async def fetch(
     *,
     limit_s: float,
 ) -> bytes:
-    """A short answer, as a whole: a JSON object. Cancelled, it takes the engine's request with it.
+    """A short answer as a whole: a JSON object. Cancelling this cancels the engine's request.
 
     Raises:
-        ApiError: 503 if the engine cannot be reached twice; 504 after `limit_s`; 502 if it answers with something else; else its
-            own refusal.
+        ApiError: 503 if the engine cannot be reached (tried twice if it is healthy); 504 after `limit_s`; 502 if the
+            answer is not a JSON object; otherwise the engine's own error (`engine_error`).
     """
     for is_last in (False, True):
         try:
@@ -71,7 +71,7 @@ async def fetch(
                 found = await answer.read()
         except BROKEN as error:
             logger.info("engine %s: %s", engine.url, error)
-            # A connection that broke while idle, or an engine that broke. Only for one that is well is it worth a second try.
+            # Either an idle connection broke or the engine did. Only a healthy engine is worth a second try.
             if is_last or not await engine.check():
                 break
         except TimeoutError:
@@ -90,10 +90,10 @@ async def fetch(
 
 @contextmanager
 def making_sense() -> Iterator[None]:
-    """Around reading what an engine wrote.
+    """Wraps code that parses an engine's output.
 
     Raises:
-        GarbledError: it is nothing that an engine writes.
+        GarbledError: the output is malformed.
     """
     try:
         yield
@@ -102,7 +102,7 @@ def making_sense() -> Iterator[None]:
 
 
 def is_object(body: bytes) -> bool:
-    """Whether it is a JSON object."""
+    """Whether `body` is a JSON object."""
     try:
         return isinstance(json.loads(body), dict)
     except (ValueError, RecursionError):
@@ -110,7 +110,7 @@ def is_object(body: bytes) -> bool:
 
 
 def lost(engine: Engine) -> ApiError:
-    """The answer for a request whose engine went away before the first byte."""
+    """The 503 for a request whose engine went away before the first byte of its answer."""
     retry_after_s = engine.retry_after_s()
     return unavailable(
         f"the engine went away; it is expected back in about {retry_after_s} s. Nothing of this request was answered.",

@@ -1,1 +1,1 @@
-"""A request, checked: its call, tier, size and tenant, and the errors it can end with."""
+"""A checked request: its call, tier, size and tenant, and the errors it can end with."""

@@ -1,4 +1,4 @@
-"""From the bytes a client sent to a call that an engine can be given: our fields read, checked and taken out."""
+"""Turn the bytes of a client's request into a call for an engine: read, check and remove the gateway's own fields."""
 
 import json
 import re
@@ -34,47 +34,46 @@ from chorus.serve.gateway.request.size import Size, read_size, read_text
 from chorus.serve.gateway.request.tiers import Choice, at_least, choose
 
 OnDeadline = Literal["degrade", "truncate", "fail"]
-"""At the deadline: let a smaller mixture finish late, return what there is, or answer 504."""
+"""At the deadline: finish late with fewer members, return what there is, or answer 504."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """The terms of one request. Without a budget it takes the time it takes."""
+    """The time budget of one request, and what happens when it is over."""
 
     budget_s: float | None = None
-    """Seconds from the request's arrival in which the answer should be complete."""
+    """Seconds from the request's arrival within which the answer should be complete; None for no limit."""
     on_deadline: OnDeadline = "degrade"
 
     @property
     def stops_at_deadline(self) -> bool:
-        """Whether nothing is generated after the deadline."""
+        """Whether generation stops at the deadline."""
         return self.budget_s is not None and self.on_deadline != "degrade"
 
 
 Kind = Literal["completion", "chat", "responses", "messages", "tokens"]
-"""What is asked of the engine: to complete, to chat (in one of three APIs), or to cut text into tokens (or join them), which no
-member does."""
+"""What the engine does: complete, chat (in one of three APIs), or turn text into tokens or back, which needs no member."""
 INPUTS: dict[Kind, str] = {"completion": "prompt", "chat": "messages", "responses": "input", "messages": "messages"}
-"""The field with what the members read."""
+"""The field that holds the members' input."""
 MOST_TOKENS_PER_EVENT = 64
-"""A stream that says nothing for much longer than that looks like one of an engine that hangs."""
+"""Limit for `stream_interval`: with many more, a stream is silent for so long that its engine seems to hang."""
 _EVENT_INTERVAL_S = 1 / 30
-"""Longest time for which the gateway has a token held back."""
+"""Longest time for which a token is held back if the gateway chooses the event size."""
 _MAX_CHOSEN_PER_EVENT = 16
-"""And the most tokens that it has put into one event, where the client does not choose."""
+"""Most tokens in one event if the gateway chooses."""
 MOST_NESTED = 100
-"""Objects and lists in one another: a body is walked by many functions that call themselves, here and in the engine."""
+"""Deepest nesting of objects and lists: many recursive functions walk a body, here and in the engine."""
 MIN_BUDGET_MS, MAX_BUDGET_MS = 1, 24 * 3600 * 1000
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _OURS = ("budget", "latency_budget_ms", "on_deadline", "min_budget", "decoding")
 _MOST = 2**31 - 1
 """Largest count that a request may give."""
 _LARGE = re.compile(rb"[0-9]{19}")
-"""Digits of what may be an integer beyond 64 bits."""
+"""Enough digits for an integer beyond 64 bits."""
 
 
 def _to_whole(value: object) -> object:
-    """JSON has one kind of number: 16.0 is as whole as 16."""
+    """JSON has one number type, so 16.0 counts as the integer 16."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -85,9 +84,9 @@ _COUNTS = ("n", "best_of", "max_tokens", "max_completion_tokens", "max_output_to
 
 
 class CallFields(BaseModel):
-    """The fields of a request that the gateway reads. All others go to the engine as they are.
+    """The fields of a request that the gateway reads. All others go to the engine unchanged.
 
-    Null is as good as nothing, for all of them.
+    A field that is null counts as absent.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -144,7 +143,7 @@ class CallFields(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """A request, checked, and what to send to an engine for it."""
+    """A checked request, and what to send to an engine for it."""
 
     kind: Kind = "completion"
     choice: Choice
@@ -153,33 +152,32 @@ class Call:
     terms: Terms = field(default_factory=Terms)
     size: Size = field(default_factory=Size)
     fields: bytes
-    """The engine's fields as a JSON object, without the extra arguments."""
+    """The engine's fields as a JSON object, without `vllm_xargs`."""
     extra: dict[str, JsonValue]
-    """The client's extra arguments."""
+    """The client's `vllm_xargs`, and its choice of decoding."""
     is_served_by_a_tier: bool = True
     is_constrained: bool = False
-    """Whether the answer is to follow a schema or a grammar, which may be what an engine fails on."""
+    """Whether the answer must follow a schema or a grammar, which may be what an engine fails on."""
     streams: bool = False
     """Whether the client gets a stream."""
     streams_from_engine: bool = False
-    """Whether the engine is asked for one: also where a whole answer may end at a deadline, to know what was computed by then."""
+    """Whether the engine streams: also for a whole answer that may end at a deadline, to have what was generated by then."""
     tokens_per_event: int | None = 1
-    """Of a stream; None if that is the gateway's to choose."""
+    """Tokens in each event of a stream; None if the gateway chooses."""
     wants_usage: bool = True
-    """False if the client streams without asking for usage: the event that carries it is then ours alone."""
+    """False if the client streams without requesting usage: the gateway then keeps the usage event to itself."""
     wants_counts: bool = False
-    """Whether the client wants the usage so far in each event of its stream."""
+    """Whether each event of the client's stream carries the usage so far."""
     has_offsets: bool = False
-    """Whether the answer echoes the prompt and says where its tokens begin in it."""
+    """Whether the answer echoes the prompt and gives the offsets of its tokens."""
     affinity: bytes = b""
     """The beginning of the prompt: requests that share it are best served by the same engine."""
 
     def event_size(self, token_s: float) -> int:
-        """Tokens in each event of its stream, if one is expected to take `token_s` seconds (0 if unknown).
+        """Tokens in each event of its stream, if one token is expected to take `token_s` seconds (0 if unknown).
 
-        More than one only where they come faster than a reader could follow: each event costs processor time in the engine's
-        server, in the gateway and at the client (bench/LOG.md). The first and the last tokens are never held back (vLLM's
-        `stream_interval`).
+        More than one only if tokens come faster than a reader can follow: each event costs processor time in the engine's server,
+        in the gateway and at the client (bench/LOG.md). vLLM's `stream_interval` never holds back the first and the last tokens.
         """
         if self.tokens_per_event is not None:
             return self.tokens_per_event
@@ -196,10 +194,10 @@ class Call:
         tokens_per_event: int = 1,
         report_mark: str | None = None,
     ) -> bytes:
-        """The engine's request: answered by `tier`, in `budget_s` from its arrival there, with no fewer members than `floor`.
+        """The engine's request: `tier` answers within `budget_s` of its arrival there, with no fewer members than `floor`.
 
-        With a budget it may begin with no more than `most_members` of the tier's, and the engine expects `expected_tokens` where
-        the request names no length. `report_mark` asks for a report; a stream's stop reason begins with it.
+        With a budget, it begins with at most `most_members` of the tier's members, and the engine expects `expected_tokens` if the
+        request names no length. `report_mark` requests a report; a stream's stop reason begins with it.
         """
         if not self.is_served_by_a_tier:
             return self.fields
@@ -224,7 +222,7 @@ def parse(body: bytes) -> dict[str, Any]:
 
     Raises:
         ApiError: 422 if the body is not JSON (NaN and Infinity are not), 400 if it is not an object, nests too deeply, or holds
-            half characters.
+            unpaired surrogates.
     """
     try:
         parse_int = _parse_int if _LARGE.search(body) else None
@@ -261,11 +259,13 @@ def read_call(
     *,
     may_constrain: bool = True,
 ) -> Call:
-    """Check a request's body and make it the engine's. `tenant_floor` is the smallest tier that its key may be taken down to, and
-    it `may_constrain` answers to a schema or a grammar.
+    """Check a request's body and turn it into a call.
+
+    `tenant_floor` is the smallest tier to which its key's requests may fall; `may_constrain` allows answers that must follow a
+    schema or a grammar.
 
     Raises:
-        ApiError: what the client must change, as 400, 403, 404 or 422.
+        ApiError: 400, 403, 404 or 422, with what the client must change.
     """
     fields = {key: value for key, value in parse(body).items() if value is not None}
     is_constrained = check_constraints(fields, is_allowed=may_constrain)
@@ -277,7 +277,7 @@ def read_call(
 
     for key in (*_OURS, "vllm_xargs", "stream_interval"):
         fields.pop(key, None)
-    fields |= {key: getattr(ours, key) for key in _COUNTS if key in fields}  # the engine gets what is counted here
+    fields |= {key: getattr(ours, key) for key in _COUNTS if key in fields}  # the engine gets the validated counts
     fields["model"] = population.name
     if kind == "tokens":
         extra: dict[str, JsonValue] = {}
@@ -293,13 +293,13 @@ def read_call(
     terms = _read_terms(ours)
     streams = bool(ours.stream)
     has_tools = bool(fields.get("tools") or fields.get("functions"))
-    # Of a whole answer that fails nothing is shown: where vLLM reads a stream less well, or not at all, it stays whole.
+    # vLLM cannot stream beam search. It parses streamed tool calls less well, and `fail` needs no partial answer: no stream then.
     is_cut = terms.stops_at_deadline and not fields.get("use_beam_search")
     if streams_from_engine := streams or (is_cut and (terms.on_deadline == "truncate" or not has_tools)):
         fields["stream"] = True
     splices = kind in ("completion", "chat")
     if streams_from_engine and splices:
-        # Whatever is cut short, or left, has no last event: what it used is counted on the way.
+        # An answer that is cut short or abandoned has no last event, so its usage is counted on the way.
         fields["stream_options"] = {
             **{key: value for key, value in (ours.stream_options or {}).items() if value is not None},
             "include_usage": True,
@@ -339,7 +339,7 @@ def _read_terms(ours: CallFields) -> Terms:
 
 
 def _choose_floor(population: Population, choice: Choice, ours: CallFields, tenant_floor: str | None) -> Tier:
-    """A tier that was asked for by name is a promise, unless the request also names a time budget or a smallest tier."""
+    """The smallest tier that may serve it. A requested tier is kept, unless the request also has a time budget or `min_budget`."""
     named = choice.asked != "default"
     if ours.min_budget is not None:
         floor = at_least(population, ours.min_budget)
@@ -399,7 +399,7 @@ def _check_input(fields: dict[str, Any], kind: Kind) -> None:
         _check_response(fields)
         return
     if fields.get("prompt_embeds") is not None:
-        return  # another form of the prompt, which the engine accepts or refuses by itself
+        return  # another form of the prompt, which the engine checks
     prompt = fields.get("prompt")
     parts = prompt if isinstance(prompt, list) and prompt else [prompt]
     are_token_ids = isinstance(parts[0], int)
@@ -433,8 +433,10 @@ def _check_extra_arguments(extra: dict[str, JsonValue] | None) -> None:
 
 
 def _tokens_per_event(ours: CallFields, terms: Terms, *, joins: bool) -> int | None:
-    """As the client wants it, or one where joining tokens would lose something: text at a deadline, and parts of a tool's
-    arguments, which not all of vLLM's parsers find again in large pieces (vllm issue 31501).
+    """The client's choice if it made one; None if the gateway may choose.
+
+    1 where joining tokens would lose something: text at a deadline, and parts of a tool's arguments, which some of vLLM's parsers
+    miss in large pieces (vllm issue 31501).
     """
     if ours.stream and ours.stream_interval is not None:
         return min(ours.stream_interval, MOST_TOKENS_PER_EVENT)
@@ -442,7 +444,7 @@ def _tokens_per_event(ours: CallFields, terms: Terms, *, joins: bool) -> int | N
 
 
 def _beginning(fields: dict[str, Any], kind: Kind) -> bytes:
-    """The first kilobyte or so of what the members will read."""
+    """About the first kilobyte of the members' input."""
     found = fields.get(INPUTS[kind])
     if isinstance(found, list):
         found = found[:256] if found and isinstance(found[0], int) else found[:1]

@@ -1,7 +1,7 @@
-"""Structured output that a request asks for, bounded before any engine sees it: what is large takes an engine seconds to compile.
+"""Bound requested structured output before an engine gets it: large schemas and grammars take an engine seconds to compile.
 
-The bounds are near OpenAI's where it has one. Engines try what passes here in a process of its own (`serve/engine/grammars.py`):
-no bound on size tells how long a grammar takes.
+The bounds are near OpenAI's where it has one. No bound on size predicts how long a grammar takes, so engines first try what passes
+here in a separate process (`serve/engine/grammars.py`).
 """
 
 import json
@@ -13,23 +13,23 @@ from chorus.serve.gateway.request.errors import ApiError, bad_request
 
 MOST_CHARACTERS = {"regex": 4_096, "grammar": 32_768}
 MOST_RULES = 500
-"""Of a grammar."""
+"""Most rules in a grammar."""
 MOST_REPETITIONS = 2_000
-"""Of any part of a regular expression: those of groups in groups multiply."""
+"""Most repetitions of any part of a regular expression or grammar; in a regular expression, nested groups multiply."""
 MOST_IN_SCHEMAS = {"properties": 2_000, "values": 5_000, "characters": 120_000, "nodes": 20_000}
-"""Of all schemas of a field together. Values are those of `enum`s, characters those of names, values and patterns."""
+"""Totals over all schemas in a field. Values are those of `enum`s, characters those of names, values and patterns."""
 _REMOVED = {f"guided_{kind}": kind for kind in ("json", "regex", "choice", "grammar")}
-"""Fields that vLLM no longer heeds, and what they are called in `structured_outputs` now."""
+"""Fields that vLLM now ignores, and their names in `structured_outputs`."""
 _ANNOTATIONS = ("title", "description", "$comment", "examples", "default")
 _RULE = re.compile(r"::=|^\s*[?!]?[a-zA-Z_]\w*\s*:", re.MULTILINE)
 _QUANTIFIER = re.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}")
 
 
 def check_constraints(fields: Mapping[str, Any], *, is_allowed: bool) -> bool:
-    """Whether the request's answer is to follow a grammar.
+    """Whether the answer must follow a schema or a grammar.
 
     Raises:
-        ApiError: 400, if that is too large or asked for in a way that is not heeded; 403, if it is not `is_allowed`.
+        ApiError: 400 if that is malformed, too large, or in a field that vLLM ignores; 403 if it is not allowed.
     """
     for name, kind in _REMOVED.items():
         if fields.get(name) is not None:
@@ -56,7 +56,7 @@ def check_constraints(fields: Mapping[str, Any], *, is_allowed: bool) -> bool:
 
 
 def _constraints(fields: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """The field, the kind and the text of each constraint."""
+    """The field, kind and value of each constraint."""
     text, config = fields.get("text"), fields.get("output_config")
     forms = {
         "response_format": fields.get("response_format"),
@@ -73,9 +73,9 @@ def _constraints(fields: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
                 yield "structured_outputs", kind, value
     choice = fields.get("tool_choice")
     if isinstance(choice, dict) and choice.get("type") in ("none", "auto"):
-        return  # as Anthropic's API has it
+        return  # the form of Anthropic's API
     if fields.get("tools") and choice not in (None, "none", "auto"):
-        yield "tool_choice", "tool", None  # its schemas are those of the tools
+        yield "tool_choice", "tool", None  # its schemas are those of the tools, which are checked separately
 
 
 def _check(param: str, kind: str, value: Any) -> None:
@@ -97,7 +97,7 @@ def _check(param: str, kind: str, value: Any) -> None:
 
 
 def _check_schema(param: str, schema: Any) -> None:
-    """Bound a JSON schema, or whatever holds some."""
+    """Bound a JSON schema, or a value that contains schemas."""
     counts = dict.fromkeys(MOST_IN_SCHEMAS, 0)
     for name, value in _nodes(schema):
         counts["nodes"] += 1
@@ -122,7 +122,7 @@ def _check_schema(param: str, schema: Any) -> None:
 
 
 def _nodes(schema: Any) -> Iterator[tuple[str, Any]]:
-    """Every value in it, with the name by which it is found."""
+    """Every value in `schema`, with the name of its field."""
     pending = [("", schema)]
     while pending:
         name, value = pending.pop()
@@ -157,11 +157,11 @@ def _check_length(param: str, what: str, text: str, most: int) -> None:
 
 
 def repetitions(pattern: str) -> int:
-    """How often the most repeated part of a regular expression may come, by its counted quantifiers.
+    """The most often that any part of a regular expression may repeat, by its counted quantifiers.
 
-    Those of a group count for each part in it; `*` and `+`, which have no bound, count once.
+    A group's quantifier multiplies those of its parts; `*` and `+`, which have no bound, count once.
     """
-    inner, outer = 1, list[int]()  # the most in the group that is read, and in those around it
+    inner, outer = 1, list[int]()  # most repetitions in the current group, and in those around it
     last = 1
     at, in_class = 0, False
     while at < len(pattern):

@@ -1,4 +1,4 @@
-"""Errors as an OpenAI client expects them: `{"error": {"message", "type", "param", "code"}}`, whatever went wrong."""
+"""All errors in OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`, or in Anthropic's for its API."""
 
 import http
 import json
@@ -11,15 +11,15 @@ from starlette.responses import JSONResponse
 logger = logging.getLogger(__name__)
 
 MESSAGES = "/v1/messages"
-"""Anthropic's API: all below it has errors of its own shape."""
+"""Path of Anthropic's API; it and all paths below it have errors in Anthropic's shape."""
 _CONTEXT = re.compile(r"maximum context length is (\d+) tokens\. However, your prompt")
 _NO_ROOM = "max_tokens must be at least 1, got 0"
 CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for a client that left; nobody receives it, but logs and metrics show it."""
+"""nginx's status for a client that left: never sent, but shown in logs and metrics."""
 
 
 class ApiError(Exception):
-    """An answer other than the one asked for. The message says what to change, or when to come back."""
+    """An error to answer with. Its message says what to change, or when to try again."""
 
     def __init__(
         self,
@@ -76,19 +76,19 @@ def respond(error: ApiError, path: str) -> JSONResponse:
 
 
 def bad_request(message: str, *, code: str, param: str | None = None) -> ApiError:
-    """A 400: the request is understood and cannot be served as it stands."""
+    """A 400: the request is understood but cannot be served as it stands."""
     return ApiError(400, message, code=code, param=param)
 
 
 def unavailable(message: str, *, retry_after_s: int) -> ApiError:
-    """A 503: the same request will be served once the engine answers again."""
+    """A 503: the same request can be served once the engine answers again."""
     return ApiError(503, message, code="engine_unavailable", headers={"Retry-After": str(retry_after_s)})
 
 
 def engine_error(status: int, body: bytes) -> ApiError:
-    """An engine's answer other than 200, in the gateway's shape.
+    """An engine's answer other than 200, as the gateway's error.
 
-    A refusal keeps its message and parameter. Of a failure only the log has the engine's words, which may tell of its insides.
+    A refusal (4xx) keeps its message and parameter. A failure's message is only logged, as it may reveal internals.
     """
     if not 400 <= status < 500:
         logger.warning("an engine answered %d: %r", status, body[:500])
@@ -105,15 +105,15 @@ def engine_error(status: int, body: bytes) -> ApiError:
 
 
 def bad_gateway(message: str, *, status: int = 502) -> ApiError:
-    """A 502: the engine's answer is none that can be passed on. A 500 if the engine said that it failed."""
+    """A 502: the engine's answer cannot be passed on; or a 500: the engine reported a failure."""
     return ApiError(status, message, code="engine_error")
 
 
 def explain_length(error: ApiError, *, max_tokens: int | None, context_length: int) -> ApiError:
-    """The engine's refusal of a prompt that leaves no room for an answer, in words that say what has to fit; others as they are.
+    """Rewrite an engine's refusal of a prompt that leaves no room for an answer to say what must fit; return others unchanged.
 
-    The engine reads such a prompt only as far as its limit, and then speaks of that length as the prompt's, or of an answer of 0
-    tokens that nobody asked for.
+    The engine reads such a prompt only up to its limit, and reports that limit as the prompt's length, or `max_tokens` as 0, which
+    the client did not send.
     """
     known = _CONTEXT.search(error.message)
     is_full = max_tokens != 0 and _NO_ROOM in error.message
@@ -132,7 +132,7 @@ def explain_length(error: ApiError, *, max_tokens: int | None, context_length: i
 
 
 def error_status(body: bytes) -> int:
-    """The HTTP status that an engine gave as `code` in an error's body; 500 if it gave none."""
+    """The HTTP status in the `code` of an engine's error body; 500 if there is none."""
     try:
         code = json.loads(body)["error"]["code"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -141,7 +141,7 @@ def error_status(body: bytes) -> int:
 
 
 def _as_text(value: object) -> str:
-    """What an engine wrote, without the half characters that no answer can hold."""
+    """An engine's text with unpaired surrogates replaced, as no answer can hold them."""
     return str(value).encode(errors="replace").decode()
 
 

@@ -1,9 +1,9 @@
-"""API keys: who may ask, for what, and how much. Keys are kept as digests; the file that holds them may change at any time.
+"""API keys: which tenant may send requests, for which tiers, and how many. The key file may change at any time.
 
     {"keys": [{"name": "search", "sha256": "9f86...", "tiers": ["economy", "standard"], "floor": "economy",
                "requests_per_s": 5, "tokens_per_min": 20000, "share": 2}]}
 
-A plain digest is enough for keys of high entropy, which cannot be guessed however fast the digest is.
+It holds digests. A plain digest is enough for keys of high entropy, which cannot be guessed, however fast the digest is.
 """
 
 import hashlib
@@ -25,19 +25,19 @@ _LONGEST_KEY = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Tenant:
-    """The holder of an API key. Without keys there is one, who may do everything."""
+    """The holder of an API key. Without keys there is one tenant, with all rights."""
 
     name: str
     tiers: frozenset[str] | None = None
-    """Tiers that may be asked for; None for all."""
+    """Tiers it may use; None for all."""
     floor: str | None = None
-    """The tier below which a full house does not take its requests."""
+    """The smallest tier to which its requests may fall under load."""
     structured_outputs: bool = True
-    """Whether answers may be made to follow a schema or a grammar, which costs an engine time to compile."""
+    """Whether it may request answers that follow a schema or a grammar, which an engine needs time to compile."""
     requests_per_s: float | None = None
     tokens_per_min: float | None = None
     share: float = 1.0
-    """Its part of a full house, relative to others'."""
+    """Its share of the engines under full load, relative to other tenants' shares."""
 
 
 ANYONE = Tenant(name="anyone")
@@ -48,7 +48,7 @@ class _Record(BaseModel):
 
 
 class Key(_Record):
-    """One key's holder and rights."""
+    """One key's tenant and rights."""
 
     name: Name
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -60,7 +60,7 @@ class Key(_Record):
     share: float = Field(1.0, ge=1e-3, le=1e3)
 
     def tenant(self) -> Tenant:
-        """Its holder, without the digest."""
+        """The tenant, without the digest."""
         return Tenant(
             name=self.name,
             tiers=None if self.tiers is None else frozenset(self.tiers),
@@ -73,7 +73,7 @@ class Key(_Record):
 
 
 class KeyFile(_Record):
-    """All keys."""
+    """The content of a key file."""
 
     keys: tuple[Key, ...]
 
@@ -87,13 +87,13 @@ class KeyFile(_Record):
 
 
 class Keys:
-    """The keys as they stand now. Several keys of one holder need several names."""
+    """The keys currently in force. Several keys of one holder need different names."""
 
     def __init__(self, *, path: Path | None = None, text: str | None = None) -> None:
-        """From a file that is read again when it changes, or from `text`; from neither, everybody may do everything.
+        """Read the keys from a file, again whenever it changes, or from `text`; without either, all requests have all rights.
 
         Raises:
-            ChorusError: the keys cannot be read. The message holds none of them.
+            ChorusError: the keys cannot be read. The message contains none of them.
         """
         self._path = path
         self._stamp = self._look()
@@ -109,10 +109,10 @@ class Keys:
         return self._keys is not None
 
     def tenant(self, authorization: str | None) -> Tenant:
-        """Who sends this `Authorization` header.
+        """The tenant of an `Authorization` header.
 
         Raises:
-            ApiError: 401, if there is no such key.
+            ApiError: 401 if the key is missing or unknown.
         """
         self._read_again()
         if self._keys is None:
@@ -124,7 +124,7 @@ class Keys:
             )
         digest = hashlib.sha256(key.strip()[:_LONGEST_KEY].encode(errors="replace")).hexdigest().encode()
         found = None
-        for known, tenant in self._keys:  # all of them, whichever it is: how long it takes tells nothing
+        for known, tenant in self._keys:  # compare with all, so that the time taken reveals nothing
             if hmac.compare_digest(known, digest):
                 found = tenant
         if found is None:
@@ -145,7 +145,7 @@ class Keys:
         if self._path is None:
             return (0, 0, 0)
         try:
-            status = self._path.stat()  # through links: a mounted secret is replaced by turning a link
+            status = self._path.stat()  # follows links: a mounted secret is replaced by redirecting a link
         except OSError:
             return (0, 0, 0)
         return (status.st_ino, status.st_size, status.st_mtime_ns)
@@ -153,7 +153,7 @@ class Keys:
 
 def _load(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # editors and shells of Windows write a byte order mark
+        return path.read_text(encoding="utf-8-sig")  # Windows editors and shells write a byte order mark
     except UnicodeDecodeError:
         raise ChorusError(f"the API keys in {path} cannot be read: the file is not UTF-8. Save it as UTF-8.") from None
     except OSError as error:
@@ -164,7 +164,7 @@ def _read(text: str, source: str) -> list[tuple[bytes, Tenant]]:
     try:
         found = KeyFile.model_validate_json(text)
     except ValidationError as error:
-        # Without the input: it may hold what should be secret.
+        # Without the input, which may hold secrets.
         problems = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'file'}: {each['msg']}" for each in error.errors())
         raise ChorusError(f"the API keys in {source} do not follow the schema: {problems}") from None
     return [(key.sha256.encode(), key.tenant()) for key in found.keys]

@@ -1,4 +1,4 @@
-"""What is on offer now: the population's tiers as the manifest has them, in the forms in which answers speak of them."""
+"""The tiers on offer now, as in the manifest, and the JSON that describes them in answers."""
 
 import json
 import logging
@@ -17,21 +17,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
-    """The tiers of one prior. A request is chosen for, and answered in the words of, one offer."""
+    """The tiers of one prior. A request's tier is chosen from, and described by, a single offer."""
 
     population: Population
-    """With at least one tier."""
+    """Has at least one tier."""
     default_tier: Tier
     cards: dict[str, dict[str, Any]]
     """OpenAI's model objects by id."""
     population_json: dict[str, bytes]
-    """What an answer's `population` object says about its tier, by tier."""
+    """An answer's `population` object as JSON, by tier name."""
 
     parts: dict[tuple[str, ...], Self] = field(default_factory=dict)
-    """Offers of some of these tiers, by their names, as they were asked for."""
+    """Cache of `restricted`: offers of some of these tiers, by their names."""
 
     def restricted(self, names: tuple[str, ...]) -> Self:
-        """The same population with only these of its tiers; at least one."""
+        """The same population with only the named tiers, at least one of which must exist."""
         if names not in self.parts:
             tiers = tuple(tier for tier in self.population.tiers if tier.name in names)
             population = self.population.model_copy(update={"tiers": tiers})
@@ -41,7 +41,10 @@ class Offer:
 
     @classmethod
     def of(cls, population: Population, default_tier_name: str | None) -> Self:
-        """The offer of a population; under uniform tiers if it has none. The largest tier is the default without a name."""
+        """The offer of a population, with uniform tiers if it has none.
+
+        The default is the named tier if it exists, else the largest.
+        """
         population = population if population.tiers else population.with_uniform_tiers()
         default = default_tier(population)
         if default_tier_name is not None:
@@ -61,7 +64,7 @@ class Offer:
 
 
 class LiveOffer:
-    """The offer now: made anew when a prior fitted again appears in the manifest, or engines take another length of context."""
+    """The current offer, rebuilt when the manifest gets a new prior or the engines' context length changes."""
 
     def __init__(
         self,
@@ -70,7 +73,7 @@ class LiveOffer:
         manifest: LiveManifest | None,
         context_length: Callable[[], int | None] = lambda: None,
     ) -> None:
-        """`context_length` is what engines take, where they say so; else it is the population's."""
+        """`context_length` returns what engines report, or None to use the population's."""
         self._default_tier_name = default_tier_name
         self._manifest = manifest
         self._context_length = context_length
@@ -80,11 +83,11 @@ class LiveOffer:
 
     @property
     def population(self) -> Population:
-        """The population as its manifest has it."""
+        """The population as in its manifest."""
         return self._given if self._manifest is None else self._manifest.current()
 
     def current(self) -> Offer:
-        """Costs one look at the manifest's date while nothing changed."""
+        """The offer now. If nothing changed, this costs one check of the manifest's date."""
         population, length = self.population, self._context_length()
         known = self._made_of
         if known is None or population is not known[0] or length != known[1]:
@@ -95,10 +98,10 @@ class LiveOffer:
 
 
 def offer_to(tenant: Tenant, offer: Offer) -> Offer:
-    """The offer without the tiers that the tenant may not have.
+    """The offer with only the tiers that the tenant may use.
 
     Raises:
-        ApiError: 403, if nothing is left.
+        ApiError: 403 if none is left.
     """
     if tenant.tiers is None:
         return offer
@@ -109,7 +112,7 @@ def offer_to(tenant: Tenant, offer: Offer) -> Offer:
 
 
 def population_object(population: Population, tier: Tier) -> dict[str, Any]:
-    """What an answer says about who gave it."""
+    """The `population` object of an answer that `tier` gave."""
     return {
         "tier": tier.name,
         "members": list(tier.members),
@@ -119,7 +122,7 @@ def population_object(population: Population, tier: Tier) -> dict[str, Any]:
 
 
 def model_cards(population: Population, default: Tier) -> dict[str, dict[str, Any]]:
-    """OpenAI's model objects by id: the population under its own name, as its default tier, then each tier."""
+    """OpenAI's model objects by id: the population's name, which stands for its default tier, then each tier."""
     tiers = {population.name: default}
     tiers |= {f"{population.name}{SEPARATOR}{tier.name}": tier for tier in population.tiers}
     return {model: _card(model, population, tier) for model, tier in tiers.items()}

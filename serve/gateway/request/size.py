@@ -1,48 +1,48 @@
-"""How much work a request asks for, read from its body without a tokenizer, and what the engine counted in the end.
+"""How much work a request asks for, read from its body without a tokenizer, and the engine's final token counts.
 
-A malformed prompt counts as little: the engine refuses it.
+A malformed prompt counts as small: the engine refuses it.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 _COMPLETION_DEFAULT_TOKENS = 16
-"""OpenAI's default for completions, which the engine keeps to; a chat goes on to the end of the context."""
+"""OpenAI's default for completions, which the engine follows; a chat may run to the end of the context."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much work a request asks for, as far as its body says."""
+    """How much work a request asks for, by its body."""
 
     num_sequences: int = 1
-    """Answers that are generated side by side."""
+    """Answers generated side by side."""
     num_choices: int = 1
-    """How many of them to each prompt."""
+    """Answers returned for each prompt (`n`)."""
     num_prompts: int = 1
     prompt_tokens: int = 0
-    """Of prompts given as token ids, all sequences together."""
+    """Tokens of all prompts given as token ids."""
     prompt_characters: int = 0
-    """Of prompts given as text, all sequences together."""
+    """Characters of all prompts given as text."""
     max_tokens: int = 16
-    """Longest answer of one sequence."""
+    """Longest answer of one sequence, in tokens."""
     is_open: bool = False
-    """Whether that is all that the context holds, as the request names no length."""
+    """Whether the request names no length, so that `max_tokens` is the context length."""
 
     @property
     def total_tokens(self) -> int:
-        """Tokens that may be generated in all."""
+        """Most tokens that all sequences together may generate."""
         return self.num_sequences * self.max_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Tokens of one request, as the engine counted them."""
+    """Tokens of one request, as counted by the engine."""
 
     prompt_tokens: int
     completion_tokens: int
 
     def as_json(self) -> dict[str, int]:
-        """OpenAI's object."""
+        """OpenAI's usage object."""
         total = self.prompt_tokens + self.completion_tokens
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -55,7 +55,7 @@ NO_USAGE = Usage(prompt_tokens=0, completion_tokens=0)
 
 
 def read_size(fields: dict[str, Any], kind: str, context_length: int) -> Size:
-    """The size of a request that members serve, whose counts were checked and are not null."""
+    """The size of a request that members serve. Its counts must be checked and not null."""
     texts, num_tokens, num_prompts = _prompt(fields, kind)
     characters = sum(len(text) for text in texts)
     fallback = _COMPLETION_DEFAULT_TOKENS if kind == "completion" else context_length
@@ -75,7 +75,7 @@ def read_size(fields: dict[str, Any], kind: str, context_length: int) -> Size:
 
 
 def read_text(fields: dict[str, Any]) -> Size:
-    """The size of what is to be cut into tokens, or joined."""
+    """The size of a request to tokenize or detokenize."""
     prompt, messages, tokens = (fields.get(name) for name in ("prompt", "messages", "tokens"))
     texts = [prompt] if isinstance(prompt, str) else _texts(messages)
     return Size(
@@ -108,7 +108,7 @@ def _prompt(fields: dict[str, Any], kind: str) -> tuple[list[str], int, int]:
 
 
 def _texts(value: object) -> list[str]:
-    """Every string under `content`, `text` and `output` (a tool's), which is where a message's words are."""
+    """Every string under `content`, `text` and `output` (of a tool), which hold a message's text."""
     match value:
         case list():
             return [text for part in value for text in _texts(part)]

@@ -1,4 +1,4 @@
-"""Choosing the tier of a request from what its client asked for: a model name, a budget, both or neither."""
+"""Choose a request's tier from its model name, its budget, both or neither."""
 
 from dataclasses import dataclass
 
@@ -6,27 +6,27 @@ from chorus.population.manifest import Population, Tier
 from chorus.serve.gateway.request.errors import ApiError, bad_request
 
 SEPARATOR = ":"
-"""Between the population's name and the tier's, in a model name: `my-population:premium`. Neither name can contain it."""
+"""Separates population and tier in a model name: `my-population:premium`. Neither name can contain it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The tier that will serve a request, and how the client spoke of it."""
+    """The tier that will serve a request, and what the client requested."""
 
     tier: Tier
     asked: str
-    """The tier that was asked for, or `default`: a bounded set, fit for a metric's label."""
+    """The requested tier's name, or `default`: a bounded set, fit for a metric's label."""
     model: str
-    """The model name to echo."""
+    """The model name to echo in the answer."""
 
 
 def default_tier(population: Population) -> Tier:
-    """The tier with most members; of several, the dearest."""
+    """The tier with the most members; of several, the most expensive."""
     return max(reversed(population.tiers), key=lambda tier: tier.budget)
 
 
 def model_names(population: Population) -> list[str]:
-    """Every name a request may give as `model`: the population's, and one for each tier."""
+    """Every name that a request may give as `model`: the population's, and one for each tier."""
     return [population.name, *(f"{population.name}{SEPARATOR}{tier.name}" for tier in population.tiers)]
 
 
@@ -34,7 +34,7 @@ def choose(population: Population, default: Tier, *, model: str | None, budget: 
     """The tier for a request that gives `model` (absent or empty: the population) and `budget` (absent: the default tier).
 
     Raises:
-        ApiError: 404 for a model or tier that does not exist; 400 for a budget that no tier keeps to, or that contradicts
+        ApiError: 404 for a model or tier that does not exist; 400 for a budget that no tier fits, or that contradicts
             the model name.
     """
     by_model = _tier_of_model(population, model)
@@ -55,9 +55,9 @@ def choose(population: Population, default: Tier, *, model: str | None, budget: 
 
 
 def tiers_between(population: Population, floor: Tier, asked: Tier) -> list[Tier]:
-    """Tiers that may stand in for the one that was asked for, from that one to the floor.
+    """Tiers that may serve a request for tier `asked`, from that tier down to `floor`.
 
-    Only those whose members are among the larger one's, so that a running request can go from one to the next.
+    Each tier's members are among those of the one before, so that a running request can move down.
     """
     found = [asked]
     for tier in sorted(population.tiers, key=lambda tier: -tier.budget):
@@ -68,10 +68,10 @@ def tiers_between(population: Population, floor: Tier, asked: Tier) -> list[Tier
 
 
 def at_least(population: Population, budget: str | int) -> Tier:
-    """The smallest tier that keeps to a `min_budget`: the one of that name, or with at least so many members.
+    """The smallest tier that satisfies a `min_budget`: the tier of that name, or one with at least that number of members.
 
     Raises:
-        ApiError: 404 for a tier that does not exist; 400 for more members than any tier has, or none.
+        ApiError: 404 for a tier that does not exist; 400 for a number below 1 or above that of the largest tier.
     """
     if isinstance(budget, str):
         return _tier_of_name(population, budget, "min_budget")

@@ -1,6 +1,6 @@
-"""The shared store in Redis. Redis may go away at any time: service goes on, with this gateway's share of every quota.
+"""The shared store in Redis. While Redis is down, the gateway goes on with its share of every quota.
 
-Nothing that is read there is trusted: a key of the wrong type is removed, a number out of bounds counts as unknown.
+Values read from Redis are not trusted: a key of the wrong type is removed, a number out of bounds counts as unknown.
 """
 
 import asyncio
@@ -25,10 +25,10 @@ _PAUSE_S = 1.0
 _FRESH_S = 10.0
 _MODEL_S = 24 * 3600
 _MOST_BYTES = 2**24
-"""Longest value that is read."""
+"""Longest value that is read, in bytes."""
 _MOST_ENGINES = 1024
 
-# All by Redis' own clock: gateways need not agree on the time, and theirs may jump. Each begins with `now`.
+# Begins the scripts below. All times are those of Redis' clock, as gateways' clocks may differ and jump.
 _NOW = """
 local now = redis.call('TIME')
 now = now[1] + now[2] / 1e6
@@ -37,7 +37,7 @@ local function finite(text, most)
   if number and number >= -most and number <= most then return number end
 end
 """
-# Atomic. A bucket that is full again is forgotten.
+# Takes from a bucket, atomically. A bucket that is full again expires.
 _TAKE = (
     _NOW
     + """
@@ -52,7 +52,7 @@ redis.call('PEXPIRE', KEYS[1], string.format('%.0f', math.min(1e12, math.ceil((b
 return string.format('%.6f', wait)
 """
 )
-# A member of a set is there while it says so again and again; what is dated in the future would never go.
+# Entries of a set stay while they are renewed. Entries dated in the future are removed, as they would never expire.
 _SAY = _NOW + "redis.call('ZADD', KEYS[1], now, ARGV[1]) return now"
 _HEAR = (
     _NOW
@@ -62,7 +62,7 @@ redis.call('ZREMRANGEBYSCORE', KEYS[1], now + ARGV[1], '+inf')
 return redis.call('ZREVRANGE', KEYS[1], 0, ARGV[2] - 1)
 """
 )
-# Newer than a version that can be one, or instead of what cannot be used.
+# Publishes if newer than the stored version (an invalid one counts as none), or to replace an unusable manifest.
 _PUBLISH = (
     _NOW
     + """
@@ -79,7 +79,7 @@ return redis.call('HMGET', KEYS[1], 'version', 'manifest')
 
 
 class RedisStore:
-    """State that all gateways of one population share."""
+    """State shared by all gateways of one population."""
 
     def __init__(self, url: str, population: str) -> None:
         pool = BlockingConnectionPool.from_url(
@@ -104,15 +104,15 @@ class RedisStore:
         self._is_up = True
         self._try_again_at = 0.0
         self._seen_engines: dict[str, float] = {}
-        """When each was last found there, or could not be looked for."""
+        """When each engine was last found in Redis, or Redis was down."""
 
     @property
     def is_up(self) -> bool:
-        """Whether Redis answered when last asked."""
+        """Whether Redis answered the last command."""
         return self._is_up
 
     async def take(self, bucket: Bucket, amount: float) -> float:
-        """See `Store`. Without Redis: from this gateway's share."""
+        """See `Store`. While Redis is down: from this gateway's share."""
         amount = min(amount, bucket.burst)
         wait_s = await self._ask(self._take, f"quota:{bucket.name}", *_terms(bucket), amount, 0)
         if wait_s is None:
@@ -130,8 +130,8 @@ class RedisStore:
         await self._ask(self._say, "engines", url)
 
     async def engines(self) -> list[str]:
-        """See `Store`. Those known before stay while Redis is away, and until they had time to announce themselves to one that
-        comes back empty; their own health says whether they live."""
+        """See `Store`. Known engines stay while Redis is down and, if it returns empty, until they had time to be announced again;
+        health checks decide whether they are used."""
         found = await self._ask(self._hear, "engines", _FRESH_S, _MOST_ENGINES)
         now = time.monotonic()
         for url in self._seen_engines if found is None else filter(_is_address, found):
@@ -166,7 +166,7 @@ class RedisStore:
         return int(version), text
 
     async def keep(self) -> None:
-        """Say that this gateway lives, and count the others, whose shares of a quota it would have to leave to them."""
+        """Announce this gateway and count all, to split the quotas among them while Redis is down."""
         while True:
             await self._ask(self._say, "gateways", self._id)
             others = await self._ask(self._hear, "gateways", _FRESH_S, _MOST_ENGINES)
@@ -174,7 +174,7 @@ class RedisStore:
             await asyncio.sleep(_FRESH_S / 5)
 
     async def close(self) -> None:
-        """Let go of all connections."""
+        """Close all connections."""
         await self._redis.aclose()
 
     def _share(self, bucket: Bucket) -> Bucket:
@@ -183,7 +183,7 @@ class RedisStore:
         return Bucket(name=bucket.name, rate_per_s=bucket.rate_per_s / count, burst=burst)
 
     async def _ask(self, command: Callable[..., Awaitable[Any]], key: str, *args: object) -> Any:
-        """The command's answer for one of our keys; None while Redis is away, which is found out at most once a second."""
+        """The result of `command` on this population's `key`; None while Redis is down, which is retried at most once a second."""
         if time.monotonic() < self._try_again_at:
             return None
         keys = [self._prefix + key]

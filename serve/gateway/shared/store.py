@@ -1,4 +1,4 @@
-"""What replicas of the gateway share, as an interface, and its form for one gateway alone: in memory."""
+"""The interface of the state that gateway replicas share, and its in-memory version for a single gateway."""
 
 import time
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """A token bucket: `burst` at most, filled at `rate_per_s`."""
+    """A token bucket: holds at most `burst`, refilled at `rate_per_s`."""
 
     name: str
     rate_per_s: float
@@ -15,45 +15,45 @@ class Bucket:
 
 
 class Store(Protocol):
-    """Shared state. Nothing here raises: what cannot be shared is kept locally until it can."""
+    """Shared state. No method raises: what cannot be shared is kept locally until it can be."""
 
     @property
     def is_up(self) -> bool:
-        """Whether what is shared could be reached when last asked for."""
+        """Whether the shared state was reachable at the last access."""
 
     async def take(self, bucket: Bucket, amount: float) -> float:
-        """Take `amount` (at most the burst) if it is there, and return 0; else take nothing and return the seconds until it is."""
+        """Take `amount` (capped at the burst) and return 0, or take nothing and return the seconds until it is available."""
 
     async def settle(self, bucket: Bucket, amount: float) -> None:
-        """Take `amount` in any case, or give it back where it is negative."""
+        """Take `amount` unconditionally; a negative amount is given back."""
 
     async def announce(self, url: str) -> None:
-        """An engine of ours answers at `url`, for all to use; to be said again every few seconds."""
+        """Offer this gateway's engine at `url` to all gateways; to be repeated every few seconds."""
 
     async def engines(self) -> list[str]:
-        """Addresses that were announced lately."""
+        """Addresses announced recently."""
 
     async def save_model(self, url: str, state: dict[str, Any]) -> None:
-        """What was learned about the engine at `url`."""
+        """Save the state of the latency model of the engine at `url`."""
 
     async def load_model(self, url: str) -> dict[str, Any] | None:
-        """What any gateway learned about it; None if none did."""
+        """The state that any gateway saved last for this engine; None if there is none."""
 
     async def publish_prior(self, version: int, manifest: str, *, instead_of: str = "") -> None:
-        """Make a manifest the live one, if its prior is newer than that, or if that is `instead_of`, which nobody can use."""
+        """Make `manifest` the live one if its prior is newer, or if the live one is `instead_of`, which is unusable."""
 
     async def live_prior(self) -> tuple[int, str] | None:
         """The live prior's version and manifest; None if none was published."""
 
     async def keep(self) -> None:
-        """Run beside the gateway until cancelled."""
+        """Background work, to be run beside the gateway until cancelled."""
 
     async def close(self) -> None:
-        """Let go of all connections."""
+        """Close all connections."""
 
 
 class MemoryStore:
-    """The state of one gateway, for itself."""
+    """The state of a single gateway."""
 
     def __init__(self) -> None:
         self._levels: dict[str, tuple[float, float]] = {}
@@ -104,10 +104,10 @@ class MemoryStore:
         return self._prior
 
     async def keep(self) -> None:
-        """Nothing needs to be done."""
+        """Nothing to do."""
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to close."""
 
     def _level(self, bucket: Bucket) -> float:
         level, at = self._levels.get(bucket.name, (bucket.burst, 0.0))

@@ -1,1 +1,1 @@
-"""Connections and bodies, with bounds on what a client can send or hold."""
+"""Client connections and request bodies, with bounds on what a client can send or hold."""

@@ -1,4 +1,4 @@
-"""Bodies of requests: read whole, decoded, and bounded in length, time and in what all of them hold."""
+"""Read and decode request bodies, with bounds on length, time and the memory held by all of them together."""
 
 import asyncio
 import zlib
@@ -10,11 +10,11 @@ from chorus.serve.gateway.request.errors import ApiError, bad_request
 _IDENTITY = ("", "identity")
 _ZLIB = ("gzip", "x-gzip", "deflate")
 _EITHER_HEADER = 32 + zlib.MAX_WBITS
-"""zlib finds out by itself whether a stream is gzip's or zlib's (`deflate`)."""
+"""Makes zlib detect whether a stream is gzip's or zlib's (`deflate`)."""
 
 
 class Bodies:
-    """Reads bodies. Where those that are still on their way hold too much, the one that began first is given up."""
+    """Reads bodies. When the bodies still arriving hold too much together, the one that began first is given up."""
 
     def __init__(self, *, max_bytes: int, max_bytes_together: int, timeout_s: float) -> None:
         self._max_bytes = max_bytes
@@ -22,13 +22,14 @@ class Bodies:
         self._timeout_s = timeout_s
         self._held_bytes = 0
         self._reading: dict[asyncio.Timeout, int] = {}
-        """What each of them holds; one that is given up holds nothing from then on."""
+        """Bytes held by each body still arriving; one that is given up is removed."""
 
     async def read(self, request: Request, max_bytes: int | None = None) -> bytes:
-        """The request's body, refused as soon as it is known to be longer than `max_bytes`, or than any may be.
+        """The request's body, decoded. It is refused as soon as it exceeds `max_bytes` (by default the limit for all bodies).
 
         Raises:
-            ApiError: 413, 408 if it does not come in time, 415 for an unknown coding, 400 if it does not follow its coding.
+            ApiError: 413 if it is too long, 408 if it is late or was given up, 415 for an unknown coding, 400 if it is not
+                valid in its coding.
         """
         max_bytes = self._max_bytes if max_bytes is None else max_bytes
         declared = request.headers.get("content-length", "")

@@ -1,10 +1,8 @@
-"""Connections from clients: uvicorn's protocol for HTTP/1, with bounds on what a stranger can send or hold.
+"""Client connections: uvicorn's HTTP/1 protocol, with bounds on what a stranger can send or hold.
 
-httptools parses fast and bounds nothing, so heads, framing, time and the number of connections are bounded here, around it.
-h11 bounds heads only, and takes three times as long per request and five times per streamed event (bench/LOG.md). `bodies` bounds
-bodies where they are read.
-
-Knows the inside of uvicorn 0.54's `HttpToolsProtocol`.
+httptools parses fast but bounds nothing, so this module bounds heads, framing, time and the number of connections; `bodies` bounds
+bodies where they are read. h11 bounds heads only, and takes three times as long per request and five times per streamed event
+(bench/LOG.md). Depends on internals of uvicorn 0.54's `HttpToolsProtocol`.
 """
 
 import asyncio
@@ -30,11 +28,11 @@ MAX_HEAD_BYTES = 32 * 2**10
 MAX_HEAD_FIELDS = 128
 MAX_PIPELINED = 16
 HEAD_TIMEOUT_S = 10.0
-"""From the first byte of a request to the end of its head, and from the opening of a connection to that byte."""
+"""From the first byte of a request to the end of its head, and from the opening of a connection to its first byte."""
 _LINGER_S = 5.0
-"""Time for the rest of a body that nobody reads, so that its sender sees the answer before the connection closes."""
+"""How long the rest of an unread body is still accepted, so that its sender sees the answer before the connection closes."""
 _MIN_READ_BYTES_PER_S = 16 * 2**10
-"""A client must take what is buffered for it at this rate, after a minute's grace."""
+"""Rate at which a client must take its buffered data, after `_WRITE_GRACE_S`."""
 _WRITE_GRACE_S = 60.0
 _SWEEP_S = 1.0
 _REPORT_S = 60.0
@@ -44,18 +42,18 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectionLimits:
-    """How many connections are kept, and how long."""
+    """How many connections are kept open, and for how long."""
 
     max_connections: int | None = None
-    """In all; 4,096 if None, and at most half as many as this process may open files."""
+    """Connections in all, at most half of this process's limit on open files; None for 4,096 or that half, if it is less."""
     max_per_address: int | None = None
-    """From one IPv4 address or IPv6 /64 network; a quarter of all if None."""
+    """Connections from one IPv4 address or IPv6 /64 network; None for a quarter of all."""
     idle_timeout_s: int = 75
-    """Time between two requests on a connection."""
+    """Longest time between two requests on a connection."""
     max_dropped_bytes: int = 2 * 2**20
-    """Length of the rest of a refused body that is still read, and dropped; then the connection closes."""
+    """How much of the rest of a refused body is read and discarded before the connection closes."""
     trusted_proxies: tuple[str, ...] = ()
-    """Addresses and networks whose X-Forwarded-For and X-Forwarded-Proto are believed, and which have no limit of their own."""
+    """Addresses and networks whose X-Forwarded-For and X-Forwarded-Proto are trusted, and which have no limit per address."""
 
     def __post_init__(self) -> None:
         for proxy in self.trusted_proxies:
@@ -67,7 +65,7 @@ class ConnectionLimits:
         return tuple(map(_network, self.trusted_proxies))
 
     def resolved(self) -> "tuple[int, int]":
-        """Connections in all and from one address. Raises this process's limit on open files as far as it may.
+        """Most connections in all and from one address. Raises this process's limit on open files as far as allowed.
 
         Raises:
             ChorusError: the limit on open files is too low for `max_connections`.
@@ -78,7 +76,7 @@ class ConnectionLimits:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
                 soft = hard
             except (OSError, ValueError):
-                pass  # some systems allow less than they say
+                pass  # some systems allow less than their hard limit
         most = 2**31 if soft == resource.RLIM_INFINITY else soft // 2
         if self.max_connections is not None and self.max_connections > most:
             raise ChorusError(
@@ -97,7 +95,7 @@ def _network(text: str) -> Network:
 
 
 def server_options(limits: ConnectionLimits) -> dict[str, Any]:
-    """What makes a `uvicorn.Config` serve under these limits."""
+    """Options of a `uvicorn.Config` that serves under these limits."""
     return {
         "http": partial(Connection, Connections(limits)),
         "ws": "none",
@@ -112,14 +110,14 @@ def server_options(limits: ConnectionLimits) -> dict[str, Any]:
 
 @dataclass(kw_only=True, eq=False)
 class _Peer:
-    """Connections of one address."""
+    """The connections of one address."""
 
     count: int = 0
     waiting: "dict[Connection, None]" = field(default_factory=dict)
 
 
 class Connections:
-    """All open connections. Where there are too many, the one that has waited longest for a request to come makes room."""
+    """All open connections. At a limit, the one that has waited longest for a request is closed to make room."""
 
     def __init__(self, limits: ConnectionLimits) -> None:
         self.limits = limits
@@ -133,7 +131,7 @@ class Connections:
         self._sweeping: asyncio.TimerHandle | None = None
 
     def enter(self, connection: "Connection", host: str | None) -> ApiError | None:
-        """Count a new connection, which waits for its first request; or say why there is no room for it."""
+        """Count a new connection, which waits for its first request. If there is no room for it, return the error."""
         address = self._address(host)
         peer = self._peers.setdefault(address, _Peer())
         if address is not None and peer.count >= self._most_per_address and not self._evict(peer.waiting):
@@ -153,7 +151,7 @@ class Connections:
                 headers={"Retry-After": "1"},
             )
         self._all[connection] = address
-        peer = self._peers.setdefault(address, peer)  # it may have gone with what was evicted
+        peer = self._peers.setdefault(address, peer)  # the eviction may have removed it
         peer.count += 1
         self.note_waiting(connection)
         if self._sweeping is None:
@@ -161,7 +159,7 @@ class Connections:
         return None
 
     def leave(self, connection: "Connection") -> None:
-        """It is closed, or as good as that."""
+        """The connection is closed or about to be."""
         if connection not in self._all:
             return
         self.note_busy(connection)
@@ -172,13 +170,13 @@ class Connections:
             del self._peers[address]
 
     def note_waiting(self, connection: "Connection") -> None:
-        """It has no request in progress."""
+        """The connection has no request in progress."""
         if (address := self._all.get(connection, ...)) is not ...:
             self._waiting[connection] = None
             self._peers[address].waiting[connection] = None
 
     def note_busy(self, connection: "Connection") -> None:
-        """A request's head is complete."""
+        """The head of a request on the connection is complete."""
         if self._waiting.pop(connection, ...) is not ...:
             self._peers[self._all[connection]].waiting.pop(connection, None)
 
@@ -187,7 +185,7 @@ class Connections:
         self._refused[code] += 1
 
     def _address(self, host: str | None) -> str | None:
-        """What is counted together; None for what has no limit of its own."""
+        """The address or network that `host` counts towards; None if it has no limit per address."""
         try:
             found = ipaddress.ip_address(host or "")
         except ValueError:
@@ -230,17 +228,17 @@ class Connection(HttpToolsProtocol):
         self._head_began_at: float | None = None
         self._head_bytes = 0
         self._fruitless_bytes = 0
-        """Received since a head was complete or a body grew: parts of heads, extensions of chunks, trailers."""
+        """Bytes received since a head was complete or a body grew: parts of heads, chunk extensions, trailers."""
         self._is_fruitful = False
         self._num_trailers = 0
         self._dropped_bytes = 0
         self._error: ApiError | None = None
-        """Why the parser was stopped from within one of its callbacks."""
+        """What to answer if a callback stopped the parser."""
         self._is_ending = False
-        """Whether all that still comes is dropped."""
+        """Whether further input is discarded."""
         self._ends_at: float | None = None
         self._flushed_by: float | None = None
-        """When the client must have taken what is buffered for it."""
+        """When the client must have taken its buffered data."""
 
     # transport
 
@@ -287,7 +285,7 @@ class Connection(HttpToolsProtocol):
                 self._refuse(self._too_large())
 
     def check(self, now: float) -> None:
-        """Close what takes too long."""
+        """Close the connection if it takes too long."""
         if self._flushed_by is None and not self._is_answering and self.transport.get_write_buffer_size():
             self._flushed_by = self._flush_deadline(now)
         if self._flushed_by is not None and now > self._flushed_by:
@@ -306,7 +304,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._head_bytes = self._num_trailers = 0
-        if self._head_began_at is None:  # behind another request, in the same read
+        if self._head_began_at is None:  # pipelined: received in the same read as another request
             self._head_began_at = self.loop.time()
 
     def on_url(self, url: bytes) -> None:
@@ -314,7 +312,7 @@ class Connection(HttpToolsProtocol):
         self._grow_head(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._reads_head:  # a trailer: nothing here reads any, and none may pass for a header
+        if not self._reads_head:  # a trailer: not used, and must not pass for a header
             self._num_trailers += 1
             if self._num_trailers > MAX_HEAD_FIELDS:
                 raise self._stop(self._too_large())
@@ -373,7 +371,7 @@ class Connection(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         super()._start_asgi_task(cycle, _until_close(app, cycle) if cycle.scope["http_version"] == "1.0" else app)
 
-    # ours
+    # own helpers
 
     @property
     def _is_answering(self) -> bool:
@@ -388,7 +386,7 @@ class Connection(HttpToolsProtocol):
             raise self._stop(self._too_large())
 
     def _stop(self, error: ApiError) -> Exception:
-        """Out of a callback of the parser, with an answer."""
+        """Store the answer and return the error, to be raised from a callback of the parser."""
         self._error = error
         return error
 
@@ -402,9 +400,9 @@ class Connection(HttpToolsProtocol):
         )
 
     def _decline_upgrade(self, rest: bytes) -> None:
-        """Answer the request as if it had offered no other protocol, as every JDK's HttpClient does (h2c).
+        """Answer the request as if it had offered no other protocol; every JDK's HttpClient offers one (h2c).
 
-        The parser takes what follows such a head for the other protocol, so another parser reads the head again, without the offer.
+        The parser leaves what follows such a head to the other protocol, so a new parser reads the head again without the offer.
         """
         head = [self.parser.get_method(), b" ", self.url, b" HTTP/1.1\r\n"]
         for name, value in self.headers:
@@ -421,7 +419,7 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse(self, error: ApiError) -> None:
-        """End the connection with `error`, once answers to whole requests before are sent."""
+        """End the connection with `error`, after the answers to earlier complete requests."""
         self._connections.note_refused(error.code)
         self._is_ending = True
         self._head_began_at = None
@@ -429,7 +427,7 @@ class Connection(HttpToolsProtocol):
             if self._reads_head:
                 self.cycle.keep_alive = False
                 return
-            self.cycle.disconnected = True  # its own body is broken
+            self.cycle.disconnected = True  # the error is in the body of the request being answered
             self.cycle.message_event.set()
             if self.cycle.response_started or self.pipeline:
                 self.transport.close()
@@ -453,7 +451,7 @@ class Connection(HttpToolsProtocol):
 
 
 def _until_close(app: Any, cycle: RequestResponseCycle) -> Callable[..., Awaitable[None]]:
-    """For HTTP/1.0, which has no chunks: an answer of unknown length ends where the connection does."""
+    """For HTTP/1.0, which has no chunked encoding: an answer of unknown length ends when the connection closes."""
 
     async def answer(scope: Any, receive: Any, send: Any) -> None:
         is_bounded = False

@@ -1,4 +1,4 @@
-"""Work for a client that may leave before it is done."""
+"""Run work for a client that may disconnect before it is done."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client leaves. The request's body must have been read.
+    """The result of `work`, which is cancelled if the client disconnects. The request's body must have been read.
 
     Raises:
-        ClientDisconnect: it left.
+        ClientDisconnect: the client disconnected.
     """
     working, leaving = asyncio.create_task(work), asyncio.create_task(disconnected(receive))
     try:
@@ -28,12 +28,12 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 async def disconnected(receive: Receive) -> None:
-    """Return when the client has left."""
+    """Return once the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def cancel(task: asyncio.Task[Any]) -> None:
-    """Return when the task has ended, by itself or cancelled."""
+    """Cancel the task and return once it has ended."""
     task.cancel()
     await asyncio.wait({task})

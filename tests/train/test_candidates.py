@@ -95,8 +95,8 @@ def test_an_average_has_the_mean_of_its_members_weights(run: Run) -> None:
     parts = [load_member(run, name, CPU) for name in ("t1-c00", "t1-c01")]
     for mean, one, other in zip(average(run, 1, 2).parameters(), *(m.parameters() for m in parts), strict=True):
         torch.testing.assert_close(mean, (one + other) / 2)
-    assert "has the averages of the last 2 already" in refusal("average", str(run.directory), "--last", "2")
-    assert "2 to 2 members" in refusal("average", str(run.directory), "--last", "3")
+    assert "already has the averages of the last 2 members" in refusal("average", str(run.directory), "--last", "2")
+    assert "expected 2 to 2" in refusal("average", str(run.directory), "--last", "3")
 
 
 def test_an_average_that_was_interrupted_is_completed_by_the_same_command(

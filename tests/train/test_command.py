@@ -198,7 +198,7 @@ def test_sigterm_checkpoints_and_says_how_to_go_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     output = finish(process)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "run the same command again" in output
+    assert "Run the same command again" in output
     stopped_at = checkpoints(out)
     assert len(stopped_at) == 2
 

@@ -195,8 +195,8 @@ def test_a_flipped_bit_in_a_checkpoint_is_found_and_told(
     assert len(told) == (1 if damaged == 1 else 3)
     for path, line in zip(checkpoints[::-1][:damaged], told, strict=False):
         assert path.name in line
-        assert "going back to the one before" in line
-    assert ("begins again" in told[-1]) == (damaged == 2)
+        assert "trying the previous checkpoint" in line
+    assert ("starts again" in told[-1]) == (damaged == 2)
     left = sorted(home.glob("checkpoint-*.pt"))
     assert len(left) == 2  # those of now: damaged ones of a later step do not push them out
     caplog.clear()

@@ -311,7 +311,7 @@ def test_rows_name_their_field_and_documents_above_the_limit_are_not_called_empt
     corpus.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
     arguments = ["prior", "fit", str(tiny), "--corpus", str(corpus)]
     for more, message in (
-        ([], "no text in the field 'text'; it has body. Name the field with --text-field."),
+        ([], "no text in the field 'text'; it has body. Set the field with --text-field."),
         (["--text-field", "body", "--max-bytes", "200"], "fits into --max-bytes 200; the smallest has 302 bytes"),
     ):
         monkeypatch.setattr(sys, "argv", ["chorus", *arguments, *more])

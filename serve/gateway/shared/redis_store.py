@@ -21,6 +21,7 @@ from chorus.serve.gateway.shared.store import Bucket, MemoryStore
 logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 0.5
+"""Redis counts as down if a command takes longer: requests wait for it."""
 _PAUSE_S = 1.0
 _FRESH_S = 10.0
 _MODEL_S = 24 * 3600
@@ -53,8 +54,8 @@ return string.format('%.6f', wait)
 """
 )
 # Entries of a set stay while they are renewed. Entries dated in the future are removed, as they would never expire.
-_SAY = _NOW + "redis.call('ZADD', KEYS[1], now, ARGV[1]) return now"
-_HEAR = (
+_RENEW = _NOW + "redis.call('ZADD', KEYS[1], now, ARGV[1]) return now"
+_LIST_FRESH = (
     _NOW
     + """
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[1])
@@ -81,20 +82,20 @@ return redis.call('HMGET', KEYS[1], 'version', 'manifest')
 class RedisStore:
     """State shared by all gateways of one population."""
 
-    def __init__(self, url: str, population: str) -> None:
+    def __init__(self, url: str, population: str, *, timeout_s: float = _TIMEOUT_S) -> None:
         pool = BlockingConnectionPool.from_url(
             url,
             max_connections=32,
-            timeout=_TIMEOUT_S,
-            socket_timeout=_TIMEOUT_S,
-            socket_connect_timeout=_TIMEOUT_S,
+            timeout=timeout_s,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
             decode_responses=True,
             encoding_errors="replace",
         )
         self._redis = Redis.from_pool(pool)
         self._take = self._redis.register_script(_TAKE)
-        self._say = self._redis.register_script(_SAY)
-        self._hear = self._redis.register_script(_HEAR)
+        self._renew = self._redis.register_script(_RENEW)
+        self._list_fresh = self._redis.register_script(_LIST_FRESH)
         self._publish = self._redis.register_script(_PUBLISH)
         self._prior = self._redis.register_script(_PRIOR)
         self._prefix = f"chorus:{population}:"
@@ -114,7 +115,7 @@ class RedisStore:
     async def take(self, bucket: Bucket, amount: float) -> float:
         """See `Store`. While Redis is down: from this gateway's share."""
         amount = min(amount, bucket.burst)
-        wait_s = await self._ask(self._take, f"quota:{bucket.name}", *_terms(bucket), amount, 0)
+        wait_s = await self._run(self._take, f"quota:{bucket.name}", *_terms(bucket), amount, 0)
         if wait_s is None:
             share = self._share(bucket)
             return await self._local.take(share, min(amount, share.burst))
@@ -122,17 +123,17 @@ class RedisStore:
 
     async def settle(self, bucket: Bucket, amount: float) -> None:
         """See `Store`."""
-        if await self._ask(self._take, f"quota:{bucket.name}", *_terms(bucket), amount, 1) is None:
+        if await self._run(self._take, f"quota:{bucket.name}", *_terms(bucket), amount, 1) is None:
             await self._local.settle(self._share(bucket), amount)
 
     async def announce(self, url: str) -> None:
         """See `Store`."""
-        await self._ask(self._say, "engines", url)
+        await self._run(self._renew, "engines", url)
 
     async def engines(self) -> list[str]:
         """See `Store`. Known engines stay while Redis is down and, if it returns empty, until they had time to be announced again;
         health checks decide whether they are used."""
-        found = await self._ask(self._hear, "engines", _FRESH_S, _MOST_ENGINES)
+        found = await self._run(self._list_fresh, "engines", _FRESH_S, _MOST_ENGINES)
         now = time.monotonic()
         for url in self._seen_engines if found is None else filter(_is_address, found):
             self._seen_engines[url] = now
@@ -142,25 +143,25 @@ class RedisStore:
     async def save_model(self, url: str, state: dict[str, Any]) -> None:
         """See `Store`."""
         key, text = f"model:{url}", json.dumps(state)
-        await self._ask(lambda keys, args: self._redis.set(keys[0], text, ex=_MODEL_S), key)
+        await self._run(lambda keys, args: self._redis.set(keys[0], text, ex=_MODEL_S), key)
 
     async def load_model(self, url: str) -> dict[str, Any] | None:
         """See `Store`."""
-        found = await self._ask(lambda keys, args: self._redis.getrange(keys[0], 0, _MOST_BYTES), f"model:{url}")
+        found = await self._run(lambda keys, args: self._redis.getrange(keys[0], 0, _MOST_BYTES), f"model:{url}")
         try:
             state = json.loads(found) if found else None
         except (ValueError, RecursionError):
-            logger.warning("what others learned about engine %s is not JSON and left aside", url)
+            logger.warning("the saved times of engine %s are not JSON and are ignored", url)
             return None
         return state if isinstance(state, dict) else None
 
     async def publish_prior(self, version: int, manifest: str, *, instead_of: str = "") -> None:
         """See `Store`."""
-        await self._ask(self._publish, "prior", version, manifest, LAST_PRIOR_VERSION, instead_of)
+        await self._run(self._publish, "prior", version, manifest, LAST_PRIOR_VERSION, instead_of)
 
     async def live_prior(self) -> tuple[int, str] | None:
         """See `Store`."""
-        version, text = await self._ask(self._prior, "prior", _MOST_BYTES) or (None, None)
+        version, text = await self._run(self._prior, "prior", _MOST_BYTES) or (None, None)
         if text is None or version is None or not (version.isascii() and version.isdecimal() and len(version) < 20):
             return None
         return int(version), text
@@ -168,8 +169,8 @@ class RedisStore:
     async def keep(self) -> None:
         """Announce this gateway and count all, to split the quotas among them while Redis is down."""
         while True:
-            await self._ask(self._say, "gateways", self._id)
-            others = await self._ask(self._hear, "gateways", _FRESH_S, _MOST_ENGINES)
+            await self._run(self._renew, "gateways", self._id)
+            others = await self._run(self._list_fresh, "gateways", _FRESH_S, _MOST_ENGINES)
             self._num_gateways = max(1, len(others)) if others is not None else self._num_gateways
             await asyncio.sleep(_FRESH_S / 5)
 
@@ -182,8 +183,8 @@ class RedisStore:
         burst = max(1.0, bucket.burst / count)
         return Bucket(name=bucket.name, rate_per_s=bucket.rate_per_s / count, burst=burst)
 
-    async def _ask(self, command: Callable[..., Awaitable[Any]], key: str, *args: object) -> Any:
-        """The result of `command` on this population's `key`; None while Redis is down, which is retried at most once a second."""
+    async def _run(self, command: Callable[..., Awaitable[Any]], key: str, *args: object) -> Any:
+        """Run `command` on this population's `key`. Returns its result, or None while Redis is down, which is retried at most once a second."""
         if time.monotonic() < self._try_again_at:
             return None
         keys = [self._prefix + key]
@@ -193,13 +194,17 @@ class RedisStore:
             except ResponseError as error:
                 if "WRONGTYPE" not in str(error):
                     raise
-                logger.warning("Redis' key %s is of another type and is removed: whoever wrote it is no gateway", *keys)
+                logger.warning("Redis' key %s was not written by a gateway (wrong type) and is removed", *keys)
                 await self._redis.delete(*keys)
                 found = await command(keys=keys, args=args)
         except (RedisError, OSError, TimeoutError, ValueError) as error:
             self._try_again_at = time.monotonic() + _PAUSE_S
             if self._is_up:
-                logger.warning("Redis is away; quotas fall back to a share of %d: %s", self._num_gateways, error)
+                logger.warning(
+                    "Redis is down; until it is back, this gateway grants 1/%d of each quota: %s",
+                    self._num_gateways,
+                    error,
+                )
             self._is_up = False
             return None
         if not self._is_up:

@@ -35,7 +35,8 @@ from chorus.train.launch import ALLOCATOR
 from chorus.train.model import Llama
 from chorus.train.run import Prepared, Run
 from chorus.train.settings import Settings
-from chorus.train.trajectory import Trajectory, autocast, micro_tokens
+from chorus.train.step import autocast, micro_tokens
+from chorus.train.trajectory import Trajectory
 from chorus.train.worker import choose_device
 
 BARS = {"ours": 0.9, "taught": 1 / 1.4}
@@ -101,15 +102,14 @@ def make_steps(run: Run, device: torch.device, *, compiled: bool) -> dict[str, S
 def our_step(run: Run, device: torch.device, *, taught: bool = False) -> Step:
     """A training step as in a run."""
     trajectory = Trajectory(run, 0, device)
-    trajectory._initialise(0)
+    trajectory.initialise()
     if taught:
         teacher = Llama(run.shape).to(device)
         teacher.load_state_dict(trajectory.model.state_dict())
-        trajectory._teachers = [(teacher.eval().requires_grad_(False), 1.0)]
-        if run.settings.compile:
-            teacher.compile()
-    cycle = run.schedule(0).cycles()[0]
-    return lambda: trajectory._step(cycle, 0, *batch(run))
+        trajectory.step.teach([(teacher.eval().requires_grad_(False), 1.0)])
+    schedule = run.schedule(0)
+    rate, decay = schedule.rates(schedule.cycles()[0], 0)
+    return lambda: trajectory.step(*batch(run), rate=rate, decay=decay, place="the benchmark")
 
 
 def bare_step(run: Run, device: torch.device, *, newton_schulz: torch.dtype = torch.bfloat16) -> Step:

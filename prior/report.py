@@ -8,7 +8,9 @@ from rich.table import Table
 from chorus.population.files import write_text
 from chorus.population.manifest import Population
 from chorus.prior.bootstrap import Interval
-from chorus.prior.fit import MAX_TIER, POOL_NATS, USEFUL_NATS, Mixture, PriorFit
+from chorus.prior.choosing import MAX_TIER, USEFUL_NATS
+from chorus.prior.evaluation import POOL_NATS, Mixture
+from chorus.prior.fit import PriorFit
 from chorus.prior.frontier import knee
 from chorus.prior.plots import FRONTIER_PNG, MEMBERS_PNG
 from chorus.prior.results import FittedText, cost, names

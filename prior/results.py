@@ -12,7 +12,9 @@ from chorus.population.errors import ChorusError
 from chorus.population.files import write_text
 from chorus.population.manifest import Loss, Population, Tier
 from chorus.prior.bootstrap import Interval
-from chorus.prior.fit import HeldOut, Mixture, PriorFit, TierFit
+from chorus.prior.evaluation import Mixture, TierFit
+from chorus.prior.fit import PriorFit
+from chorus.prior.held_out import HeldOut
 
 FIT_JSON = "fit.json"
 

@@ -11,9 +11,11 @@ from chorus.population import manifest
 from chorus.population.errors import ChorusError
 from chorus.population.manifest import Name, Pool, Population
 from chorus.prior.budgets import Budgets, ResolvedBudgets, resolve
+from chorus.prior.choosing import check_budgets
 from chorus.prior.distributions import MemberDistributions
 from chorus.prior.engine import Engine, connect
-from chorus.prior.fit import HeldOut, PriorFit, check_budgets, fit_prior
+from chorus.prior.fit import PriorFit, fit_prior
+from chorus.prior.held_out import HeldOut
 from chorus.prior.latency import LATENCY_JSON, load_table
 from chorus.prior.likelihoods import Progress, likelihoods
 from chorus.prior.plots import save_frontier, save_members

@@ -96,7 +96,7 @@ class Limits:
         return self.cost(members) <= limit * (1 + 1e-9)
 
 
-def path_within(
+def nested_path_within(
     probabilities_MN: Probabilities, folds: tuple[Fold, ...], limits: Limits, max_members: int
 ) -> tuple[list[Choice], list[int]]:
     """A nested path within cost limits, and the number of members of each tier on it.
@@ -112,7 +112,7 @@ def path_within(
     sizes = []
     for limit in limits.tiers:
         keep = path[-1].members if path else ()
-        best = best_within(probabilities_MN, folds, limits, limit, keep=keep)
+        best = best_set_within(probabilities_MN, folds, limits, limit, keep=keep)
         _append_block(SetEvaluator(probabilities_MN, folds), path, best)
         sizes.append(len(path))
     evaluator = SetEvaluator(probabilities_MN, folds, fits=lambda members: limits.fits(members, limits.cap))
@@ -120,7 +120,7 @@ def path_within(
     return _grow(evaluator, path, max_members), sizes
 
 
-def best_within(
+def best_set_within(
     probabilities_MN: Probabilities,
     folds: tuple[Fold, ...],
     limits: Limits,

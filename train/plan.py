@@ -111,7 +111,7 @@ def _time_steps(settings: Settings, shape: Shape, threads: int) -> tuple[float, 
     from chorus.train.model import Llama
     from chorus.train.perturb import generator_for
     from chorus.train.schedule import batch_rows
-    from chorus.train.trajectory import autocast, make_optimiser, micro_tokens
+    from chorus.train.step import autocast, make_optimiser, micro_tokens
     from chorus.train.worker import choose_device
 
     before = torch.get_num_threads()

@@ -16,11 +16,9 @@ from chorus.population import manifest
 from chorus.population.errors import ChorusError
 from chorus.population.files import write_text
 from chorus.population.manifest import Tier
-from chorus.train.model import Llama
 from chorus.train.run import Run
 from chorus.train.schedule import Cycle
 from chorus.train.settings import Settings
-from chorus.train.snapshot import load_member
 from chorus.train.trajectory import Trajectory
 
 
@@ -92,33 +90,39 @@ def student_run(run: Run, plan: StudentPlan) -> Run:
     return replace(run, settings=plan.settings)
 
 
-class Student(Trajectory):
-    """The training of one student."""
+def training(run: Run, name: str, device: torch.device, *, checkpoint_seconds: float = 60.0) -> Trajectory:
+    """The training of the student `name` of `run`.
 
-    def __init__(self, run: Run, name: str, device: torch.device, *, checkpoint_seconds: float = 60.0) -> None:
-        plan = read_plan(run.directory, name)
-        if plan is None:
-            raise ChorusError(f"{run.directory} has no plan for a student {name!r}. Start it with `chorus distil`.")
-        self._population, self._plan, self._student = run, plan, name
-        super().__init__(student_run(run, plan), 0, device, checkpoint_seconds=checkpoint_seconds)
+    Raises:
+        ChorusError: the student has no plan, or a damaged one.
+    """
+    plan = read_plan(run.directory, name)
+    if plan is None:
+        raise ChorusError(f"{run.directory} has no plan for a student {name!r}. Start it with `chorus distil`.")
+    lineage = _StudentLineage(run, name, plan)
+    return Trajectory(student_run(run, plan), 0, device, lineage=lineage, checkpoint_seconds=checkpoint_seconds)
 
-    def _seeds(self) -> tuple[int, int]:
+
+class _StudentLineage:
+    """One member, taught by the members of a tier."""
+
+    def __init__(self, run: Run, name: str, plan: StudentPlan) -> None:
+        self._name, self._plan = name, plan
+        self.directory = run.directory / "training" / "students" / name
         # An unused trajectory number: initialisation and document orders differ from those of all teachers.
-        return self._population.settings.seed, self._population.settings.trajectories
+        self.seeds = run.settings.seed, run.settings.trajectories
 
-    def _directory(self) -> Path:
-        return self.run.directory / "training" / "students" / self._student
+    def member(self, cycle: Cycle) -> str:
+        """See `Lineage`."""
+        return self._name
 
-    def _name(self, cycle: Cycle) -> str:
-        return self._student
-
-    def _origin(self, cycle: Cycle) -> dict[str, JsonValue]:
+    def origin(self, cycle: Cycle) -> dict[str, JsonValue]:
+        """See `Lineage`."""
         return {}
 
-    def _load_teachers(self, cycle: Cycle) -> list[tuple[Llama, float]]:
-        return [
-            (load_member(self._population, name, self.device), weight) for name, weight in self._plan.teachers.items()
-        ]
+    def teachers(self, cycle: Cycle) -> dict[str, float]:
+        """See `Lineage`."""
+        return self._plan.teachers
 
 
 def _plan_path(directory: Path, name: str) -> Path:

@@ -18,11 +18,11 @@ from types import FrameType
 import torch
 
 from chorus.population.errors import ChorusError
+from chorus.train import student
 from chorus.train.group import joined
 from chorus.train.launch import STOPPED, disk_error_message
 from chorus.train.log import Record
 from chorus.train.run import Run
-from chorus.train.student import Student
 from chorus.train.trajectory import Trajectory
 
 
@@ -37,8 +37,8 @@ def main() -> int:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # NCCL reduces on the current device
         if arguments.student:
-            student = Student(run, arguments.student, device, checkpoint_seconds=arguments.checkpoint_seconds)
-            return 0 if student.train(stop.emit, stop.is_set) else STOPPED
+            training = student.training(run, arguments.student, device, checkpoint_seconds=arguments.checkpoint_seconds)
+            return 0 if training.train(stop.emit, stop.is_set) else STOPPED
         size = arguments.ranks_per_trajectory
         check_shares(run, size)
         with joined(rank=arguments.rank, world=arguments.world, size=size, device=device) as group:

@@ -241,8 +241,29 @@ def _plan(headers: bytes, num_rows: int, width: int, device: torch.device) -> _P
 
 @lru_cache(maxsize=8)
 def _common_plan(mixture: Mixture, num_rows: int, device: torch.device) -> _Plan:
-    header_RH = make_headers([mixture] * num_rows, max(mixture.members) + 1)
-    return _plan(header_RH.numpy().tobytes(), *header_RH.shape, device)
+    weights = {member: weight for member, weight in zip(mixture.members, mixture.weights, strict=True) if weight > 0}
+    is_alone, is_log = len(weights) == 1, mixture.pool == "log"
+    all_rows = torch.arange(num_rows, device=device)
+    is_log_R = torch.full((num_rows,), is_log, device=device)
+    shares = [
+        _Share(
+            member=member,
+            rows=None,
+            weight_r1=torch.full((num_rows, 1), weight, device=device),
+            weight=weight,
+            is_log_r1=is_log_R[:, None] if is_log else None,
+            is_whole_mixture=is_alone,
+            sole_rows=all_rows if is_alone else None,
+        )
+        for member, weight in sorted(weights.items())
+    ]
+    return _Plan(
+        shares=tuple(shares),
+        is_log_R=is_log_R,
+        has_log_pools=is_log and not is_alone,
+        unnormalised=all_rows if (is_log and not is_alone) or mixture.temperature != 1 else None,
+        temperature_r1=torch.full((num_rows, 1), mixture.temperature, device=device),
+    )
 
 
 def _initial_pools(is_log_R: Tensor, vocab_size: int) -> Tensor:

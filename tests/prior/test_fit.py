@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from chorus.population.errors import ChorusError
-from chorus.prior.fit import HeldOut, fit_prior, tier_sizes, useful_members
+from chorus.prior.choosing import tier_sizes, useful_members
+from chorus.prior.fit import fit_prior
 from chorus.prior.frontier import knee
+from chorus.prior.held_out import HeldOut
 from chorus.prior.reference import top_by_weight
 from chorus.prior.selection import Limits
 from chorus.prior.weights import mixture_losses

@@ -8,9 +8,10 @@ import pytest
 
 from chorus.population import manifest
 from chorus.prior.bootstrap import Interval
-from chorus.prior.fit import PriorFit, _warnings, fit_prior
+from chorus.prior.fit import PriorFit, fit_prior
 from chorus.prior.report import REPORT, save_report
 from chorus.prior.results import FittedText
+from chorus.prior.warnings import find_warnings
 from tests.prior.test_fit import some_held_out
 
 TEXT = FittedText(source="tests", num_tokens={"test": 9}, num_documents={"test": 9})
@@ -51,12 +52,9 @@ def test_a_difference_whose_interval_contains_zero_is_called_chance(
 def test_the_command_warns_where_a_tier_shows_no_gain_over_the_best_single_member(
     difference: Interval, words: str
 ) -> None:
-    class Many:
-        num_documents = 100
-
     fit = with_difference(fit_prior(some_held_out(4)), difference)
     sizes = {tier.name: len(tier.mixture.members) for tier in fit.tiers}
-    (warning,) = _warnings(list(fit.tiers), sizes, Many())  # type: ignore[arg-type]
+    (warning,) = find_warnings(list(fit.tiers), sizes, num_documents=100)
     assert warning.startswith(
         f"{fit.tiers[-1].name} {words} the best single member on the test split: {difference.nats:+.4f}"
     )

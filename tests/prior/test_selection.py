@@ -11,10 +11,10 @@ from chorus.prior.selection import (
     Limits,
     _full_sets,
     best_set,
-    best_within,
+    best_set_within,
     cross_folds,
     nested_path,
-    path_within,
+    nested_path_within,
     same_tokens,
 )
 from chorus.prior.weights import fit_weights, mixture_losses
@@ -145,7 +145,7 @@ def test_the_best_set_within_a_cost_agrees_with_brute_force(seed, limit):
     every = (s for size in range(1, 8) for s in itertools.combinations(range(7), size))
     by_hand = min(judged(p_MN, s, same_tokens(400)) for s in every if limits.costs_M[list(s)].sum() <= limit)
 
-    found = best_within(p_MN, same_tokens(400), limits, limit)
+    found = best_set_within(p_MN, same_tokens(400), limits, limit)
 
     assert limits.cost(found.members) <= limit
     assert found.loss == pytest.approx(by_hand, abs=3e-6)
@@ -157,8 +157,8 @@ def test_greedy_with_exchange_comes_close_to_the_best_set_within_a_cost(seed):
     limits = Limits(costs_M=uneven_costs(9, seed))
 
     for limit in (1.5, 3.0, 6.0):
-        exact = best_within(p_MN, same_tokens(300), limits, limit)
-        greedy = best_within(p_MN, same_tokens(300), limits, limit, exact_sets=0)
+        exact = best_set_within(p_MN, same_tokens(300), limits, limit)
+        greedy = best_set_within(p_MN, same_tokens(300), limits, limit, exact_sets=0)
         assert limits.cost(greedy.members) <= limit
         assert greedy.loss <= exact.loss + 2e-3, limit
 
@@ -184,7 +184,7 @@ def test_a_path_within_costs_is_nested_and_keeps_every_limit():
     p_MN = some_likelihoods(8, 600, duplicates=2)
     limits = Limits(costs_M=uneven_costs(8), tiers=(1.2, 3.0), cap=6.0)
 
-    path, sizes = path_within(p_MN, cross_folds(300, 300), limits, 8)
+    path, sizes = nested_path_within(p_MN, cross_folds(300, 300), limits, 8)
 
     for smaller, larger in itertools.pairwise(path):
         assert set(smaller.members) < set(larger.members)
@@ -193,7 +193,7 @@ def test_a_path_within_costs_is_nested_and_keeps_every_limit():
     assert limits.cost(path[-1].members) <= 6.0
     assert len(path) > sizes[-1]
     cheap = Limits(costs_M=np.array([1.0, 5.0, 1.0, 5.0, 1.0, 5.0, 1.0, 5.0]), cap=4.0)
-    assert set(path_within(p_MN, same_tokens(600), cheap, 8)[0][-1].members) <= {0, 2, 4, 6}
+    assert set(nested_path_within(p_MN, same_tokens(600), cheap, 8)[0][-1].members) <= {0, 2, 4, 6}
 
 
 def test_a_useless_member_costs_nothing_because_it_is_left_out():
@@ -201,9 +201,9 @@ def test_a_useless_member_costs_nothing_because_it_is_left_out():
     p_MN[2] = p_MN[0] * 0.5
     limits = Limits(costs_M=np.ones(3))
 
-    assert sorted(best_within(p_MN, same_tokens(400), limits, 3.0).members) == [0, 1]
+    assert sorted(best_set_within(p_MN, same_tokens(400), limits, 3.0).members) == [0, 1]
 
 
 def test_refuses_a_cost_that_no_member_fits():
     with pytest.raises(ChorusError, match="cheapest costs"):
-        best_within(some_likelihoods(3, 50), same_tokens(50), Limits(costs_M=np.ones(3)), 0.5)
+        best_set_within(some_likelihoods(3, 50), same_tokens(50), Limits(costs_M=np.ones(3)), 0.5)

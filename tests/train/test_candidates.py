@@ -17,7 +17,6 @@ from chorus.train.candidates import distil
 from chorus.train.member import add_member
 from chorus.train.run import Run
 from chorus.train.snapshot import load_member
-from chorus.train.student import Student
 
 CPU = torch.device("cpu")
 SMALL = {"layers": 1, "width": 32, "heads": 1, "epochs": 2, "alpha": 0.9, "temperature": 1.0}
@@ -57,11 +56,11 @@ def test_a_student_hears_the_whole_mixture_and_goes_on_after_a_stop(run: Run) ->
     tier = manifest.load(run.directory).tiers[-1]
     student.claim(run, "apprentice", student.make_plan(run, tier, **SMALL))
     seen: list[float] = []
-    apprentice = Student(run, "apprentice", CPU)
+    apprentice = student.training(run, "apprentice", CPU)
     assert not apprentice.train(lambda record: seen.append(float(record["loss"])), lambda: len(seen) == 1)
     # The first batch again, with the mixture's probabilities written out.
-    fresh = Student(run, "apprentice", CPU)
-    fresh._initialise(0)
+    fresh = student.training(run, "apprentice", CPU)
+    fresh.initialise()
     from chorus.train.data import Epoch, TrainTokens
 
     epoch = Epoch(TrainTokens(run.directory / "training"), seed=0, trajectory=2, epoch=0)
@@ -81,7 +80,7 @@ def test_a_student_hears_the_whole_mixture_and_goes_on_after_a_stop(run: Run) ->
     other = student.make_plan(run, tier, **{**SMALL, "epochs": 3})
     with pytest.raises(ChorusError, match=r"started in .* with other settings"):
         student.claim(run, "apprentice", other)
-    assert Student(run, "apprentice", CPU).train(lambda record: None, lambda: False)
+    assert student.training(run, "apprentice", CPU).train(lambda record: None, lambda: False)
     log = (run.directory / "training" / "students" / "apprentice" / "log.jsonl").read_text()
     assert log.count('"event": "step"') == cycle.steps
 
@@ -138,7 +137,7 @@ def test_a_damaged_member_is_neither_averaged_nor_a_teacher(run: Run) -> None:
     tier = manifest.load(run.directory).tiers[-1]
     student.claim(run, "apprentice", student.make_plan(run, tier, **SMALL))
     with pytest.raises(ChorusError, match=r"'t1-c00': .* changed or damaged"):
-        Student(run, "apprentice", CPU).train(lambda record: None, lambda: False)
+        student.training(run, "apprentice", CPU).train(lambda record: None, lambda: False)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_crashes_and_stops_at_twenty_moments_change_nothing(undisturbed: Run, tm
 def test_divergence_stops_with_the_step_and_what_to_try(tmp_path: Path) -> None:
     settings = Settings(**{**vars(TINY), "lr": 1e25})
     run = prepare(settings, tmp_path / "diverged")
-    with pytest.raises(ChorusError, match=r"trajectory 0 diverged at step \d+ .*lower --lr \(try 3.3e\+24\)"):
+    with pytest.raises(ChorusError, match=r"trajectory 0, step \d+ .* diverged: .*lower --lr \(try 3.3e\+24\)"):
         train_whole(run)
 
 
@@ -145,10 +145,10 @@ def test_a_restart_begins_the_next_cycle_as_if_it_were_the_first(tmp_path: Path)
     records: list[Record] = []
     Trajectory(run, 0, CPU).train(records.append, lambda: records[-2:-1] != [] and records[-2]["event"] == "member")
     other = Trajectory(run, 0, CPU)
-    position = load_checkpoint(other.directory, other.model, other.optimiser)
+    position = load_checkpoint(other.directory, other.model, other.step.optimiser)
     assert position is not None
     assert (position.cycle, position.step) == (1, 1), "stopped after the first step behind the boundary"
-    assert other.optimiser.num_steps == 1, "the optimiser's state does not cross the boundary"
+    assert other.step.optimiser.num_steps == 1, "the optimiser's state does not cross the boundary"
     assert Trajectory(run, 0, CPU).train(records.append, lambda: False)
     starts = [cycle.first_step for cycle in run.schedule(0).cycles()]
     first = [float(r["cross_entropy"]) for r in records if r["event"] == "step" and r["step"] in starts]

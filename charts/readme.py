@@ -13,8 +13,8 @@ _KEY = re.compile(r"^(\s*)([A-Za-z0-9]+):")
 _HEAD = """\
 # chorus, the chart
 
-Installs gateways and engines for one population, with autoscaling, alerts, a dashboard and network policies. For sizing and operation, see
-[docs/operations.md](../../docs/operations.md). `make charts` generates this page from `values.yaml`.
+Installs gateways and engines for one population, with autoscaling, alerts, a dashboard and network policies. For sizing and
+operation, see [docs/operations.md](../../docs/operations.md). `make charts` generates this page from `values.yaml`.
 
     kubectl create namespace chorus
     helm install mine charts/chorus -n chorus --set population.pvc.claimName=my-population

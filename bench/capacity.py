@@ -222,7 +222,7 @@ def plan(options: argparse.Namespace, costs: Costs) -> None:
     )
     print(f"{len(requests)} requests in {options.seconds:g} s; {costs}\n")
     print(
-        "| engines | busy | waited, p95 | first token, p95 | whole, p50 | p95 | in time |\n|--:|--:|--:|--:|--:|--:|--:|"
+        "| engines | busy | wait, p95 | first token, p95 | total, p50 | total, p95 | in time |\n|--:|--:|--:|--:|--:|--:|--:|"
     )
     for engines in range(1, options.most + 1):
         outcomes, busy = simulate(requests, costs, engines=engines, max_sequences=options.max_sequences)

@@ -13,14 +13,14 @@ _KEY = re.compile(r"^(\s*)([A-Za-z0-9]+):")
 _HEAD = """\
 # chorus, the chart
 
-Gateways and engines of one population, with autoscaling, alerts, a dashboard and network policies. How to size and run it:
-[docs/operations.md](../../docs/operations.md). This page is made from `values.yaml` by `make charts`.
+Installs gateways and engines for one population, with autoscaling, alerts, a dashboard and network policies. For sizing and
+operation, see [docs/operations.md](../../docs/operations.md). `make charts` generates this page from `values.yaml`.
 
     kubectl create namespace chorus
     helm install mine charts/chorus -n chorus --set population.pvc.claimName=my-population
     helm test mine -n chorus
 
-Kubernetes 1.29 or newer, Helm 3.10 or newer or Helm 4. Every value set in `ci/` is rendered and checked in CI.
+Requires Kubernetes 1.29 or newer, and Helm 3.10 or newer or Helm 4. CI renders and checks every value set in `ci/`.
 
 """
 

@@ -8,7 +8,7 @@
 {{- end -}}
 {{- end -}}
 
-{{/* Labels by which pods of a component are selected. Takes {root, component}. */}}
+{{/* Labels that select the pods of a component. Takes {root, component}. */}}
 {{- define "chorus.selector" -}}
 app.kubernetes.io/name: chorus
 app.kubernetes.io/instance: {{ .root.Release.Name }}
@@ -23,7 +23,7 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
 {{- end -}}
 
-{{/* Takes {root, image, repository}: the image's reference, by digest where there is one. */}}
+{{/* Reference of an image, by digest if there is one. Takes {root, image, repository}. */}}
 {{- define "chorus.image" -}}
 {{- if .image.digest -}}
 {{ .repository }}@{{ .image.digest }}
@@ -36,7 +36,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{ .Values.engine.image.repository | default (printf "chorus/engine-%s" .Values.engine.device) }}
 {{- end -}}
 
-{{/* What every pod has. The service account has no rights, and its token stays out of the pods. */}}
+{{/* Settings of every pod. The service account has no rights, and its token is not mounted. */}}
 {{- define "chorus.pod" -}}
 serviceAccountName: {{ include "chorus.fullname" . }}
 automountServiceAccountToken: false
@@ -55,7 +55,7 @@ securityContext:
   seccompProfile: {type: RuntimeDefault}
 {{- end -}}
 
-{{/* Where the pods of a component may run. Takes {root, component, values}. */}}
+{{/* Placement of the pods of a component. Takes {root, component, values}. */}}
 {{- define "chorus.placement" -}}
 {{- with .root.Values.priorityClassName }}
 priorityClassName: {{ . }}
@@ -86,11 +86,11 @@ securityContext:
   capabilities: {drop: [ALL]}
 {{- end -}}
 
-{{/* The only places that a container may write to. */}}
+{{/* The only directories that a container may write to. */}}
 {{- define "chorus.scratchEnv" -}}
 - {name: HOME, value: /tmp}
 - {name: TMPDIR, value: /tmp}
-- {name: USER, value: chorus} # a user without an entry in /etc/passwd has no other name
+- {name: USER, value: chorus} # a user without an entry in /etc/passwd has no name otherwise
 {{- end -}}
 
 {{- define "chorus.populationVolume" -}}
@@ -116,7 +116,7 @@ securityContext:
   {{- end }}
 {{- end -}}
 
-{{/* The init container that fills the population's volume. Takes {root, component, resources}; gateways need the manifest only. */}}
+{{/* The init container that fills the population's volume. Takes {root, component, resources}; gateways need only the manifest. */}}
 {{- define "chorus.populationInit" -}}
 {{- $values := .root.Values -}}
 {{- $population := $values.population -}}
@@ -170,7 +170,7 @@ initContainers:
 {{- end }}
 {{- end -}}
 
-{{/* Longest time from an engine's start, copying included, until it answers. */}}
+{{/* Longest time from an engine's start until it answers, copying included. */}}
 {{- define "chorus.startupSeconds" -}}
 {{- if .Values.engine.startupSeconds -}}
 {{ int .Values.engine.startupSeconds }}
@@ -179,7 +179,7 @@ initContainers:
 {{- end -}}
 {{- end -}}
 
-{{/* Where the object store of `population.source=url` listens. */}}
+{{/* Port of the object store of `population.source=url`. */}}
 {{- define "chorus.urlPort" -}}
 {{- $url := urlParse .Values.population.url.address -}}
 {{- $port := regexFind ":[0-9]+$" $url.host | trimPrefix ":" -}}

@@ -1,11 +1,12 @@
-# `make demo`: the main job on real input. `make test`: all that CI runs. Both set up their own environment first.
+# `make demo`: the main job on real input. `make test`: all that CI runs. `make check`: its fast part, within a minute.
+# Each sets up its own environment first.
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 # Where this is set, every process compiles all that it imports: forty seconds for each of the three of an engine.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test check lint lock clean
 
 # The CPU target, complete and hashed, without dependencies of its own choosing: see requirements/without-vision.txt.
 .venv/.installed: requirements/cpu.txt pyproject.toml
@@ -54,6 +55,10 @@ build/charts/.installed: requirements/charts/requirements.txt requirements/chart
 charts: .venv/.installed build/charts/.installed
 	@$(BIN)/python charts/readme.py
 	@$(BIN)/pytest tests/charts --ignore tests/charts/test_live.py
+
+# The tests that start no engine and no server, for each change.
+check: .venv/.installed
+	@$(BIN)/pytest @tests/check.txt
 
 # All that CI runs.
 test: lint tools build/charts/.installed

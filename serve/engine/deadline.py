@@ -192,6 +192,12 @@ class Deadline:
             expected *= 2
         return min(expected, max_tokens) - num_tokens
 
+    def drop(self, *, at_token: int, reason: str) -> tuple[int, Mixture]:
+        """Drop the next member after `at_token` tokens. Returns it, and the mixture that remains."""
+        member, mixture = self.may_leave[0]
+        self.drops.append(Drop(member=member, at_token=at_token, reason=reason))
+        return member, mixture
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Runner:
@@ -210,6 +216,49 @@ class Runner:
     def max_step_s(self) -> float:
         """Longest step, in seconds, with which it still meets its deadline."""
         return self.left_s / max(1, self.remaining_tokens) / (1 - _LATENESS_TOLERANCE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scheduled:
+    """A request in the next step, as input to `keep_deadlines`."""
+
+    members: Sequence[int]
+    """The members that run for it."""
+    context: int
+    """Cached tokens."""
+    deadline: Deadline | None
+    """None if it drops no members now."""
+    num_tokens: int
+    """Tokens generated so far."""
+    max_tokens: int
+
+
+def keep_deadlines(scheduled: Sequence[Scheduled], now: float, step_s: Callable[[StepLoad], float]) -> list[int]:
+    """How many members each request drops before the next step, so that requests meet their deadlines; see `choose_drops`.
+
+    Args:
+        scheduled: all requests of the step.
+        now: on the clock of `Deadline.finish_at`.
+        step_s: seconds that a step of a given load takes.
+    """
+    tally, drops = StepTally(), [0] * len(scheduled)
+    positions, runners = list[int](), list[Runner]()
+    for position, request in enumerate(scheduled):
+        tally.add(request.members, rows=1, context=request.context)
+        if (deadline := request.deadline) is not None:
+            positions.append(position)
+            runners.append(
+                Runner(
+                    left_s=deadline.finish_at - now,
+                    remaining_tokens=deadline.tokens_left(request.num_tokens, request.max_tokens),
+                    num_members=len(request.members),
+                    may_leave=tuple(member for member, _ in deadline.may_leave),
+                    context=request.context,
+                )
+            )
+    for position, count in zip(positions, choose_drops(runners, tally, step_s), strict=True):
+        drops[position] = count
+    return drops
 
 
 def choose_drops(runners: Sequence[Runner], tally: StepTally, step_s: Callable[[StepLoad], float]) -> list[int]:

@@ -29,7 +29,7 @@ from chorus.population.wire import (
     TIER_ARGUMENT,
 )
 from chorus.serve.engine.chooser import Candidate, DecodingChooser, Kind
-from chorus.serve.engine.deadline import Deadline, Drop, Runner, StepCost, StepLoad, StepTally, choose_drops, way_down
+from chorus.serve.engine.deadline import Deadline, Scheduled, StepCost, StepLoad, StepTally, keep_deadlines, way_down
 from chorus.serve.engine.decoding import (
     MAX_DRAFTS,
     Acceptance,
@@ -355,48 +355,46 @@ class PopulationScheduler(Scheduler):
         self._deadlines[request.request_id] = deadline
         max_members = arguments.get(MAX_MEMBERS_ARGUMENT, len(mixture.members))
         while len(mixture.members) > max_members and deadline.may_leave:
-            member, mixture = deadline.may_leave[0]
-            self._record_drop(deadline, member, at_token=0, reason="start")
+            self.counts.count_drop("start")
+            _, mixture = deadline.drop(at_token=0, reason=DROP_REASONS["start"])
         return mixture
 
     def _keep_deadlines(self) -> None:
         """Drop members so that requests meet their deadlines, including waiting requests that may start in this step."""
-        tally, now = StepTally(), time.time()
-        requests, runners = list[Any](), list[Runner]()
-        for request in chain(self.running, islice(self.waiting, max(0, self.max_num_running_reqs - len(self.running)))):
-            members, context = self._mixtures[request.request_id].members, request.num_computed_tokens
-            sampling = self._sampling.get(request.request_id)
-            is_sampled = sampling is not None and (sampling.is_forced or self._chooser.current.samples)
-            if is_sampled and (planned := self._planned.get(request.request_id)) is not None:
-                members = planned.mixture.members  # the last step's draw stands in for the next one's
-            tally.add(members, rows=1, context=context)
-            if not is_sampled and (deadline := self._deadlines.get(request.request_id)) is not None:
-                requests.append(request)
-                runners.append(
-                    Runner(
-                        left_s=deadline.finish_at - now,
-                        remaining_tokens=deadline.tokens_left(request.num_output_tokens, request.max_tokens),
-                        num_members=len(members),
-                        may_leave=tuple(member for member, _ in deadline.may_leave),
-                        context=context,
-                    )
-                )
-        gain = self._chooser.current.gain if self._speculating and not self._chooser.current.samples else 1.0
-        drops = choose_drops(runners, tally, lambda load: (self._step_cost.predict(load) or 0.0) / gain)
-        for request, runner, count in zip(requests, runners, drops, strict=True):
+        now, gain = time.time(), 1.0
+        if self._speculating and not self._chooser.current.samples:
+            gain = self._chooser.current.gain
+        requests = list(
+            chain(self.running, islice(self.waiting, max(0, self.max_num_running_reqs - len(self.running))))
+        )
+        scheduled = [self._scheduled(request) for request in requests]
+        drops = keep_deadlines(scheduled, now, lambda load: (self._step_cost.predict(load) or 0.0) / gain)
+        for request, count in zip(requests, drops, strict=True):
             for _ in range(count):
-                self._drop_member(request, "late" if runner.left_s < 0 else "forecast")
+                is_late = self._deadlines[request.request_id].finish_at < now
+                self._drop_member(request, "late" if is_late else "forecast")
+
+    def _scheduled(self, request: Any) -> Scheduled:
+        members = self._mixtures[request.request_id].members
+        sampling = self._sampling.get(request.request_id)
+        is_sampled = sampling is not None and (sampling.is_forced or self._chooser.current.samples)
+        if is_sampled and (planned := self._planned.get(request.request_id)) is not None:
+            members = planned.mixture.members  # the last step's draw stands in for the next one's
+        return Scheduled(
+            members=members,
+            context=request.num_computed_tokens,
+            deadline=None if is_sampled else self._deadlines.get(request.request_id),
+            num_tokens=request.num_output_tokens,
+            max_tokens=request.max_tokens,
+        )
 
     def _drop_member(self, request: Any, reason: str) -> None:
         deadline = self._deadlines[request.request_id]
-        member, self._mixtures[request.request_id] = deadline.may_leave[0]
+        self.counts.count_drop(reason)
+        member, mixture = deadline.drop(at_token=request.num_output_tokens, reason=DROP_REASONS[reason])
+        self._mixtures[request.request_id] = mixture
         self._kv.drop(request.request_id, member)
         self._changed.add(request.request_id)
-        self._record_drop(deadline, member, at_token=request.num_output_tokens, reason=reason)
-
-    def _record_drop(self, deadline: Deadline, member: int, *, at_token: int, reason: str) -> None:
-        self.counts.count_drop(reason)
-        deadline.drops.append(Drop(member=member, at_token=at_token, reason=DROP_REASONS[reason]))
 
     def _observe(self, output: Any, model_runner_output: Any) -> _StepRecord:
         """The record of a finished step."""

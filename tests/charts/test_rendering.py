@@ -319,4 +319,4 @@ def test_the_notes_say_what_is_missing() -> None:
     assert "Redis has no password" not in notes  # there is none
     answers = ask_tools("render", values=[value_sets()[name] for name in ("default", "hardened")])
     assert ["Redis has no password" in str(each["files"]) for each in answers] == [True, False]
-    assert "nobody is alerted" in notes
+    assert "alerts are off" in notes

@@ -1,4 +1,4 @@
-"""`helm test`: whether the release answers, at every tier."""
+"""`helm test`: one request to every tier of the release."""
 
 import json
 import os
@@ -17,7 +17,7 @@ def ask(path, body=None):
 
 print("ready:", ask("/ready"))
 if os.environ.get("CHORUS_NEEDS_KEY") and not KEY:
-    print("keys are needed and tests.existingSecret gives none: no tier was asked")
+    print("the gateway requires an API key and tests.existingSecret has none: no tier was tested")
     sys.exit(0)
 for model in (card["id"] for card in ask("/v1/models")["data"]):
     answer = ask("/v1/completions", {"model": model, "prompt": "a", "max_tokens": 2})

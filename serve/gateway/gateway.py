@@ -174,7 +174,7 @@ class Gateway:
 
         An engine of our own whose times are known is calibrated again after a restart, which also warms it up.
         """
-        await engine.learn_context()
+        await engine.read_context_length()
         if not self.settings.calibrates or (engine.model.is_seeded and not engine.is_supervised):
             return
         if engine.model.is_seeded or not await seed(self.store, engine):

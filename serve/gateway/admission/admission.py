@@ -160,7 +160,7 @@ class Admission:
                 f"at most {self.limits.max_sequences} run at once here. Send several requests.",
                 code="too_many_sequences",
             )
-        now, budget_s = time.perf_counter(), call.terms.budget_s
+        now, budget_s = time.perf_counter(), call.time_budget.budget_s
         finish_by = None if budget_s is None else arrived_at + budget_s
         job = Job(tiers=tiers, size=self.lengths.planned(call.size, tenant.name), finish_by=finish_by)
         give_up_at = now + self.limits.queue_timeout_s
@@ -168,7 +168,7 @@ class Admission:
             least = min(least_s(job, engine.model) for engine in candidates)
             if now + least <= finish_by:
                 give_up_at = min(give_up_at, finish_by - least)
-            elif call.terms.on_deadline == "fail":
+            elif call.time_budget.on_deadline == "fail":
                 raise deadline_exceeded(
                     f"a time budget of {1000 * budget_s:.0f} ms cannot be kept: "
                     f"tier {tiers[-1].name!r} alone is expected to take {1000 * least:.0f} ms for this request."
@@ -284,7 +284,7 @@ class Admission:
 
     def _refusal(self, pending: Pending) -> ApiError:
         has_deadline = pending.job.finish_by is not None
-        if has_deadline and pending.call.terms.on_deadline == "fail":
+        if has_deadline and pending.call.time_budget.on_deadline == "fail":
             return deadline_exceeded("the time budget would have been missed: every engine is busy.")
         retry_after_s = self.retry_after_s()
         if has_deadline:
@@ -309,7 +309,7 @@ class _MemberCaps:
         self._demand = Demand()
         self._caps: WeakKeyDictionary[Engine, MemberCap] = WeakKeyDictionary()
         self._updated: WeakKeyDictionary[Engine, tuple[float, int]] = WeakKeyDictionary()
-        self._most_members = 1
+        self._max_members = 1
         self._losses: dict[int, float] = {}
         """Of the tiers that were requested, by their number of members."""
 
@@ -317,7 +317,7 @@ class _MemberCaps:
         """A request came. `engine` is one that may serve it."""
         now, size, tiers, model = time.perf_counter(), job.size, job.tiers, engine.model
         prompt_tokens = model.prompt_tokens(tokens=size.prompt_tokens, characters=size.prompt_characters)
-        self._most_members = max(self._most_members, len(tiers[0].members))
+        self._max_members = max(self._max_members, len(tiers[0].members))
         self._losses |= {tier.budget: tier.test_loss.nats for tier in tiers if tier.test_loss is not None}
         if not job.is_flexible or job.finish_by is None:
             members = len(tiers[-1 if job.is_hopeless else 0].members)
@@ -331,7 +331,7 @@ class _MemberCaps:
     def of(self, engine: Engine, num_engines: int, queue: FairQueue, now: float) -> int:
         """The cap of an engine, one of `num_engines` that share the demand; all members until its times are known."""
         if not engine.model.is_seeded:
-            return self._most_members
+            return self._max_members
         updated_at, cap = self._updated.get(engine, (-math.inf, 0))
         if now - updated_at >= _TICK_S:
             supply = Supply(
@@ -344,7 +344,7 @@ class _MemberCaps:
             cap = self._caps.setdefault(engine, MemberCap()).update(
                 self._demand.rates(now),
                 supply,
-                most=self._most_members,
+                most=self._max_members,
                 backlog=sum(each.job.size.total_tokens for each in queue if each.job.finish_by is not None),
                 losses=self._losses,
             )

@@ -6,7 +6,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from chorus.serve.gateway.api.unserved import why_unserved
-from chorus.serve.gateway.request.errors import CLIENT_CLOSED_REQUEST, ApiError, phrase, respond
+from chorus.serve.gateway.request.errors import CLIENT_CLOSED_REQUEST, ApiError, reason_phrase, respond
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -30,7 +30,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         return respond(ApiError(404, f"{path} is not served here: {why}", code="route_not_served"), path)
     what = {404: "there is no such route", 405: "this route has other methods"}.get(error.status_code)
     message = f"{request.method} {path}: {what or error.detail}. The routes are listed at /docs."
-    code = phrase(error.status_code).lower().replace(" ", "_")
+    code = reason_phrase(error.status_code).lower().replace(" ", "_")
     return respond(ApiError(error.status_code, message, code=code, headers=error.headers), path)
 
 

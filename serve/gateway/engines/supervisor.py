@@ -133,7 +133,7 @@ class Supervisor:
             self._engine.mark_up(start_s=start_s)
             on_up(start_s)
             watch = asyncio.create_task(self._engine.watch())
-            ends = {asyncio.create_task(process.wait()), asyncio.create_task(life.froze.wait())}
+            ends = {asyncio.create_task(process.wait()), asyncio.create_task(life.frozen.wait())}
             try:
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -168,7 +168,7 @@ class Supervisor:
     async def _becomes_ready(self, process: Process) -> bool:
         deadline = time.monotonic() + self._settings.start_timeout_s
         while process.returncode is None and time.monotonic() < deadline:
-            if await self._engine.answers():
+            if await self._engine.answers_probe():
                 return True
             await asyncio.sleep(0.2)
         return False

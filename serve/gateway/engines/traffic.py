@@ -57,7 +57,7 @@ class InFlight:
         return self.num_sequences - self.num_ended
 
     @property
-    def most_members(self) -> int | None:
+    def max_members(self) -> int | None:
         """How many of the tier's members it began with; None if with all."""
         return self.work.members if self.work.members < len(self.tier.members) else None
 

@@ -71,7 +71,7 @@ class DriftSampler:
                 continue
             try:
                 nats = await self._ask(session, engine, echo)
-            except (*upstream.BROKEN, TimeoutError, ValueError, KeyError, TypeError) as error:
+            except (*upstream.CONNECTION_ERRORS, TimeoutError, ValueError, KeyError, TypeError) as error:
                 logger.info("the loss of a prompt could not be had from engine %s: %s", engine.url, error)
             else:
                 if nats is not None:

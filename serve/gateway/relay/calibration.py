@@ -43,7 +43,7 @@ async def calibrate(session: aiohttp.ClientSession, engine: Engine, population: 
                     async with asyncio.TaskGroup() as group:
                         for _ in range(count):
                             group.create_task(_send(session, engine, population, tier, length))
-    except* (*upstream.BROKEN, StoppedError, RuntimeError) as errors:
+    except* (*upstream.CONNECTION_ERRORS, StoppedError, RuntimeError) as errors:
         why = errors.exceptions[0]
         logger.warning("engine %s could not be calibrated, its times are learned from traffic: %s", engine.url, why)
     else:

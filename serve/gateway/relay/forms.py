@@ -79,7 +79,7 @@ class _SplicedStream(EventSplicer):
 
     def __init__(self, call: Call, additions: Additions, *, name: str, at_end: AtEnd | None) -> None:
         super().__init__(
-            additions, keep_usage=call.wants_usage, at_end=at_end, counts=True, hides_counts=not call.wants_counts
+            additions, keep_usage=call.has_usage, at_end=at_end, counts=True, hides_counts=not call.has_running_usage
         )
         self._call = call
         self._name, self._is_chat = name, call.kind == "chat"
@@ -114,7 +114,7 @@ class _SplicedStream(EventSplicer):
         indices = list(range(self._call.size.num_prompts * self._call.size.num_choices))
         event = last_event(self._name, is_chat=self._is_chat, indices=indices, like=self.head)
         events = Additions(population=additions.population, model=None).splice(event)
-        if self._call.wants_usage:
+        if self._call.has_usage:
             events += usage_event(self._name, is_chat=self._is_chat, usage=usage, like=self.head)
         return events + _DONE
 

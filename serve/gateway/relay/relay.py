@@ -83,7 +83,7 @@ class Relay(Response):
                 except _LostError:
                     others = await self._after_loss(grant.engine)
                     if is_last or others is None:
-                        raise upstream.lost(grant.engine) from None
+                        raise upstream.engine_lost(grant.engine) from None
                     avoid = (grant.engine,) if others else ()
                 else:
                     return
@@ -107,12 +107,12 @@ class Relay(Response):
                     attempt.settle()
         except StoppedError as stopped:
             await self._stop(attempt, reply, stopped.why)
-        except upstream.BROKEN:
+        except upstream.CONNECTION_ERRORS:
             await self._lose(attempt, reply, Stop.LOST)
-        except upstream.GarbledError as error:
+        except upstream.InvalidResponseError as error:
             logger.warning("engine %s: %s", grant.engine.url, error)
             grant.engine.breaker.note_failure()
-            await reply.fail(bad_gateway(upstream.NO_ANSWER))
+            await reply.fail(bad_gateway(upstream.INVALID_RESPONSE))
         finally:
             self._used = attempt.used
 
@@ -126,7 +126,7 @@ class Relay(Response):
     async def _stop(self, attempt: Attempt, reply: Reply, why: Stop) -> None:
         """The wait ended before the answer did."""
         match why:
-            case Stop.DEADLINE if self._call.terms.on_deadline == "truncate":
+            case Stop.DEADLINE if self._call.time_budget.on_deadline == "truncate":
                 await self._truncate(attempt, reply)
             case Stop.DEADLINE:
                 outcome.note_missed(attempt)
@@ -158,12 +158,12 @@ class Relay(Response):
             raise _LostError
         attempt.engine.breaker.note_failure()
         if reply.has_begun:
-            attempt.engine.suspect()
+            attempt.engine.check_soon()
             await reply.fail(stream_broken(why.value))
         else:
             if attempt.engine.is_up:
                 await attempt.engine.check()
-            raise upstream.lost(attempt.engine)
+            raise upstream.engine_lost(attempt.engine)
 
     async def _after_loss(self, engine: Engine) -> list[Engine] | None:
         """The other engines to try after the loss of one; None if there is none and the lost one is not well."""
@@ -176,7 +176,7 @@ class Relay(Response):
     def _note(self, grant: Grant) -> None:
         self._record.engine = grant.engine.url
         self._record.waited_s = grant.waited_s
-        self._record.budget_s = self._call.terms.budget_s
+        self._record.budget_s = self._call.time_budget.budget_s
 
     async def _break_off(self, reply: Reply, scope: Scope, receive: Receive, send: Send) -> None:
         """The gateway stops while the request is answered."""

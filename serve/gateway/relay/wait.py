@@ -48,7 +48,7 @@ class Wait:
         self._timeout = asyncio.Timeout(None)
         self._life = engine.life
         self._is_sending = False
-        self._heard_at = 0.0
+        self._last_output_at = 0.0
         self._is_silent = False
         self._silence: asyncio.TimerHandle | None = None
         self._blocked_s = 0.0
@@ -81,11 +81,11 @@ class Wait:
         if self._deadline is not None:
             loop = asyncio.get_running_loop()
             self._timeout.reschedule(loop.time() + self._deadline - LEAD_S - time.perf_counter())
-        self._engine.waiting.add(self._timeout)
+        self._engine.output_timeouts.add(self._timeout)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._engine.waiting.discard(self._timeout)
+        self._engine.output_timeouts.discard(self._timeout)
         if self._silence is not None:
             self._silence.cancel()
         try:
@@ -96,19 +96,19 @@ class Wait:
     def note_events(self, num_events: int) -> None:
         """The engine sent `num_events` events: its silence ends."""
         self._engine.traffic.note_events(self._request, num_events)
-        self._life.heard()
-        self._heard_at = self._life.heard_at
+        self._life.note_output()
+        self._last_output_at = self._life.last_output_at
         if self._silence is None:
             self._silence = asyncio.get_running_loop().call_later(self._stall_s, self._check_silence)
 
     def note_complete(self) -> None:
         """The whole answer came."""
-        self._life.heard()
+        self._life.note_output()
 
     def _check_silence(self) -> None:
         """End the wait after too long a silence; longer if the whole engine is silent, which may be in a long step."""
         longest_s = self._stall_s if self._is_sending else self._engine.longest_silence_s()
-        left_s = self._heard_at + longest_s - time.monotonic()
+        left_s = self._last_output_at + longest_s - time.monotonic()
         loop = asyncio.get_running_loop()
         if left_s > 0:
             # Checked again soon, as the reason for a longer silence may go.

@@ -99,7 +99,7 @@ def engine_error(status: int, body: bytes) -> ApiError:
         error = json.loads(body)["error"]
         message, param = _as_text(error["message"]), error.get("param")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        message, param = phrase(status), None
+        message, param = reason_phrase(status), None
     param = _as_text(param).removeprefix("body.") if isinstance(param, str) else None
     return ApiError(status, message, code="rejected_by_engine", param=param)
 
@@ -120,10 +120,10 @@ def explain_length(error: ApiError, *, max_tokens: int | None, context_length: i
     if error.status != 400 or not (known or is_full):
         return error
     context_length = int(known[1]) if known else context_length
-    asked = 1 if max_tokens is None else max_tokens
-    rest = f"an answer of at least {asked}" if max_tokens is None else f"max_tokens, which is {asked}"
+    requested = 1 if max_tokens is None else max_tokens
+    rest = f"an answer of at least {requested}" if max_tokens is None else f"max_tokens, which is {requested}"
     return bad_request(
-        f"the prompt is too long: it may have {max(0, context_length - asked)} tokens, as the context of {context_length} has to "
+        f"the prompt is too long: it may have {max(0, context_length - requested)} tokens, as the context of {context_length} has to "
         f"hold it and {rest}. Shorten the prompt{'' if max_tokens is None else ' or ask for fewer tokens'}; "
         "POST /tokenize counts them.",
         code="context_length_exceeded",
@@ -145,7 +145,7 @@ def _as_text(value: object) -> str:
     return str(value).encode(errors="replace").decode()
 
 
-def phrase(status: int) -> str:
+def reason_phrase(status: int) -> str:
     """The reason phrase of an HTTP status."""
     try:
         return http.HTTPStatus(status).phrase

@@ -20,7 +20,7 @@ from chorus.serve.gateway.request.errors import ApiError
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_KEY = 512
+_MAX_KEY_CHARACTERS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class Keys:
             ChorusError: the keys cannot be read. The message contains none of them.
         """
         self._path = path
-        self._stamp = self._look()
+        self._stamp = self._file_stamp()
         self._keys: list[tuple[bytes, Tenant]] | None = None
         if path is not None:
             self._keys = _read(_load(path), str(path))
@@ -114,7 +114,7 @@ class Keys:
         Raises:
             ApiError: 401 if the key is missing or unknown.
         """
-        self._read_again()
+        self._reload_if_changed()
         if self._keys is None:
             return ANYONE
         scheme, _, key = (authorization or "").partition(" ")
@@ -122,7 +122,7 @@ class Keys:
             raise _unauthorized(
                 "an API key is expected, as `Authorization: Bearer KEY` or `x-api-key: KEY`.", code="missing_api_key"
             )
-        digest = hashlib.sha256(key.strip()[:_LONGEST_KEY].encode(errors="replace")).hexdigest().encode()
+        digest = hashlib.sha256(key.strip()[:_MAX_KEY_CHARACTERS].encode(errors="replace")).hexdigest().encode()
         found = None
         for known, tenant in self._keys:  # compare with all, so that the time taken reveals nothing
             if hmac.compare_digest(known, digest):
@@ -131,8 +131,8 @@ class Keys:
             raise _unauthorized("this API key is not known here.", code="invalid_api_key")
         return found
 
-    def _read_again(self) -> None:
-        if self._path is None or (stamp := self._look()) == self._stamp:
+    def _reload_if_changed(self) -> None:
+        if self._path is None or (stamp := self._file_stamp()) == self._stamp:
             return
         self._stamp = stamp
         try:
@@ -141,7 +141,7 @@ class Keys:
         except ChorusError as error:
             logger.error("the API keys changed and cannot be used; the ones before stay in force: %s", error)
 
-    def _look(self) -> tuple[int, int, int]:
+    def _file_stamp(self) -> tuple[int, int, int]:
         if self._path is None:
             return (0, 0, 0)
         try:

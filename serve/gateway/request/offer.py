@@ -27,17 +27,17 @@ class Offer:
     population_json: dict[str, bytes]
     """An answer's `population` object as JSON, by tier name."""
 
-    parts: dict[tuple[str, ...], Self] = field(default_factory=dict)
+    restricted_offers: dict[tuple[str, ...], Self] = field(default_factory=dict)
     """Cache of `restricted`: offers of some of these tiers, by their names."""
 
     def restricted(self, names: tuple[str, ...]) -> Self:
         """The same population with only the named tiers, at least one of which must exist."""
-        if names not in self.parts:
+        if names not in self.restricted_offers:
             tiers = tuple(tier for tier in self.population.tiers if tier.name in names)
             population = self.population.model_copy(update={"tiers": tiers})
             default = self.default_tier.name if self.default_tier in tiers else None
-            self.parts[names] = self.of(population, default)
-        return self.parts[names]
+            self.restricted_offers[names] = self.of(population, default)
+        return self.restricted_offers[names]
 
     @classmethod
     def of(cls, population: Population, default_tier_name: str | None) -> Self:
@@ -77,21 +77,21 @@ class LiveOffer:
         self._default_tier_name = default_tier_name
         self._manifest = manifest
         self._context_length = context_length
-        self._given = population
-        self._made_of: tuple[Population, int | None] | None = None
+        self._initial_population = population
+        self._built_from: tuple[Population, int | None] | None = None
         self._offer: Offer
 
     @property
     def population(self) -> Population:
         """The population as in its manifest."""
-        return self._given if self._manifest is None else self._manifest.current()
+        return self._initial_population if self._manifest is None else self._manifest.current()
 
     def current(self) -> Offer:
         """The offer now. If nothing changed, this costs one check of the manifest's date."""
         population, length = self.population, self._context_length()
-        known = self._made_of
+        known = self._built_from
         if known is None or population is not known[0] or length != known[1]:
-            self._made_of = population, length
+            self._built_from = population, length
             shown = population if length is None else population.model_copy(update={"context_length": length})
             self._offer = Offer.of(shown, self._default_tier_name)
         return self._offer

@@ -14,7 +14,7 @@ class Choice:
     """The tier that will serve a request, and what the client requested."""
 
     tier: Tier
-    asked: str
+    requested: str
     """The requested tier's name, or `default`: a bounded set, fit for a metric's label."""
     model: str
     """The model name to echo in the answer."""
@@ -49,17 +49,17 @@ def choose(population: Population, default: Tier, *, model: str | None, budget: 
     tier = by_model or by_budget
     return Choice(
         tier=tier or default,
-        asked=tier.name if tier else "default",
+        requested=tier.name if tier else "default",
         model=model or population.name,
     )
 
 
-def tiers_between(population: Population, floor: Tier, asked: Tier) -> list[Tier]:
-    """Tiers that may serve a request for tier `asked`, from that tier down to `floor`.
+def tiers_between(population: Population, floor: Tier, requested: Tier) -> list[Tier]:
+    """Tiers that may serve a request for tier `requested`, from that tier down to `floor`.
 
     Each tier's members are among those of the one before, so that a running request can move down.
     """
-    found = [asked]
+    found = [requested]
     for tier in sorted(population.tiers, key=lambda tier: -tier.budget):
         is_between = floor.budget <= tier.budget < found[-1].budget
         if is_between and set(tier.members) < set(found[-1].members) and set(floor.members) <= set(tier.members):

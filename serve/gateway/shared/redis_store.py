@@ -184,7 +184,7 @@ class RedisStore:
         return Bucket(name=bucket.name, rate_per_s=bucket.rate_per_s / count, burst=burst)
 
     async def _run(self, command: Callable[..., Awaitable[Any]], key: str, *args: object) -> Any:
-        """Run `command` on this population's `key`. Returns its result, or None while Redis is down, which is retried at most once a second."""
+        """Run `command` on this population's `key` and return its result; None while Redis is down (retried at most once a second)."""
         if time.monotonic() < self._try_again_at:
             return None
         keys = [self._prefix + key]

@@ -79,7 +79,7 @@ def test_null_is_the_default_of_every_optional_field(tiny: Population, kind: Kin
     assert call(tiny, kind, **nothing) == call(tiny, kind)
     streaming = call(tiny, kind, stream=True, stream_options={"include_usage": None})
     assert json.loads(streaming.body())["stream_options"]["include_usage"] is True
-    assert not streaming.wants_usage
+    assert not streaming.has_usage
 
 
 @pytest.mark.parametrize(

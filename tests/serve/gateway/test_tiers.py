@@ -10,7 +10,7 @@ from chorus.serve.gateway.request.tiers import choose, default_tier, model_names
 
 def pick(population: Population, model: str | None = None, budget: str | int | None = None) -> tuple[str, str, str]:
     choice = choose(population, default_tier(population), model=model, budget=budget)
-    return choice.tier.name, choice.asked, choice.model
+    return choice.tier.name, choice.requested, choice.model
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ async def why(tiny: Population, *, deadline_s: float | None, stall_s: float, ear
     try:
         async with Wait(engine, in_flight(tiny), deadline=deadline, stall_s=stall_s) as wait:
             wait.note_events(1)
-            (timeout,) = engine.waiting
+            (timeout,) = engine.output_timeouts
             if early_s:
                 when = timeout.when()
                 assert when is not None

@@ -182,7 +182,7 @@ def serve(
             max_connections=max_connections,
             max_per_address=max_connections_per_address,
             idle_timeout_s=idle_timeout,
-            max_dropped_bytes=max_body_bytes,
+            max_discarded_bytes=max_body_bytes,
             trusted_proxies=trusted_proxies,
         ),
         max_body_bytes=max_body_bytes,

@@ -10,7 +10,7 @@ from chorus.population.errors import ChorusError
 from chorus.population.manifest import DECODINGS
 
 
-def _mix(text: str) -> tuple[tuple[str | None, float], ...]:
+def _parse_tiers(text: str) -> tuple[tuple[str | None, float], ...]:
     """Tiers and shares from `economy=1,max=3`, or names alone; `default` stands for no tier."""
     found: list[tuple[str | None, float]] = []
     for part in text.split(","):
@@ -64,7 +64,7 @@ def bench(url: str, budgets: tuple[float, ...], as_json: bool, **options: Any) -
         rate_per_s=options["rate"],
         num_streams=options["num_streams"],
         duration_s=options["duration"],
-        tiers=_mix(options["tiers"]),
+        tiers=_parse_tiers(options["tiers"]),
         budgets_ms=budgets or (None,),
         on_deadline=options["on_deadline"],
         decoding=options["decoding"],

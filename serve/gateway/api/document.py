@@ -84,7 +84,7 @@ _EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type"
 _RETRY: Schema = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
 
 
-def answers(
+def responses(
     body: Schema, *statuses: int, streams: bool = False, error: Schema = _ERROR
 ) -> dict[int | str, dict[str, Any]]:
     """The responses of a route: `body` with 200, else an `error` with one of `statuses`."""
@@ -99,7 +99,7 @@ def answers(
     return found
 
 
-def takes(own: Schema, *, required: str | None = None, engines: dict[str, str] | None = None) -> dict[str, Any]:
+def request_body(own: Schema, *, required: str | None = None, engines: dict[str, str] | None = None) -> dict[str, Any]:
     """The request body of a route that reads its bytes itself, to avoid the cost of FastAPI's parsing.
 
     `own` are the schemas of the route's own fields; `engines` describes the fields that the engine checks, by name. With `engines`

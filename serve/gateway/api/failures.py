@@ -5,7 +5,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from chorus.serve.gateway.api.unserved import why_unserved
+from chorus.serve.gateway.api.unserved import unserved_reason
 from chorus.serve.gateway.request.errors import CLIENT_CLOSED_REQUEST, ApiError, reason_phrase, respond
 
 
@@ -15,7 +15,7 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(ClientDisconnect, _on_client_disconnect)
-    app.add_exception_handler(Exception, _on_unforeseen)
+    app.add_exception_handler(Exception, _on_unexpected)
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
@@ -26,7 +26,7 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.scope["path"]
-    if error.status_code == 404 and (why := why_unserved(path)):
+    if error.status_code == 404 and (why := unserved_reason(path)):
         return respond(ApiError(404, f"{path} is not served here: {why}", code="route_not_served"), path)
     what = {404: "there is no such route", 405: "this route has other methods"}.get(error.status_code)
     message = f"{request.method} {path}: {what or error.detail}. The routes are listed at /docs."
@@ -47,7 +47,7 @@ async def _on_client_disconnect(request: Request, error: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-async def _on_unforeseen(request: Request, error: Exception) -> Response:
+async def _on_unexpected(request: Request, error: Exception) -> Response:
     record = getattr(request.state, "record", None)
     headers = {"x-request-id": record.request_id} if record else {}
     message = "the gateway failed on this request; its log has the cause under the request's id"

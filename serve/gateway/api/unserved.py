@@ -16,7 +16,7 @@ _FILES = (
 _ADAPTERS = "members are fixed while a population is served. Merge an adapter into its checkpoint and make it a member."
 _ENGINE = "it is the engine's own route, past budgets, keys and queues. Use /v1/completions or /v1/chat/completions."
 
-_WHY = {
+_REASONS = {
     "/v1/embeddings": _POOLING,
     "/v2/embed": _POOLING,
     "/embed": _POOLING,
@@ -57,8 +57,8 @@ _WHY = {
 }
 
 
-def why_unserved(path: str) -> str | None:
+def unserved_reason(path: str) -> str | None:
     """Why the gateway does not serve `path`, and what to use instead; None for an unknown path."""
     parts = path.rstrip("/").split("/")
     candidates = ("/".join(parts[:length]) for length in range(len(parts), 1, -1))
-    return next((_WHY[each] for each in candidates if each in _WHY), None)
+    return next((_REASONS[each] for each in candidates if each in _REASONS), None)

@@ -22,8 +22,8 @@ from chorus.serve.gateway.engines.life import Processes
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_PAUSE_S = 30.0
-_LONGEST_LOG = 256 * 1024
+_MAX_PAUSE_S = 30.0
+_MAX_LOG_BYTES = 256 * 1024
 _PORTS = range(20_000, 32_768)  # Linux assigns 32768 and above to bind(0) and outgoing connections
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -36,7 +36,7 @@ _DEFAULT_ENVIRONMENT = {
 }
 
 
-_OURS = ("--model", "--host", "--port", "--uds", "--served-model-name", "--api-key")
+_GATEWAY_ARGUMENTS = ("--model", "--host", "--port", "--uds", "--served-model-name", "--api-key")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Supervision:
 
     def __post_init__(self) -> None:
         for argument in self.arguments:
-            if argument.split("=")[0].replace("_", "-") in _OURS:
+            if argument.split("=")[0].replace("_", "-") in _GATEWAY_ARGUMENTS:
                 raise ChorusError(
                     f"engine argument {argument!r} is set by the gateway itself. "
                     "To run an engine of your own, start it with `vllm serve` and give its address with --engine."
@@ -104,7 +104,7 @@ class Supervisor:
         """
         quick_failures, has_served = 0, False
         while True:
-            pause_s = 0.0 if quick_failures <= 1 else min(2.0 ** (quick_failures - 2), _LONGEST_PAUSE_S)
+            pause_s = 0.0 if quick_failures <= 1 else min(2.0 ** (quick_failures - 2), _MAX_PAUSE_S)
             self._engine.mark_down(launch_in_s=pause_s)
             await asyncio.sleep(pause_s)
             served_s = await self._run_once(on_up)
@@ -127,7 +127,7 @@ class Supervisor:
         life = self._engine.begin_life(f"http://127.0.0.1:{port}", Processes(process.pid))
         watch: asyncio.Task[None] | None = None
         try:
-            if not await self._becomes_ready(process):
+            if not await self._wait_until_ready(process):
                 return None
             start_s = time.monotonic() - launched_at
             self._engine.mark_up(start_s=start_s)
@@ -165,7 +165,7 @@ class Supervisor:
             if log is not None:
                 log.close()
 
-    async def _becomes_ready(self, process: Process) -> bool:
+    async def _wait_until_ready(self, process: Process) -> bool:
         deadline = time.monotonic() + self._settings.start_timeout_s
         while process.returncode is None and time.monotonic() < deadline:
             if await self._engine.answers_probe():
@@ -189,7 +189,7 @@ class Supervisor:
     def _explain(self, what: str) -> str:
         if (log := self._settings.log) is None:
             return f"{what}; its output above says why."
-        text = _end_of(log, self._log_begin)
+        text = _read_end(log, self._log_begin)
         cause = root_cause(text)
         return f"{what}: {cause}\nIts log: {log}" if cause else f"{what}. The end of its log, {log}:\n{tail(text)}"
 
@@ -199,9 +199,9 @@ def tail(log: str, num_lines: int = 15) -> str:
     return "\n".join([f"  {line}" for line in log.splitlines() if line.strip()][-num_lines:])
 
 
-def _end_of(log: Path, begin: int) -> str:
+def _read_end(log: Path, begin: int) -> str:
     with log.open("rb") as file:
-        file.seek(max(begin, file.seek(0, os.SEEK_END) - _LONGEST_LOG))
+        file.seek(max(begin, file.seek(0, os.SEEK_END) - _MAX_LOG_BYTES))
         return file.read().decode(errors="replace")
 
 

@@ -224,7 +224,7 @@ class _Engines(Collector):
             ),
             "budget_kept_back_ratio": (
                 "Part of a time budget that the engine is not told of.",
-                lambda engine: engine.reserve.part,
+                lambda engine: engine.reserve.share,
             ),
         }
         for name, (text, fact) in facts.items():

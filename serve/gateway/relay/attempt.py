@@ -101,7 +101,7 @@ class Attempt:
 
     def cut_answer(self, usage: Usage) -> bytes:
         """A whole answer of what came so far."""
-        return self._mended(self._stream.cut_answer(usage))
+        return self._with_corrected_offsets(self._stream.cut_answer(usage))
 
     def cut_events(self, usage: Usage) -> bytes:
         """The events that end the stream here."""
@@ -139,9 +139,9 @@ class Attempt:
     async def _read_whole(self, body: bytes) -> bytes:
         with upstream.parsing():
             self.used = self.counted = self.form.read_usage(body)
-            body = self.report.take(body)
+            body = self.report.extract(body)
             if self.call.has_offsets:
-                body = await asyncio.to_thread(self._offsets.mend, body)
+                body = await asyncio.to_thread(self._offsets.correct, body)
         return body
 
     async def _pass_on(self, answer: aiohttp.ClientResponse) -> bytes | None:
@@ -153,7 +153,7 @@ class Attempt:
             if not events:
                 continue
             if self.call.has_offsets and not is_joined:
-                events = self._offsets.mend_events(events)
+                events = self._offsets.correct_events(events)
             if num_events := self._stream.count(events):
                 self.wait.note_events(num_events)
             if num_ended := len(FINISHED.findall(events)):
@@ -169,7 +169,7 @@ class Attempt:
             return None
         if self.call.size.num_sequences > 1:
             self.report.computed = {}  # of the last choice alone
-        return self._mended(self._stream.answer())
+        return self._with_corrected_offsets(self._stream.answer())
 
     async def _send(self, events: bytes) -> None:
         """The head waits for the first event: what fails until then is answered with its own status.
@@ -184,11 +184,11 @@ class Attempt:
             await self._reply.send_events(events)
 
     def _end_choice(self, event: bytes) -> tuple[bytes, bytes]:
-        event = self.report.take_from_event(event)
+        event = self.report.extract_from_event(event)
         return event, self.report.end(self.context.record.elapsed_s())
 
-    def _mended(self, body: bytes) -> bytes:
-        return self._offsets.mend(body) if self.call.has_offsets else body
+    def _with_corrected_offsets(self, body: bytes) -> bytes:
+        return self._offsets.correct(body) if self.call.has_offsets else body
 
     def _computed(self) -> Usage | None:
         """What the engine computed until now; None if that is unknown."""

@@ -79,7 +79,11 @@ class _SplicedStream(EventSplicer):
 
     def __init__(self, call: Call, additions: Additions, *, name: str, at_end: AtEnd | None) -> None:
         super().__init__(
-            additions, keep_usage=call.has_usage, at_end=at_end, counts=True, hides_counts=not call.has_running_usage
+            additions,
+            keep_usage=call.has_usage,
+            at_end=at_end,
+            has_running_usage=True,
+            hide_running_usage=not call.has_running_usage,
         )
         self._call = call
         self._name, self._is_chat = name, call.kind == "chat"

@@ -29,7 +29,7 @@ def note_complete(attempt: Attempt) -> None:
         )
     if call.kind in _WITH_PROMPT_LOGPROBS:
         headers = {name: value for name, value in context.headers.items() if name in _SAMPLE_HEADERS}
-        context.drift.draw(Sample(path=attempt.path, call=call, tier=attempt.grant.tier, headers=headers))
+        context.drift.maybe_add(Sample(path=attempt.path, call=call, tier=attempt.grant.tier, headers=headers))
 
 
 def note_truncated(attempt: Attempt) -> None:

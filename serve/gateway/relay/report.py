@@ -56,11 +56,11 @@ class Report:
 
     def begin(self) -> bytes:
         """The object as known when the answer begins."""
-        return self._object(self._choice())
+        return self._object(self._requested_fields())
 
     def end(self, elapsed_s: float) -> bytes:
         """The object when the answer is complete, `elapsed_s` after the request arrived."""
-        extra = self._choice()
+        extra = self._requested_fields()
         if self.time_budget.budget_s is not None:
             is_met = elapsed_s <= self.time_budget.budget_s
             extra |= {"elapsed_ms": round(1000 * elapsed_s, 1), "deadline": "met" if is_met else "missed"}
@@ -71,7 +71,7 @@ class Report:
         known = self.offer.population_json[self.served.name]
         return known[:-1] + b"," + _dumps(extra)[1:] if extra else known
 
-    def take(self, body: bytes) -> bytes:
+    def extract(self, body: bytes) -> bytes:
         """Take the engine's report out of a whole answer, from the vLLM field that carries it (`kv_transfer_params`)."""
         matches = list(_KEY.finditer(body))
         if not matches or not body.startswith(b"{", start := matches[-1].end()):
@@ -80,7 +80,7 @@ class Report:
         self._note(found)
         return body[:start] + b"null" + rest
 
-    def take_from_event(self, event: bytes) -> bytes:
+    def extract_from_event(self, event: bytes) -> bytes:
         """The same for the event that ends a choice: its stop reason is the report, which contains the real one."""
         self.computed = {}  # discard the report of the previous choice
         if not self.prefix or not (match := _STOP_REASON.search(event)):
@@ -94,13 +94,13 @@ class Report:
 
     def _note(self, found: dict[str, Any]) -> None:
         self.computed = {key: found[key] for key in _FIELDS if key in found}
-        at_start = 0 if self.max_members is None else len(self.tier.members) - self.max_members
+        num_absent_at_start = 0 if self.max_members is None else len(self.tier.members) - self.max_members
         for members, tokens in self.computed.get("members_per_token", ()):
             self._num_tokens += tokens
             self._num_member_tokens += members * tokens
-        self.num_drops += max(0, len(self.computed.get("drops", ())) - at_start)
+        self.num_drops += max(0, len(self.computed.get("drops", ())) - num_absent_at_start)
 
-    def _choice(self) -> dict[str, Any]:
+    def _requested_fields(self) -> dict[str, Any]:
         extra: dict[str, Any] = {}
         if self.time_budget.budget_s is not None or (
             self.requested != "default" and self.requested != self.served.name

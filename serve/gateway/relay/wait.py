@@ -29,9 +29,9 @@ class Stop(Enum):
 class StoppedError(Exception):
     """The wait is over."""
 
-    def __init__(self, why: Stop) -> None:
-        super().__init__(why.value)
-        self.why = why
+    def __init__(self, reason: Stop) -> None:
+        super().__init__(reason.value)
+        self.reason = reason
 
 
 class Wait:
@@ -91,7 +91,7 @@ class Wait:
         try:
             await self._timeout.__aexit__(kind, error, trace)  # type: ignore[arg-type]
         except TimeoutError:
-            raise StoppedError(self._why()) from None
+            raise StoppedError(self._stop_reason()) from None
 
     def note_events(self, num_events: int) -> None:
         """The engine sent `num_events` events: its silence ends."""
@@ -117,7 +117,7 @@ class Wait:
             self._is_silent = True
             self._timeout.reschedule(loop.time())
 
-    def _why(self) -> Stop:
+    def _stop_reason(self) -> Stop:
         if not self._engine.is_up or self._engine.life is not self._life:
             return Stop.LOST
         # Not by the clock: uvloop's timers have whole milliseconds, so a wait may end a millisecond before its time.

@@ -16,9 +16,9 @@ _EITHER_HEADER = 32 + zlib.MAX_WBITS
 class Bodies:
     """Reads bodies. When the bodies still arriving hold too much together, the one that began first is given up."""
 
-    def __init__(self, *, max_bytes: int, max_bytes_together: int, timeout_s: float) -> None:
+    def __init__(self, *, max_bytes: int, max_total_bytes: int, timeout_s: float) -> None:
         self._max_bytes = max_bytes
-        self._max_bytes_together = max_bytes_together
+        self._max_total_bytes = max_total_bytes
         self._timeout_s = timeout_s
         self._held_bytes = 0
         self._reading: dict[asyncio.Timeout, int] = {}
@@ -49,27 +49,27 @@ class Bodies:
     async def _collect(self, request: Request, max_bytes: int) -> bytes:
         parts, length = [], 0
         try:
-            async with asyncio.timeout(self._timeout_s) as patience:
-                self._reading[patience] = 0
+            async with asyncio.timeout(self._timeout_s) as timeout:
+                self._reading[timeout] = 0
                 try:
                     async for part in request.stream():
                         parts.append(part)
                         length += len(part)
                         if length > max_bytes:
                             raise _too_long(max_bytes)
-                        if patience in self._reading:
-                            self._reading[patience] += len(part)
+                        if timeout in self._reading:
+                            self._reading[timeout] += len(part)
                             self._held_bytes += len(part)
-                        while self._held_bytes > self._max_bytes_together:
-                            self._give_up_oldest()
+                        while self._held_bytes > self._max_total_bytes:
+                            self._cancel_oldest()
                 finally:
-                    self._held_bytes -= self._reading.pop(patience, 0)
+                    self._held_bytes -= self._reading.pop(timeout, 0)
         except TimeoutError:
             message = f"the body did not come within {self._timeout_s:g} s, or had to make room for others; send the request again."
             raise ApiError(408, message, code="body_timeout", headers={"Connection": "close"}) from None
         return b"".join(parts)
 
-    def _give_up_oldest(self) -> None:
+    def _cancel_oldest(self) -> None:
         oldest = next(iter(self._reading))
         self._held_bytes -= self._reading.pop(oldest)
         if not oldest.expired():

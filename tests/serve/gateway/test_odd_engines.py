@@ -12,7 +12,8 @@ from chorus.population.manifest import Population
 from tests.live import wait_for
 from tests.serve.gateway.conftest import Pair, gateway_before
 from tests.serve.gateway.scripted import DONE, USAGE, WHOLE, ScriptedEngine, event
-from tests.serve.gateway.test_keys import ALICE, ask, entry, guarded
+from tests.serve.gateway.test_keys import ALICE, entry, guarded
+from tests.serve.gateway.test_keys import post as post_with_key
 
 STREAM, JSON, HTML = "text/event-stream", "application/json", "text/html"
 BUDGET = {"latency_budget_ms": 20_000, "on_deadline": "truncate"}
@@ -180,9 +181,9 @@ def test_whole_characters_and_bodies_of_a_usual_depth_pass(pair: Pair) -> None:
 def test_no_answer_to_a_restricted_key_names_other_tiers(tiny: Population) -> None:
     with guarded(tiny, entry("alice", ALICE, tiers=["economy"])) as pair:
         for fields in ({"budget": "gold"}, {"min_budget": "gold"}, {"model": "tiny:gold"}, {"model": "other"}):
-            refused = ask(pair, **fields)
+            refused = post_with_key(pair, **fields)
             assert refused.status_code == 404
             assert "economy" in refused.text
             assert "standard" not in refused.text
             assert "max" not in refused.json()["error"]["message"]
-        assert ask(pair, budget="standard").status_code == 403
+        assert post_with_key(pair, budget="standard").status_code == 403

@@ -103,7 +103,7 @@ def test_counts_are_taken_out_of_events_and_never_out_of_text(text: str) -> None
         "completion_tokens": 1,
         "prompt_tokens_details": {"cached_tokens": 0},
     }
-    splicer = EventSplicer(additions(None), keep_usage=False, counts=True)
+    splicer = EventSplicer(additions(None), keep_usage=False, has_running_usage=True)
     found = objects(splicer.feed(event(text, usage=usage)))
     assert [each["choices"][0]["text"] for each in found] == [text]
     assert "usage" not in found[0]

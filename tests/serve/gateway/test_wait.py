@@ -49,7 +49,7 @@ async def why(tiny: Population, *, deadline_s: float | None, stall_s: float, ear
                 timeout.reschedule(when - early_s)
             await asyncio.sleep(10)
     except StoppedError as stopped:
-        return stopped.why
+        return stopped.reason
     raise AssertionError("the wait did not end")
 
 

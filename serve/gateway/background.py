@@ -52,7 +52,7 @@ class Background:
                 await work()
             except Exception:
                 self._on_failure()
-                logger.exception("%s failed%s", name, f"; it begins again in {pause_s:g} s" if restart else "")
+                logger.exception("%s failed%s", name, f"; restarting in {pause_s:g} s" if restart else "")
             else:
                 return
             if not restart:

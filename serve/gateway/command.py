@@ -157,7 +157,9 @@ def serve(
     from chorus.serve.gateway.transport.connections import ConnectionLimits
 
     if engine_urls and engine_arguments:
-        raise click.UsageError("arguments after -- are for an engine of our own; with --engine there is none.")
+        raise click.UsageError(
+            "engine arguments after -- cannot be used with --engine, which starts no engine; remove one of them."
+        )
     max_body_bytes = max(1, round(max_body_mib * 2**20))
     launch.serve(
         directory,

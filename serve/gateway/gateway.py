@@ -91,16 +91,16 @@ class Gateway:
             try:
                 begin = self.background.begin
                 if settings.sources:
-                    begin("the discovery of engines", self._discover)
+                    begin("engine discovery", self._discover)
                 else:
                     self._add("")
-                begin("the queue", self.admission.run)
+                begin("the admission queue", self.admission.run)
                 if settings.echo_part:
                     is_busy = lambda: self.admission.num_waiting > 0  # noqa: E731
-                    begin("the sampling of prompts", partial(self.drift.run, self.session, is_busy))
+                    begin("prompt sampling", partial(self.drift.run, self.session, is_busy))
                 if settings.redis is not None:
-                    begin("the count of gateways", self.store.run)
-                    begin("sharing", self._share)
+                    begin("the gateway registration", self.store.run)
+                    begin("state sharing", self._share)
                 yield
             finally:
                 await self.background.end()
@@ -127,7 +127,7 @@ class Gateway:
                 if url not in watches:
                     watches[url] = self._add(url)
             for url in set(watches) - set(found):
-                logger.info("engine %s is gone", url)
+                logger.info("engine %s was removed", url)
                 watches.pop(url).cancel()
                 self.pool.engines = [engine for engine in self.pool.engines if engine.url != url]
             if not can_change(sources):
@@ -147,7 +147,7 @@ class Gateway:
         self.pool.engines = [*self.pool.engines, engine]
         # A supervisor that is cancelled gives its engine time to stop, so it is cancelled only once.
         return self.background.begin(
-            "the watch over an engine", partial(self._run_engine, engine), cancel_once=engine.is_supervised
+            "engine monitoring", partial(self._run_engine, engine), cancel_once=engine.is_supervised
         )
 
     async def _run_engine(self, engine: Engine) -> None:
@@ -161,11 +161,11 @@ class Gateway:
         except EngineFailedError as error:
             self._on_failure(str(error))
         except Exception as error:  # a gateway that no longer supervises its engine must report it, whatever the cause
-            logger.exception("the supervision of the engine failed")
-            self._on_failure(f"the supervision of the engine failed: {error}")
+            logger.exception("engine supervision failed")
+            self._on_failure(f"engine supervision failed: {error}")
 
     def _on_engine_up(self, engine: Engine, start_s: float | None) -> None:
-        self.background.begin("what is learned of an engine", partial(self._learn, engine), restart=False)
+        self.background.begin("engine calibration", partial(self._learn, engine), restart=False)
         self.admission.admit_waiting()
         self._on_up(engine.url, start_s)
 

@@ -36,7 +36,7 @@ async def share(
                     await store.save_model(engine.url, engine.model.state())
             await _sync_prior(store, current(), directory)
         except Exception:  # no failure may end the sharing
-            logger.exception("sharing with other gateways failed, and is tried again")
+            logger.exception("sharing with other gateways failed; trying again")
         await asyncio.sleep(interval_s)
 
 
@@ -48,7 +48,7 @@ async def seed(store: Store, engine: Engine) -> bool:
     try:
         engine.model.restore(state)
     except (KeyError, TypeError, ValueError) as error:
-        logger.warning("what others learned about engine %s cannot be used: %s", engine.url, error)
+        logger.warning("cannot use what other gateways learned about engine %s: %s", engine.url, error)
         return False
     return engine.model.is_seeded
 
@@ -71,13 +71,13 @@ async def _sync_prior(store: Store, ours: Population, directory: Path | None) ->
         if taken is None:
             raise ChorusError("it was fitted to other members")
         if taken.prior_version != version or version > ours.prior_version + _MAX_VERSIONS_AHEAD:
-            raise ChorusError(f"no version after {ours.prior_version} is expected to be called {version}")
+            raise ChorusError(f"its version is inconsistent or too far ahead of {ours.prior_version}")
     except (ValidationError, ChorusError) as error:
-        logger.error("prior version %d was published, cannot be taken over and is replaced by ours: %s", version, error)
+        logger.error("cannot use the published prior version %d; replacing it with ours: %s", version, error)
         await store.publish_prior(ours.prior_version, ours.model_dump_json(), replacing=text)
         return
     if directory is not None:
         try:
             await asyncio.to_thread(manifest.save_newer, taken, directory)  # a fit may hold the manifest for seconds
         except OSError as error:
-            logger.error("prior version %d was published and cannot be written: %s", version, error)
+            logger.error("cannot write the published prior version %d: %s", version, error)

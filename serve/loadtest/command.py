@@ -18,7 +18,7 @@ def _parse_tiers(text: str) -> tuple[tuple[str | None, float], ...]:
         try:
             found.append((None if name == "default" else name, float(share or 1)))
         except ValueError:
-            raise click.BadParameter(f"{part!r} is not NAME or NAME=SHARE.") from None
+            raise click.BadParameter(f"{part!r} is invalid; use NAME or NAME=SHARE.") from None
     return tuple(found)
 
 
@@ -94,10 +94,10 @@ async def _cards(url: str, key: str | None) -> dict[str, dict[str, Any]]:
         ):
             body = await answer.json()
             if answer.status != 200:
-                raise ChorusError(f"{url} answers {answer.status}: {body['error']['message']}")
+                raise ChorusError(f"{url} returned status {answer.status}: {body['error']['message']}")
             cards = [card["population"] for card in body["data"]]
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError) as error:
-        raise ChorusError(f"there is no chorus gateway at {url}: {type(error).__name__}.") from None
+        raise ChorusError(f"no Chorus gateway answers at {url} ({type(error).__name__}); check the URL.") from None
     return {card["tier"]: card for card in cards}
 
 

@@ -156,8 +156,8 @@ class Admission:
         """
         if (num_sequences := call.size.num_sequences) > self.limits.max_sequences:
             raise bad_request(
-                f"this request asks for {num_sequences} sequences (prompts times the larger of n and best_of); "
-                f"at most {self.limits.max_sequences} run at once here. Send several requests.",
+                f"the request has {num_sequences} sequences (prompts times the larger of n and best_of); "
+                f"at most {self.limits.max_sequences} are allowed. Split it into several requests.",
                 code="too_many_sequences",
             )
         now, budget_s = time.perf_counter(), call.time_budget.budget_s
@@ -170,8 +170,8 @@ class Admission:
                 give_up_at = min(give_up_at, finish_by - min_seconds)
             elif call.time_budget.on_deadline == "fail":
                 raise deadline_exceeded(
-                    f"a time budget of {1000 * budget_s:.0f} ms cannot be kept: "
-                    f"tier {tiers[-1].name!r} alone is expected to take {1000 * min_seconds:.0f} ms for this request."
+                    f"latency_budget_ms {1000 * budget_s:.0f} is too short: "
+                    f"even tier {tiers[-1].name!r} is expected to take {1000 * min_seconds:.0f} ms. Raise it or lower max_tokens."
                 )
             else:
                 job = replace(job, is_unattainable=True)
@@ -274,7 +274,7 @@ class Admission:
                 self._queue.remove(pending)
                 pending.fail(error)
             except Exception as error:  # of this request alone: the ones behind it go on
-                logger.exception("a waiting request could not be placed")
+                logger.exception("could not place a waiting request")
                 self._queue.remove(pending)
                 pending.fail(error)
             else:
@@ -285,17 +285,19 @@ class Admission:
     def _refusal(self, pending: Pending) -> ApiError:
         has_deadline = pending.job.finish_by is not None
         if has_deadline and pending.call.time_budget.on_deadline == "fail":
-            return deadline_exceeded("the time budget would have been missed: every engine is busy.")
+            return deadline_exceeded(
+                "every engine is busy, so the answer would miss latency_budget_ms; raise it or try again later."
+            )
         retry_after_s = self.retry_after_s()
         if has_deadline:
-            message = "every engine is busy and this request's time budget cannot be kept"
+            message = "every engine is busy, so the answer would miss latency_budget_ms"
         elif self._queue.is_full:
-            message = f"every engine is busy and {len(self._queue)} requests wait already"
+            message = f"every engine is busy and the queue is full ({len(self._queue)} requests)"
         else:
-            message = f"every engine has been busy for {self.limits.queue_timeout_s:g} s"
+            message = f"no engine was free within {self.limits.queue_timeout_s:g} s"
         return ApiError(
             429,
-            f"{message}; come back in about {retry_after_s} s, or ask for less.",
+            f"{message}; try again in about {retry_after_s} s or send a smaller request.",
             code="overloaded",
             headers={"Retry-After": str(retry_after_s)},
         )

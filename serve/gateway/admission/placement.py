@@ -23,9 +23,9 @@ _FLOOR_PROBABILITY = 0.8
 class Blocked(Enum):
     """Why a request cannot begin."""
 
-    FULL = "the engine runs as many sequences as it may"
-    LATE_NOW = "it would be late beside what runs, or make others late"
-    LATE = "it would be late on an idle engine"
+    FULL = "the engine is at its limit of sequences"
+    LATE_NOW = "it would be late beside the running requests, or make one of them late"
+    LATE = "it would be late even on an idle engine"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,7 +71,7 @@ def _too_many(what: str, wait_s: float) -> ApiError:
     retry_after_s = max(1, math.ceil(min(wait_s, _MAX_WAIT_S)))
     return ApiError(
         429,
-        f"this API key's rate of {what} is used up; come back in {retry_after_s} s.",
+        f"this API key exceeded its limit of {what}; try again in {retry_after_s} s.",
         code="rate_limit_exceeded",
         headers={"Retry-After": str(retry_after_s)},
     )

@@ -107,8 +107,8 @@ def _token_ids(call: Call) -> list[int]:
     if isinstance(prompt, list) and len(prompt) >= 2 and all(type(token) is int for token in prompt):
         return prompt
     raise bad_request(
-        "the text is expected as `prompt`, a list of two or more token ids: as /tokenize gives them, or an answer that was asked "
-        "for with `return_token_ids`.",
+        "`prompt` must be a list of two or more token ids: get them from /tokenize, or from an answer to a request with "
+        "`return_token_ids`.",
         code="invalid_value",
         param="prompt",
     )
@@ -138,5 +138,5 @@ async def _log_probabilities(context: RequestContext, engine: Engine, member: st
             raise ValueError(f"{len(found)} log-probabilities")
         return [min(0.0, max(_MIN_LOG_P, float(log_p))) for log_p in found]
     except (ValueError, LookupError, TypeError, OverflowError) as error:
-        message = f"the engine did not answer with log-probabilities of {len(tokens) - 1} tokens ({error})."
+        message = f"the engine did not return the log-probabilities of {len(tokens) - 1} tokens ({error})."
         raise bad_gateway(message) from None

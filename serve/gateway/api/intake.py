@@ -104,7 +104,7 @@ def _read_call(body: bytes, kind: Kind, context: RequestContext, full: Offer) ->
     except ApiError as error:
         if error.status == 404 and offer is not full and _is_on_offer(body, kind, full):
             names = ", ".join(tier.name for tier in offer.population.tiers)
-            message = f"this API key may not use that tier; it may use {names}."
+            message = f"this API key may not use that tier; choose from {names}."
             raise ApiError(403, message, code="tier_not_allowed", param=error.param) from None
         raise  # it does not exist at all: this error names only the tiers of this key
 

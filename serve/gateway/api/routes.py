@@ -146,7 +146,7 @@ async def show_disagreement(request: Request) -> dict[str, Any]:
 @router.post(
     "/tokenize",
     openapi_extra=document.request_body(
-        {"prompt": {"type": "string"}, "messages": {"description": "A conversation, where there is no prompt."}}
+        {"prompt": {"type": "string"}, "messages": {"description": "A conversation, instead of a prompt."}}
     ),
     responses=document.responses(document.TOKENS, *_TOKEN_ERRORS),
     tags=["tokens"],
@@ -180,7 +180,7 @@ async def show_model(model: str, request: Request) -> dict[str, Any]:
     if model not in cards:
         raise ApiError(
             404,
-            f"there is no model {model!r}; there are {', '.join(cards)}.",
+            f"model {model!r} does not exist; choose from {', '.join(cards)}.",
             code="model_not_found",
             param="model",
         )
@@ -198,7 +198,7 @@ async def ready(request: Request) -> dict[str, str]:
     """Readiness: 503 while no engine is up, and once the gateway is stopping."""
     gateway = gateway_of(request)
     if gateway.is_draining:
-        raise unavailable("this gateway is about to stop; another should be asked.", retry_after_s=1)
+        raise unavailable("this gateway is shutting down; use another one.", retry_after_s=1)
     gateway.pool.candidates()
     return {"status": "ready"}
 

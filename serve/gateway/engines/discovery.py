@@ -44,11 +44,11 @@ class Discovery:
             found = await _resolve(source.removeprefix(DNS))
         except (OSError, ValueError) as error:  # no answer, or not a valid name
             if source not in self._failing:
-                logger.warning("the engines' name in %s cannot be resolved, what is known stays: %s", source, error)
+                logger.warning("cannot resolve %s; keeping the engines found before: %s", source, error)
             self._failing.add(source)
             return self._known.get(source, [])
         if source in self._failing:
-            logger.warning("the engines' name in %s is resolved again", source)
+            logger.warning("resolved %s again", source)
             self._failing.remove(source)
         return found
 

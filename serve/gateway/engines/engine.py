@@ -176,7 +176,7 @@ class Engine:
             return self._is_up
         if is_healthy != self._is_up:
             level = logging.INFO if is_healthy else logging.WARNING
-            logger.log(level, "engine %s %s", life.url, "answers" if is_healthy else "does not answer")
+            logger.log(level, "engine %s is %s", life.url, "up" if is_healthy else "down")
             self.mark_up() if is_healthy else self.mark_down()
         return is_healthy
 
@@ -185,7 +185,7 @@ class Engine:
             life.note_probe_answered()
             return await self._makes_progress(life)
         if self.is_supervised and await life.is_unresponsive():
-            logger.warning("engine %s has not answered for too long: it is ended", life.url)
+            logger.warning("engine %s answers no health probes; restarting it", life.url)
             life.frozen.set()
         return False
 
@@ -205,8 +205,10 @@ class Engine:
         if not has_work:
             life.note_idle()
         elif await life.is_stuck(self._longest_step_s()):
-            then = "is ended" if self.is_supervised else "counts as gone until it completes a request"
-            logger.warning("engine %s has work and computes nothing: it %s", life.url, then)
+            action = (
+                "restarting it" if self.is_supervised else "sending it no requests until it completes a test request"
+            )
+            logger.warning("engine %s has work but makes no progress; %s", life.url, action)
             life.frozen.set()
         return not life.frozen.is_set()
 
@@ -224,7 +226,7 @@ class Engine:
             self.costs = read_costs(metrics) or self.costs
             counts = [float(count) for count in _PROGRESS.findall(metrics)]
         except ValueError:
-            logger.warning("the metrics of engine %s cannot be read", life.url)
+            logger.warning("cannot parse the metrics of engine %s", life.url)
             counts = []
         life.note_progress(sum(counts) if counts else None)
 

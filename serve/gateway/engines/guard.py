@@ -49,7 +49,7 @@ def _stop_when_input_closes(child: "subprocess.Popen[bytes]", stop_timeout_s: fl
     try:
         child.wait(stop_timeout_s)
     except subprocess.TimeoutExpired:
-        print(f"engine process did not stop within {stop_timeout_s:g} s and is killed", flush=True)
+        print(f"engine process did not stop within {stop_timeout_s:g} s; killing it", flush=True)
     os.killpg(0, signal.SIGKILL)
 
 

@@ -71,7 +71,7 @@ class Pool:
     def _unavailable(self) -> Exception:
         retry_after_s = min((engine.retry_after_s() for engine in self.engines), default=3)
         many = len(self.engines) != 1
-        message = "no engine answers" if many else "the engine is starting or being restarted"
+        message = "no engine is available" if many else "the engine is starting"
         return unavailable(f"{message}; try again in about {retry_after_s} s.", retry_after_s=retry_after_s)
 
 

@@ -62,8 +62,8 @@ class Supervision:
         for argument in self.arguments:
             if argument.split("=")[0].replace("_", "-") in _GATEWAY_ARGUMENTS:
                 raise ChorusError(
-                    f"engine argument {argument!r} is set by the gateway itself. "
-                    "To run an engine of your own, start it with `vllm serve` and give its address with --engine."
+                    f"engine argument {argument!r} is set by the gateway; leave it out. "
+                    "To choose it yourself, start the engine with `vllm serve` and pass its address with --engine."
                 )
 
 
@@ -117,7 +117,7 @@ class Supervisor:
                 raise EngineFailedError(self._explain(f"the engine failed {quick_failures} times in a row"))
             self._engine.num_restarts += 1
             self._engine.on_restart()
-            logger.warning("the engine ended and is started again; requests are answered with 503 until it is back")
+            logger.warning("the engine ended; restarting it, requests get 503 until it is up")
 
     async def _run_once(self, on_up: Callable[[float], None]) -> float | None:
         """One life of the engine. Returns the seconds that it served, or None if it never answered."""
@@ -181,14 +181,14 @@ class Supervisor:
             async with asyncio.timeout(self._settings.stop_timeout_s + 5):
                 await process.wait()
         except TimeoutError:
-            logger.warning("the engine did not stop in time and is killed")
+            logger.warning("the engine did not stop in time; killing it")
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
     def _explain(self, what: str) -> str:
         if (log := self._settings.log) is None:
-            return f"{what}; its output above says why."
+            return f"{what}; see its output above."
         text = _read_end(log, self._log_begin)
         cause = root_cause(text)
         return f"{what}: {cause}\nIts log: {log}" if cause else f"{what}. The end of its log, {log}:\n{tail(text)}"
@@ -213,4 +213,6 @@ def _free_port() -> int:
     for port in random.sample(_PORTS, len(_PORTS)):
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
-    raise EngineFailedError(f"no port of {_PORTS.start} to {_PORTS.stop - 1} is free for the engine")
+    raise EngineFailedError(
+        f"no free port for the engine from {_PORTS.start} to {_PORTS.stop - 1}; stop other servers on this machine"
+    )

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 CONNECTION_ERRORS = (aiohttp.ClientError, ConnectionError)
 """Exceptions raised while reading an answer when the engine goes away."""
-INVALID_RESPONSE = "the engine did not answer as an engine does; its log may say why."
+INVALID_RESPONSE = "the engine sent an invalid response; see the logs of the engine and the gateway."
 _KEEP_ALIVE_S = 4.0  # vLLM closes idle connections after 5 s; a request sent at that moment would need the retry
 _CONNECT_TIMEOUT_S = 5.0
 _REACH_TIMEOUT_S = 15.0  # includes the name lookup, which may hang
@@ -76,7 +76,7 @@ async def fetch(
                 break
         except TimeoutError:
             engine.check_soon()
-            message = f"the engine did not answer within {limit_s:g} s; send less at once, or try again."
+            message = f"the engine did not answer within {limit_s:g} s; send a smaller request or try again."
             raise ApiError(504, message, code="engine_timeout") from None
         else:
             if answer.status != 200:
@@ -113,6 +113,6 @@ def engine_lost(engine: Engine) -> ApiError:
     """The 503 for a request whose engine went away before the first byte of its answer."""
     retry_after_s = engine.retry_after_s()
     return unavailable(
-        f"the engine went away; it is expected back in about {retry_after_s} s. Nothing of this request was answered.",
+        f"the connection to the engine was lost before it answered; try again in about {retry_after_s} s.",
         retry_after_s=retry_after_s,
     )

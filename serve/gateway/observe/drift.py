@@ -72,7 +72,7 @@ class DriftSampler:
             try:
                 nats = await self._measure(session, engine, sample)
             except (*upstream.CONNECTION_ERRORS, TimeoutError, ValueError, KeyError, TypeError) as error:
-                logger.info("the loss of a prompt could not be had from engine %s: %s", engine.url, error)
+                logger.info("could not measure the loss of a prompt on engine %s: %s", engine.url, error)
             else:
                 if nats is not None:
                     self._observe(sample.tier.name, nats)

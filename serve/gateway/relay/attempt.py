@@ -164,7 +164,7 @@ class Attempt:
                 await self._send(events)
         self.used = self.counted = self._stream.usage
         if not self._stream.done:
-            raise ConnectionError("the stream ended in the middle")
+            raise ConnectionError("the stream ended early")
         if not is_joined:
             return None
         if self.call.size.num_sequences > 1:
@@ -228,7 +228,7 @@ class Attempt:
             # The engine is well and fails on a grammar: that is the client's to change, and to pay for.
             self.used = None
             error = bad_request(
-                "the engine could not follow this request's structured output; make it simpler, and less ambiguous.",
+                "the engine failed on this request's structured output; make it simpler and less ambiguous.",
                 code="structured_output_failed",
             )
         return explain_length(error, max_tokens=requested, context_length=context_length)

@@ -45,9 +45,9 @@ async def calibrate(session: aiohttp.ClientSession, engine: Engine, population: 
                             group.create_task(_send(session, engine, population, tier, length))
     except* (*upstream.CONNECTION_ERRORS, StoppedError, RuntimeError) as errors:
         why = errors.exceptions[0]
-        logger.warning("engine %s could not be calibrated, its times are learned from traffic: %s", engine.url, why)
+        logger.warning("could not calibrate engine %s; learning its times from traffic: %s", engine.url, why)
     else:
-        logger.info("engine %s calibrated in %.1f s", engine.url, time.perf_counter() - began_at)
+        logger.info("calibrated engine %s in %.1f s", engine.url, time.perf_counter() - began_at)
 
 
 async def _send(

@@ -105,7 +105,7 @@ class _SplicedStream(EventSplicer):
         return engine_error(error_status(error), error)
 
     def answer(self) -> bytes:
-        assert self._assembly is not None, "only what was not streamed to the client is put together"
+        assert self._assembly is not None, "only an answer that is not streamed to the client is assembled"
         return self._assembly.answer()
 
     def cut_answer(self, usage: Usage) -> bytes:
@@ -450,7 +450,7 @@ def _parse(event: bytes) -> tuple[str, dict[str, Any] | None]:
     if not data:
         return name, None
     if not isinstance(fields := json.loads(data), dict):
-        raise ValueError(f"the data of an event is a {type(fields).__name__}")
+        raise ValueError(f"the data of an event is a {type(fields).__name__}, not an object")
     return name, fields
 
 

@@ -130,7 +130,11 @@ class Relay(Response):
                 await self._truncate(attempt, reply)
             case Stop.DEADLINE:
                 outcome.note_missed(attempt)
-                await reply.fail(deadline_exceeded("the time budget was spent before the answer was complete."))
+                await reply.fail(
+                    deadline_exceeded(
+                        "latency_budget_ms passed before the answer was complete; raise it or lower max_tokens."
+                    )
+                )
             case Stop.STUCK:
                 self._record.is_broken = True  # the server misses the end of the answer and closes the connection
             case _:
@@ -180,9 +184,9 @@ class Relay(Response):
 
     async def _abort(self, reply: Reply, scope: Scope, receive: Receive, send: Send) -> None:
         """The gateway stops while the request is answered."""
-        why = "the gateway was stopped"
+        why = "the gateway shut down"
         if not reply.has_begun:
-            message = f"{why} before this request was answered; send it again."
+            message = f"{why} before it answered this request; send the request again."
             await respond(unavailable(message, retry_after_s=1), self._path)(scope, receive, send)
         elif not reply.is_complete:
             await reply.fail(stream_broken(why))

@@ -47,7 +47,7 @@ def check_answer(body: bytes, key: str = "choices") -> None:
         ValueError, KeyError, TypeError, RecursionError: it is not.
     """
     if not isinstance(json.loads(body)[key], list):
-        raise TypeError(f"{key} that are no list")
+        raise TypeError(f"{key} is not a list")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ class EventSplicer:
         if not self._saw_first:
             check_answer(event.removeprefix(b"data: "))
         elif not event.startswith(_OBJECT):
-            raise ValueError(f"an event that begins with {event[:40]!r}")
+            raise ValueError(f"an event begins with {event[:40]!r}, not with {_OBJECT!r}")
         if _NO_CHOICES.search(event) and (usage := read_usage(event)):
             self.usage = usage
             if not self._keep_usage:

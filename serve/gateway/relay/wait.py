@@ -20,10 +20,10 @@ _RECENT_S = 1.0
 class Stop(Enum):
     """Why the wait ended before the answer did."""
 
-    DEADLINE = "the time budget is spent"
-    LOST = "the engine went away"
-    STALLED = "the engine has sent nothing for too long"
-    STUCK = "the client takes nothing"
+    DEADLINE = "the deadline passed"
+    LOST = "the connection to the engine was lost"
+    STALLED = "the engine sent nothing for too long"
+    STUCK = "the client stopped reading"
 
 
 class StoppedError(Exception):

@@ -93,53 +93,54 @@ class CallFields(BaseModel):
 
     model: StrictStr | None = Field(None, description="The population's name, or `NAME:TIER`.")
     budget: StrictStr | StrictInt | None = Field(
-        None, description="A tier's name, or the largest number of members that may run for each token."
+        None, description="A tier's name, or the maximum number of members per token."
     )
     latency_budget_ms: float | None = Field(
         None,
         ge=MIN_BUDGET_MS,
         le=MAX_BUDGET_MS,
         strict=True,
-        description="Milliseconds from the request's arrival in which the answer should be complete. The largest tier that "
-        "is predicted to keep it answers, at most the one asked for.",
+        description="Milliseconds from the request's arrival to the end of its answer. The largest tier expected to meet it "
+        "answers, up to the requested one.",
     )
     on_deadline: OnDeadline | None = Field(
         None,
-        description="If the budget cannot be kept all the same: `degrade` finishes late with fewer members, `truncate` "
-        "returns what there is with finish_reason `length`, `fail` answers 504.",
+        description="What to do at the deadline: `degrade` finishes late with fewer members, `truncate` returns the partial "
+        "answer with finish_reason `length`, `fail` answers 504.",
     )
     min_budget: StrictStr | StrictInt | None = Field(
         None,
-        description="The tier (or number of members) below which neither a deadline nor a full house takes this request.",
+        description="The smallest tier (or number of members) to which a deadline or a full queue may reduce this request.",
     )
     decoding: Decoding | None = Field(
         None,
-        description="How tokens are computed, always by the same law: `plain` by all of the tier's members at each token, "
-        "`sampled` by one, drawn by its weight, at temperature 1, `speculative` by drafts of one that all verify; `auto` in the "
-        "fastest of these ways. One that would not be exact is refused. By default as the tier prefers, or `auto`.",
+        description="How tokens are computed; the distribution is the same. `plain`: all members at every token. `sampled`: one "
+        "member per token, drawn by weight, at temperature 1 only. `speculative`: one member drafts, all verify. `auto`: the "
+        "fastest of these. A method that would not be exact is refused. Default: the tier's, else `auto`.",
     )
     stream: StrictBool | None = None
     stream_options: dict[str, JsonValue] | None = None
     stream_interval: StrictInt | None = Field(
         None,
         ge=1,
-        description=f"Tokens in each event of a stream, {MAX_TOKENS_PER_EVENT} at most; by default as many as are generated in a "
-        "thirtieth of a second. The first and the last event never wait.",
+        description=f"Tokens in each event of a stream, at most {MAX_TOKENS_PER_EVENT}; by default as many as are generated in a "
+        "thirtieth of a second. The first and last events are never delayed.",
     )
     n: Count | None = Field(None, ge=1, le=_MAX_COUNT, description="Number of choices.")
     best_of: Count | None = Field(
-        None, ge=1, le=_MAX_COUNT, description="Counts as so many sequences, where it is above n."
+        None, ge=1, le=_MAX_COUNT, description="Number of sequences to generate, if larger than `n`."
     )
-    max_tokens: Count | None = Field(None, ge=0, le=_MAX_COUNT, description="Longest answer, in tokens of each choice.")
+    max_tokens: Count | None = Field(None, ge=0, le=_MAX_COUNT, description="Maximum number of tokens of each choice.")
     max_completion_tokens: Count | None = Field(
-        None, ge=0, le=_MAX_COUNT, description="As `max_tokens`, and goes before it."
+        None, ge=0, le=_MAX_COUNT, description="Like `max_tokens`, and takes precedence over it."
     )
-    max_output_tokens: Count | None = Field(None, ge=0, le=_MAX_COUNT, description="As `max_tokens`, of Responses.")
+    max_output_tokens: Count | None = Field(None, ge=0, le=_MAX_COUNT, description="Like `max_tokens`, for Responses.")
     messages: list[Any] | None = None
     tools: list[Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     vllm_xargs: dict[str, JsonValue] | None = Field(
-        None, description=f"Extra arguments for the engine. Keys that begin with `{RESERVED_PREFIX}` are refused."
+        None,
+        description=f"Extra arguments for the engine. Keys that begin with `{RESERVED_PREFIX}` are reserved and refused.",
     )
 
 
@@ -231,14 +232,16 @@ def parse(body: bytes) -> dict[str, Any]:
         text = body.decode(json.detect_encoding(body))
         parsed = json.loads(text, parse_constant=_refuse_constant, parse_int=parse_int)
     except (ValueError, RecursionError) as error:
-        raise ApiError(422, f"the body is not JSON: {error}.", code="malformed_json") from None
+        raise ApiError(422, f"the body is not valid JSON: {error}.", code="malformed_json") from None
     if not isinstance(parsed, dict):
         raise bad_request(
-            f"the body is a JSON {_json_type(parsed)}; an object with the request's fields is expected.",
+            f"the body is a JSON {_json_type(parsed)}; send an object with the request's fields.",
             code="body_not_an_object",
         )
     if text.count("[") + text.count("{") > MAX_NESTING and _nests_deeper(parsed, MAX_NESTING):
-        raise bad_request(f"the body nests more than {MAX_NESTING} objects and lists.", code="nested_too_deeply")
+        raise bad_request(
+            f"the body nests objects and lists more than {MAX_NESTING} deep; flatten it.", code="nested_too_deeply"
+        )
     if _SURROGATE.search(text):
         _to_json(parsed)
     return parsed
@@ -334,7 +337,7 @@ def _read_time_budget(checked: CallFields) -> TimeBudget:
     if checked.latency_budget_ms is None:
         if checked.on_deadline is not None:
             raise bad_request(
-                f"on_deadline is {checked.on_deadline!r} but there is no deadline; give latency_budget_ms with it.",
+                f"on_deadline is {checked.on_deadline!r} but there is no deadline; set latency_budget_ms too.",
                 code="invalid_value",
                 param="on_deadline",
             )
@@ -349,8 +352,8 @@ def _choose_floor(population: Population, choice: Choice, checked: CallFields, t
         floor = at_least(population, checked.min_budget)
         if floor.budget > choice.tier.budget:
             raise bad_request(
-                f"min_budget {checked.min_budget!r} means tier {floor.name!r}, which is larger than the tier to serve this "
-                f"request, {choice.tier.name!r}.",
+                f"min_budget {checked.min_budget!r} means tier {floor.name!r}, which is larger than the requested "
+                f"tier {choice.tier.name!r}; lower it or raise budget.",
                 code="contradictory_budget",
                 param="min_budget",
             )
@@ -390,14 +393,14 @@ def _validate(fields: dict[str, Any]) -> CallFields:
             "max_output_tokens": f"a whole number of tokens, from 0 to {_MAX_COUNT}",
         }[param]
         raise bad_request(
-            f"{param} is {_shorten(fields[param])}; {expected} is expected.", code="invalid_value", param=param
+            f"{param} is {_shorten(fields[param])}; expected {expected}.", code="invalid_value", param=param
         ) from None
 
 
 def _check_input(fields: dict[str, Any], kind: Kind) -> None:
     if kind in ("chat", "messages"):
         if not fields.get("messages"):
-            raise bad_request("messages is empty: at least one message is expected.", code="empty", param="messages")
+            raise bad_request("messages is empty; send at least one message.", code="empty", param="messages")
         return
     if kind == "responses":
         _check_response(fields)
@@ -409,18 +412,18 @@ def _check_input(fields: dict[str, Any], kind: Kind) -> None:
     are_token_ids = isinstance(parts[0], int)
     if not are_token_ids and any(part is None or part in ("", []) for part in parts):
         raise bad_request(
-            "prompt is empty: a text, a list of texts, or token ids are expected.", code="empty", param="prompt"
+            "prompt is empty; send a string, a list of strings, or token ids.", code="empty", param="prompt"
         )
 
 
 def _check_response(fields: dict[str, Any]) -> None:
     if not fields.get("input"):
-        raise bad_request("input is empty: a text or a list of items is expected.", code="empty", param="input")
+        raise bad_request("input is empty; send a string or a list of items.", code="empty", param="input")
     for name in ("previous_response_id", "conversation", "background"):
         if fields.get(name):
             raise bad_request(
-                f"{name} is {_shorten(fields[name])}: answers are not kept here, nor made in the background. Send the whole "
-                "conversation as input, and wait for the answer.",
+                f"{name} is {_shorten(fields[name])}, but answers are neither stored nor generated in the background. Send the "
+                "whole conversation as input and wait for the answer.",
                 code="not_stored",
                 param=name,
             )
@@ -429,8 +432,8 @@ def _check_response(fields: dict[str, Any]) -> None:
 def _check_extra_arguments(extra: dict[str, JsonValue] | None) -> None:
     if reserved := sorted(key for key in extra or {} if key.lower().startswith(RESERVED_PREFIX)):
         raise bad_request(
-            f"vllm_xargs holds {', '.join(reserved)}: keys that begin with {RESERVED_PREFIX!r} are the gateway's. "
-            "Choose the members that answer with budget, and the time with latency_budget_ms.",
+            f"vllm_xargs holds {', '.join(reserved)}: keys that begin with {RESERVED_PREFIX!r} are reserved. "
+            "Choose the tier with budget and the time with latency_budget_ms.",
             code="reserved_argument",
             param="vllm_xargs",
         )
@@ -459,9 +462,13 @@ def _to_json(fields: dict[str, Any]) -> bytes:
     try:
         return json.dumps(fields, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:
-        raise bad_request("a string holds an unpaired surrogate, which is no text.", code="invalid_value") from None
+        raise bad_request(
+            "a string contains an unpaired surrogate; send valid Unicode.", code="invalid_value"
+        ) from None
     except ValueError:
-        raise ApiError(422, "the body is not JSON: a number in it is out of range.", code="malformed_json") from None
+        raise ApiError(
+            422, "the body is not valid JSON: it contains a number out of range.", code="malformed_json"
+        ) from None
 
 
 def _parse_int(digits: str) -> int:

@@ -34,7 +34,7 @@ def check_constraints(fields: Mapping[str, Any], *, is_allowed: bool) -> bool:
     for name, kind in _REMOVED_FIELDS.items():
         if fields.get(name) is not None:
             raise bad_request(
-                f"{name} is not supported any more; structured_outputs is, as an object: {{{kind!r}: ...}}.",
+                f"{name} is no longer supported; use structured_outputs: {{{kind!r}: ...}}.",
                 code="unsupported_field",
                 param=name,
             )
@@ -43,7 +43,7 @@ def check_constraints(fields: Mapping[str, Any], *, is_allowed: bool) -> bool:
         if not is_allowed:
             raise ApiError(
                 403,
-                f"this API key may not ask for structured output; leave out {param}.",
+                f"this API key may not use structured output; leave out {param}.",
                 code="structured_output_not_allowed",
                 param=param,
             )
@@ -91,7 +91,7 @@ def _check(param: str, kind: str, value: Any) -> None:
             try:
                 _check_schema(param, json.loads(value))
             except (ValueError, RecursionError) as error:
-                raise bad_request(f"{param} holds no JSON: {error}.", code="invalid_value", param=param) from None
+                raise bad_request(f"{param} is not valid JSON: {error}.", code="invalid_value", param=param) from None
         case _:
             _check_schema(param, value)
 
@@ -118,7 +118,7 @@ def _check_schema(param: str, schema: Any) -> None:
                 _check_grammar(param, value)
         for what, limit in SCHEMA_LIMITS.items():
             if counts[what] > limit:
-                raise _too_large(param, f"schemas hold more than {limit:,} {what}")
+                raise _too_large(param, f"its schemas have more than {limit:,} {what}")
 
 
 def _nodes(schema: Any) -> Iterator[tuple[str, Any]]:

@@ -19,7 +19,7 @@ CLIENT_CLOSED_REQUEST = 499
 
 
 class ApiError(Exception):
-    """An error to answer with. Its message says what to change, or when to try again."""
+    """An error to answer with. Its message gives what to change, or when to try again."""
 
     def __init__(
         self,
@@ -91,9 +91,9 @@ def engine_error(status: int, body: bytes) -> ApiError:
     A refusal (4xx) keeps its message and parameter. A failure's message is only logged, as it may reveal internals.
     """
     if not 400 <= status < 500:
-        logger.warning("an engine answered %d: %r", status, body[:500])
+        logger.warning("an engine returned status %d: %r", status, body[:500])
         if status == 503:
-            return unavailable("the engine cannot take this request now; send it again.", retry_after_s=1)
+            return unavailable("the engine cannot accept requests right now; send the request again.", retry_after_s=1)
         return bad_gateway("the engine failed on this request.", status=500 if status == 500 else 502)
     try:
         error = json.loads(body)["error"]
@@ -121,11 +121,13 @@ def explain_length(error: ApiError, *, max_tokens: int | None, context_length: i
         return error
     context_length = int(known[1]) if known else context_length
     requested = 1 if max_tokens is None else max_tokens
-    rest = f"an answer of at least {requested}" if max_tokens is None else f"max_tokens, which is {requested}"
+    if max_tokens is None:
+        reserved, alternative = "1 token of answer", ""
+    else:
+        reserved, alternative = f"max_tokens ({requested})", " or lower max_tokens"
     return bad_request(
-        f"the prompt is too long: it may have {max(0, context_length - requested)} tokens, as the context of {context_length} has to "
-        f"hold it and {rest}. Shorten the prompt{'' if max_tokens is None else ' or ask for fewer tokens'}; "
-        "POST /tokenize counts them.",
+        f"the prompt is too long: the context of {context_length} tokens minus {reserved} leaves "
+        f"{max(0, context_length - requested)} tokens for it. Shorten the prompt{alternative}; POST /tokenize counts its tokens.",
         code="context_length_exceeded",
         param=error.param,
     )

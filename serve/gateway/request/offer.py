@@ -50,7 +50,9 @@ class Offer:
         if default_tier_name is not None:
             named = [tier for tier in population.tiers if tier.name == default_tier_name]
             if not named:
-                logger.warning("tier %s is gone; requests that ask for none get %s", default_tier_name, default.name)
+                logger.warning(
+                    "the default tier %s no longer exists; using %s instead", default_tier_name, default.name
+                )
             default = named[0] if named else default
         return cls(
             population=population,
@@ -107,7 +109,11 @@ def offer_to(tenant: Tenant, offer: Offer) -> Offer:
         return offer
     names = tuple(tier.name for tier in offer.population.tiers if tier.name in tenant.tiers)
     if not names:
-        raise ApiError(403, "this API key may use none of the tiers on offer now.", code="tier_not_allowed")
+        raise ApiError(
+            403,
+            "this API key may use none of the current tiers; ask the operator to allow one.",
+            code="tier_not_allowed",
+        )
     return offer.restricted(names)
 
 

@@ -153,7 +153,7 @@ class RedisStore:
         try:
             state = json.loads(found) if found else None
         except (ValueError, RecursionError):
-            logger.warning("the saved times of engine %s are not JSON and are ignored", url)
+            logger.warning("ignoring the saved times of engine %s: not JSON", url)
             return None
         return state if isinstance(state, dict) else None
 
@@ -186,7 +186,7 @@ class RedisStore:
         return Bucket(name=bucket.name, rate_per_s=bucket.rate_per_s / count, burst=burst)
 
     async def _run(self, command: Callable[..., Awaitable[Any]], key: str, *args: object) -> Any:
-        """Run `command` on this population's `key` and return its result; None while Redis is down (retried at most once a second)."""
+        """Run `command` on this population's `key` and return its result; None while Redis is down (retried once a second)."""
         if time.monotonic() < self._try_again_at:
             return None
         keys = [self._prefix + key]
@@ -196,21 +196,21 @@ class RedisStore:
             except ResponseError as error:
                 if "WRONGTYPE" not in str(error):
                     raise
-                logger.warning("Redis' key %s was not written by a gateway (wrong type) and is removed", *keys)
+                logger.warning("removing Redis key %s: it has the wrong type, so no gateway wrote it", *keys)
                 await self._redis.delete(*keys)
                 found = await command(keys=keys, args=args)
         except (RedisError, OSError, TimeoutError, ValueError) as error:
             self._try_again_at = time.monotonic() + _RETRY_PAUSE_S
             if self._is_up:
                 logger.warning(
-                    "Redis is down; until it is back, this gateway grants 1/%d of each quota: %s",
+                    "Redis is down; granting 1/%d of each quota until it is up: %s",
                     self._num_gateways,
                     error,
                 )
             self._is_up = False
             return None
         if not self._is_up:
-            logger.warning("Redis is back")
+            logger.warning("Redis is up again")
         self._is_up, self._try_again_at = True, 0.0
         return found
 

@@ -39,7 +39,7 @@ class Bodies:
         if coding not in (*_IDENTITY, *_ZLIB):
             raise ApiError(
                 415,
-                f"the body's content-encoding is {coding[:40]!r}; gzip, deflate or none is expected.",
+                f"content-encoding {coding[:40]!r} is not supported; use gzip, deflate or none.",
                 code="unsupported_content_encoding",
                 headers={"Accept-Encoding": "gzip, deflate"},
             )
@@ -65,7 +65,7 @@ class Bodies:
                 finally:
                     self._held_bytes -= self._reading.pop(timeout, 0)
         except TimeoutError:
-            message = f"the body did not come within {self._timeout_s:g} s, or had to make room for others; send the request again."
+            message = f"the body did not arrive within {self._timeout_s:g} s, or memory for bodies ran out; send the request again."
             raise ApiError(408, message, code="body_timeout", headers={"Connection": "close"}) from None
         return b"".join(parts)
 
@@ -81,14 +81,14 @@ def _decode(body: bytes, coding: str, max_bytes: int) -> bytes:
     try:
         decoded = decoder.decompress(body, max_bytes + 1)
     except zlib.error as error:
-        raise bad_request(f"the body is not {coding}: {error}.", code="malformed_encoding") from None
+        raise bad_request(f"the body is not valid {coding}: {error}.", code="malformed_encoding") from None
     if len(decoded) > max_bytes:
         raise _too_long(max_bytes)
     if not decoder.eof or decoder.unused_data:
-        what = "goes on after its end" if decoder.eof else "ends too early"
+        what = "has data after its end" if decoder.eof else "is truncated"
         raise bad_request(f"the body's {coding} stream {what}.", code="malformed_encoding")
     return decoded
 
 
 def _too_long(max_bytes: int) -> ApiError:
-    return ApiError(413, f"the body is longer than {max_bytes} bytes, the most that is accepted.", code="body_too_long")
+    return ApiError(413, f"the body exceeds the limit of {max_bytes} bytes; send a smaller one.", code="body_too_long")

@@ -80,8 +80,8 @@ class ConnectionLimits:
         limit = 2**31 if soft == resource.RLIM_INFINITY else soft // 2
         if self.max_connections is not None and self.max_connections > limit:
             raise ChorusError(
-                f"--max-connections {self.max_connections} needs {2 * self.max_connections} open files, and this process may have "
-                f"{soft}. Raise its limit (`ulimit -n`, LimitNOFILE) or take fewer connections."
+                f"--max-connections {self.max_connections} needs {2 * self.max_connections} open files, but the limit is {soft}. "
+                "Raise the limit (`ulimit -n`, LimitNOFILE) or lower --max-connections."
             )
         num = self.max_connections or min(4096, limit)
         return num, min(num, self.max_per_address or max(1, num // 4))
@@ -91,7 +91,9 @@ def _network(text: str) -> Network:
     try:
         return ipaddress.ip_network(text, strict=False)
     except ValueError:
-        raise ChorusError(f"trusted proxy {text!r} is neither an address nor a network such as 10.0.0.0/8.") from None
+        raise ChorusError(
+            f"--trusted-proxy {text!r} is not an address or a network; use one such as 10.0.0.0/8."
+        ) from None
 
 
 def server_options(limits: ConnectionLimits) -> dict[str, Any]:
@@ -137,7 +139,7 @@ class Connections:
         if address is not None and peer.count >= self._max_per_address and not self._evict(peer.waiting):
             return ApiError(
                 429,
-                f"there are {peer.count} connections from your address, the most that are accepted.",
+                f"your address has {peer.count} open connections, the maximum; close some or try again later.",
                 code="too_many_connections",
                 headers={"Retry-After": "1"},
             )
@@ -146,7 +148,7 @@ class Connections:
                 del self._peers[address]
             return ApiError(
                 503,
-                f"there are {len(self._all)} connections, the most that are accepted.",
+                f"the gateway has {len(self._all)} open connections, the maximum; try again later.",
                 code="too_many_connections",
                 headers={"Retry-After": "1"},
             )
@@ -278,7 +280,7 @@ class Connection(HttpToolsProtocol):
         except httptools.HttpParserUpgrade as upgrade:
             self._decline_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError:
-            self._refuse(self._error or ApiError(400, "this is not an HTTP/1 request.", code="malformed_http"))
+            self._refuse(self._error or ApiError(400, "the request is not valid HTTP/1.", code="malformed_http"))
         else:
             self._overhead_bytes = 0 if self._made_progress else self._overhead_bytes + len(data)
             if self._overhead_bytes > MAX_HEAD_BYTES:
@@ -297,7 +299,13 @@ class Connection(HttpToolsProtocol):
         if self._ends_at is not None and now > self._ends_at:
             self.transport.close()
         elif self._head_began_at is not None and not self._is_answering and now - self._head_began_at > HEAD_TIMEOUT_S:
-            self._refuse(ApiError(408, f"the request's head took more than {HEAD_TIMEOUT_S:g} s.", code="head_timeout"))
+            self._refuse(
+                ApiError(
+                    408,
+                    f"the request's head did not arrive within {HEAD_TIMEOUT_S:g} s; send the request again.",
+                    code="head_timeout",
+                )
+            )
 
     # parser
 
@@ -326,15 +334,21 @@ class Connection(HttpToolsProtocol):
         version = self.parser.get_http_version()
         if version not in ("1.0", "1.1"):
             raise self._stop(
-                ApiError(505, f"HTTP/{version} is not spoken here; HTTP/1.1 is.", code="http_version_not_supported")
+                ApiError(505, f"HTTP/{version} is not supported; use HTTP/1.1.", code="http_version_not_supported")
             )
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
-                raise self._stop(ApiError(405, "CONNECT: this is not a proxy.", code="method_not_allowed"))
+                raise self._stop(
+                    ApiError(405, "CONNECT is not supported: the gateway is not a proxy.", code="method_not_allowed")
+                )
             return  # see _decline_upgrade
         if len(self.pipeline) >= MAX_PIPELINED:
             raise self._stop(
-                ApiError(429, f"more than {MAX_PIPELINED} requests wait on one connection.", code="too_many_requests")
+                ApiError(
+                    429,
+                    f"more than {MAX_PIPELINED} requests are pipelined on one connection; wait for answers.",
+                    code="too_many_requests",
+                )
             )
         super().on_headers_complete()
         self._reads_head = False
@@ -392,10 +406,10 @@ class Connection(HttpToolsProtocol):
 
     def _too_large(self) -> ApiError:
         if self._reads_head and not self.headers:
-            return ApiError(414, f"the request line is longer than {MAX_HEAD_BYTES} bytes.", code="uri_too_long")
+            return ApiError(414, f"the request line exceeds {MAX_HEAD_BYTES} bytes; shorten it.", code="uri_too_long")
         return ApiError(
             431,
-            f"the request's head has more than {MAX_HEAD_BYTES} bytes or {MAX_HEAD_FIELDS} fields.",
+            f"the request's head exceeds {MAX_HEAD_BYTES} bytes or {MAX_HEAD_FIELDS} fields; shorten it.",
             code="request_header_fields_too_large",
         )
 

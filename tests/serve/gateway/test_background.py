@@ -35,7 +35,7 @@ def test_one_that_fails_is_logged_and_begins_again(caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.ERROR):
         assert asyncio.run(scenario()) == 3
     assert len(failures) == 2
-    assert caplog.text.count("the queue failed; it begins again") == 2
+    assert caplog.text.count("the queue failed; restarting") == 2
     assert "OverflowError: too large" in caplog.text
 
 

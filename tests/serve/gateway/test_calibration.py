@@ -52,5 +52,5 @@ def test_an_engine_that_leaves_in_the_middle_is_left_to_its_traffic(
     leaving = Leaving(num_answers)
     with serving(leaving) as engine, caplog.at_level(logging.WARNING):
         asyncio.run(scenario(engine.url))
-    assert "could not be calibrated, its times are learned from traffic: the engine went away" in caplog.text
+    assert "learning its times from traffic: the connection to the engine was lost" in caplog.text
     assert not unhandled

@@ -101,7 +101,7 @@ def test_what_is_usual_passes(fields: dict[str, Any], is_constrained: bool) -> N
 
 @pytest.mark.parametrize("kind", ["json", "regex", "choice", "grammar"])
 def test_fields_that_vllm_no_longer_heeds_are_refused_rather_than_ignored(kind: str) -> None:
-    with pytest.raises(ApiError, match=f"structured_outputs is, as an object: {{'{kind}'") as error:
+    with pytest.raises(ApiError, match=f"use structured_outputs: {{'{kind}'") as error:
         check_constraints({f"guided_{kind}": "a"}, is_allowed=True)
     assert error.value.status == 400
 

@@ -304,7 +304,7 @@ def test_a_stream_that_breaks_ends_with_an_error_event_of_its_api(pair: Pair, ro
     name, fields = events(post(pair, route, stream=True))[-1]
     assert (name, fields["type"]) == ("error", "error")
     found = fields if route == "responses" else fields["error"]
-    assert "engine went away" in found["message"]
+    assert "connection to the engine was lost" in found["message"]
     assert found.get("code" if route == "responses" else "type") in ("stream_broken", "overloaded_error")
 
 
@@ -457,10 +457,11 @@ def test_anthropics_client_reads_messages_whole_and_streamed_and_raises_on_error
     with client.messages.stream(**request) as stream:
         final = stream.get_final_message()
     assert (final.content[0].text, final.usage.output_tokens) == (TEXT, 3)  # type: ignore[union-attr]
-    with pytest.raises(anthropic.NotFoundError, match="there is no model"):
+    with pytest.raises(anthropic.NotFoundError, match="does not exist"):
         client.messages.create(**{**request, "model": "other"})
     pair.engine.steps, pair.engine.then_break = [*BEGIN["messages"], *PARTS["messages"]], True
-    with pytest.raises(anthropic.APIStatusError, match="engine went away"), client.messages.stream(**request) as stream:
+    lost = "connection to the engine was lost"
+    with pytest.raises(anthropic.APIStatusError, match=lost), client.messages.stream(**request) as stream:
         stream.get_final_message()
 
 

@@ -265,7 +265,7 @@ def test_engines_stay_known_while_their_name_cannot_be_resolved(
         return [await discovery.find() for _ in range(5)]
 
     assert asyncio.run(looks()) == [["http://a:1"]] * 4 + [[]]
-    assert len([record for record in caplog.records if "resolved" in record.message]) == 2  # its loss and its return
+    assert len([record for record in caplog.records if "resolve" in record.message]) == 2  # its loss and its return
 
 
 def test_engines_that_come_and_go_are_followed(tiny: Population, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,4 +93,4 @@ def test_the_gateway_keeps_its_queue_after_a_failure(
     counted = "chorus_gateway_background_failures_total 1.0"
     wait_for("the failure to be counted", lambda: counted in httpx.get(f"{pair.url}/metrics").text, timeout_s=10)
     pair.gateway.admission._queue._length = 0
-    assert {task.get_name() for task in pair.gateway.background._tasks} >= {"the queue", "the watch over an engine"}
+    assert {task.get_name() for task in pair.gateway.background._tasks} >= {"the admission queue", "engine monitoring"}

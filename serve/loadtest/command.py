@@ -31,21 +31,31 @@ def _parse_tiers(text: str) -> tuple[tuple[str | None, float], ...]:
     default=16,
     show_default=True,
     type=click.IntRange(1),
-    help="Without --rate: so many at once.",
+    help="Number of concurrent streams; used without --rate.",
 )
 @click.option("--arrivals", default="poisson", show_default=True, type=click.Choice(["poisson", "constant", "bursty"]))
-@click.option("--duration", default=30.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Seconds.")
 @click.option(
-    "--tiers", default="default", show_default=True, help="Tiers to ask for with their shares: economy=1,max=3"
+    "--duration", default=30.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Duration in seconds."
 )
 @click.option(
-    "--budget-ms", "budgets", multiple=True, type=float, help="Time budget; several are drawn from at random."
+    "--tiers", default="default", show_default=True, help="Tiers to request, with their shares: economy=1,max=3"
+)
+@click.option(
+    "--budget-ms",
+    "budgets",
+    multiple=True,
+    type=float,
+    help="Time budget in milliseconds; repeat it to choose one at random per request.",
 )
 @click.option("--on-deadline", default="degrade", show_default=True, type=click.Choice(["degrade", "truncate", "fail"]))
-@click.option("--decoding", type=click.Choice(DECODINGS), help="How tokens are to be computed; as each tier prefers.")
+@click.option(
+    "--decoding", type=click.Choice(DECODINGS), help="How to compute tokens; by default each tier's decoding."
+)
 @click.option("--max-tokens", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--prompt-words", default=12, show_default=True, type=click.IntRange(1))
-@click.option("--whole", is_flag=True, help="Ask for whole answers, which report members per token, not for streams.")
+@click.option(
+    "--whole", is_flag=True, help="Request whole answers, which report members per token, instead of streams."
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def bench(url: str, budgets: tuple[float, ...], as_json: bool, **options: Any) -> None:

@@ -12,7 +12,7 @@ from tests.live import wait_for
 from tests.serve.gateway.conftest import Pair
 
 
-def test_one_that_fails_is_logged_and_begins_again(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_task_is_logged_and_restarted(caplog: pytest.LogCaptureFixture) -> None:
     failures: list[int] = []
 
     async def scenario() -> int:
@@ -39,7 +39,7 @@ def test_one_that_fails_is_logged_and_begins_again(caplog: pytest.LogCaptureFixt
     assert "OverflowError: too large" in caplog.text
 
 
-def test_one_for_once_is_logged_and_left() -> None:
+def test_a_one_shot_task_is_logged_and_not_restarted() -> None:
     async def scenario() -> None:
         background, runs = Background(pause_s=0.001), 0
 
@@ -55,7 +55,7 @@ def test_one_for_once_is_logged_and_left() -> None:
     asyncio.run(scenario())
 
 
-def test_a_patient_one_is_cancelled_once_and_the_others_until_they_end() -> None:
+def test_cancel_once_tasks_are_cancelled_once_and_others_until_they_end() -> None:
     async def scenario() -> list[str]:
         background, cancels = Background(), []
 

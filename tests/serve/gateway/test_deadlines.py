@@ -382,13 +382,13 @@ def test_the_budget_chooses_the_tier_and_the_floor_bounds_it(slow_pair: Pair) ->
         ({"min_budget": "max", "budget": 1}, "contradictory_budget", "min_budget"),
     ],
 )
-def test_terms_that_make_no_sense_are_refused(pair: Pair, fields: dict[str, Any], code: str, param: str) -> None:
+def test_invalid_time_budgets_are_refused(pair: Pair, fields: dict[str, Any], code: str, param: str) -> None:
     answer = post(pair, **fields)
     assert answer.status_code == 400
     assert (answer.json()["error"]["code"], answer.json()["error"]["param"]) == (code, param)
 
 
-def test_the_openapi_document_describes_the_terms(pair: Pair) -> None:
+def test_the_openapi_document_describes_time_budgets(pair: Pair) -> None:
     document = httpx.get(f"{pair.url}/openapi.json").json()
     for route in ("/v1/completions", "/v1/chat/completions"):
         schema = document["paths"][route]["post"]["requestBody"]["content"]["application/json"]["schema"]

@@ -29,7 +29,7 @@ def learned(*lengths: int, tenant: str = "a") -> AnswerLengths:
     return found
 
 
-def test_where_nothing_is_known_the_prior_is_planned_with_within_the_context() -> None:
+def test_without_observations_the_prior_length_is_used_up_to_the_context() -> None:
     assert AnswerLengths().planned(OPEN, "a").max_tokens == PRIOR_TOKENS
     assert AnswerLengths().planned(Size(max_tokens=128, is_open=True), "a").max_tokens == 128
 
@@ -64,7 +64,7 @@ def test_answers_that_were_cut_do_not_make_the_expectation_shorter_and_shorter()
     assert lengths.expected("a") == 100
 
 
-def test_the_last_answers_count() -> None:
+def test_only_recent_answers_count() -> None:
     assert learned(*[2000] * 300, *[50] * 200).expected("a") == 50
 
 

@@ -103,7 +103,7 @@ def test_an_engine_of_others_that_shows_no_counters_cannot_be_judged(clock: Cloc
     assert clock.stuck_after(clock.life(), count=lambda: None) == pytest.approx(STALL_S, abs=3)
 
 
-def test_a_gateway_that_was_stopped_itself_blames_nobody(clock: Clock) -> None:
+def test_a_paused_gateway_does_not_count_its_pause_as_silence(clock: Clock) -> None:
     life = clock.life()
 
     async def look() -> bool:
@@ -131,7 +131,7 @@ def test_a_server_that_answers_nothing_is_given_up_sooner_when_it_computes_nothi
     assert deaf_after() == pytest.approx(10 * STALL_S, abs=31)
 
 
-def test_a_stream_may_be_silent_as_long_as_its_engine_may_but_not_beside_others_that_are_note_output(
+def test_a_stream_may_be_silent_for_longer_only_if_the_whole_engine_is_silent(
     clock: Clock,
 ) -> None:
     life = clock.life()

@@ -45,7 +45,7 @@ def demand(rate: float, *, budget_s: float = 1.0, prompt_tokens: float = 0.0, nu
 @pytest.mark.parametrize("prompt_tokens", [0.0, 20.0])
 @pytest.mark.parametrize("rate", [5, 20, 60])
 @pytest.mark.parametrize("members", [1, 2, 4])
-def test_what_is_served_is_what_steps_allow(rate: float, members: int, prompt_tokens: float) -> None:
+def test_the_forecast_matches_the_step_costs(rate: float, members: int, prompt_tokens: float) -> None:
     asked = demand(rate, prompt_tokens=prompt_tokens)
     found = forecast(asked, supply(), members)
     # Step by step: with n sequences at a time, each step gives n tokens; prompts take their part of the time.
@@ -70,7 +70,7 @@ def test_rates_are_those_of_the_last_seconds() -> None:
     assert found.budget_s == pytest.approx(0.5)
 
 
-def test_at_first_they_are_those_since_anybody_asked() -> None:
+def test_early_rates_cover_the_time_since_the_first_request() -> None:
     asked, began_at = Demand(), time.perf_counter()
     for beginning in (began_at, began_at + 3600):
         for idx in range(120):
@@ -91,7 +91,7 @@ def test_one_long_request_is_no_flood() -> None:
 
 
 @pytest.mark.parametrize("costs", [COSTS, replace(COSTS, member=0.0001, row=0.0003), None])
-def test_the_more_comes_the_fewer_members_and_the_more_engines_the_more(costs: StepCosts | None) -> None:
+def test_the_cap_falls_with_demand_and_rises_with_engines(costs: StepCosts | None) -> None:
     def chosen(rate: float, num_engines: int) -> int:
         return MemberCap().update(demand(rate), supply(costs, num_engines=num_engines), max_members=6, backlog=1)
 
@@ -102,7 +102,7 @@ def test_the_more_comes_the_fewer_members_and_the_more_engines_the_more(costs: S
     assert any(chosen(rate, 2) > chosen(rate, 1) for rate in (5, 10, 20, 40, 80))
 
 
-def test_where_nobody_asks_all_members_may_run() -> None:
+def test_without_demand_the_cap_is_all_members() -> None:
     assert MemberCap().update(None, supply(), max_members=6, backlog=0) == 6
 
 

@@ -28,7 +28,7 @@ def post(pair: Pair, path: str = "/v1/completions", **fields: Any) -> httpx.Resp
     "body", [b"\xff\xfegarbage", b"{}", b"[1,2]", b"", b"{not json", b'{"choices":' + b"[" * 10_000]
 )
 @pytest.mark.parametrize("fields", [{}, BUDGET])
-def test_a_whole_answer_that_is_none_is_a_502(pair: Pair, body: bytes, fields: dict[str, Any]) -> None:
+def test_an_invalid_whole_answer_is_a_502(pair: Pair, body: bytes, fields: dict[str, Any]) -> None:
     pair.engine.steps, pair.engine.content_type = [body], JSON
     for path in ("/v1/completions", "/tokenize"):
         answer = post(pair, path, **fields)
@@ -49,7 +49,7 @@ def test_a_whole_answer_that_is_none_is_a_502(pair: Pair, body: bytes, fields: d
     ],
 )
 @pytest.mark.parametrize("fields", [{"stream": True}, BUDGET, {"stream": True, **BUDGET}])
-def test_a_stream_that_is_none_is_a_502(pair: Pair, steps: list[bytes], fields: dict[str, Any]) -> None:
+def test_an_invalid_stream_is_a_502(pair: Pair, steps: list[bytes], fields: dict[str, Any]) -> None:
     pair.engine.steps = steps
     answer = post(pair, **fields)
     assert (answer.status_code, answer.json()["error"]["code"]) == (502, "engine_error")
@@ -102,7 +102,7 @@ def test_redirects_of_an_engine_are_not_followed(tiny: Population) -> None:
     assert "/secret" not in paths
 
 
-def test_answers_of_members_that_are_none_are_a_502_and_no_number_is_beyond_json(pair: Pair) -> None:
+def test_invalid_member_answers_are_a_502_and_infinities_are_clamped(pair: Pair) -> None:
     fields = {"prompt": [1, 2, 3], "budget": "standard"}
     for odd in ([None, "a"], [[], 1], [1]):
         pair.engine.member_logprobs = dict.fromkeys(("t0-c00", "t0-c01"), odd)  # type: ignore[arg-type]

@@ -336,7 +336,7 @@ def test_no_number_in_a_bucket_counts_as_redis_being_away(redis: RedisServer, fi
 
 
 @pytest.mark.parametrize("version", ["abc", "", "nan", "inf", "-5", "1e400", "9" * 30, str(2**31), "3.5"])
-def test_a_published_version_that_is_none_is_replaced(redis: RedisServer, version: str) -> None:
+def test_an_invalid_published_version_is_replaced(redis: RedisServer, version: str) -> None:
     async def scenario(store: RedisStore) -> None:
         await _set(redis, "HSET", "chorus:tiny:prior", "version", version, "manifest", "{}")
         await store.live_prior()
@@ -400,7 +400,7 @@ def test_poisoned_numbers_about_an_engine_teach_nothing(value: float) -> None:
         assert not model.is_seeded
 
 
-def test_who_can_write_in_redis_cannot_change_what_is_on_disk_but_the_prior(
+def test_a_writer_to_redis_can_change_only_the_prior_on_disk(
     tiny: Population, tmp_path: Path, redis: RedisServer
 ) -> None:
     manifest.save(tiny, tmp_path)

@@ -40,7 +40,7 @@ def objects(stream: bytes) -> list[dict[str, Any]]:
 
 
 @given(texts, st.lists(st.integers(0, 10_000), max_size=40), st.sampled_from([None, "tiny:max"]), st.booleans())
-def test_any_cuts_give_what_parsing_every_event_gives(
+def test_splicing_equals_parsing_for_any_chunk_boundaries(
     words: list[str], places: list[int], model: str | None, keep_usage: bool
 ) -> None:
     events = [event(word) for word in words]

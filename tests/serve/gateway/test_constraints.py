@@ -1,4 +1,4 @@
-"""Structured output at the door: what is too large is refused, and so is what a key may not post for."""
+"""Structured output at the gateway: what is too large is refused, and so is what a key may not use."""
 
 import json
 from typing import Any

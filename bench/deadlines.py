@@ -66,7 +66,7 @@ def measure(url: str, directory: Path, options: argparse.Namespace) -> dict[str,
                 policies[PLAIN] = replace(policies[CHORUS], decoding="plain")
             else:
                 policies |= {
-                    name: replace(loaded, tiers=((name, 1.0),), tells_budget=False) for name in reversed(tiers)
+                    name: replace(loaded, tiers=((name, 1.0),), sends_budget=False) for name in reversed(tiers)
                 }
             for policy, each in policies.items():
                 time.sleep(PAUSE_S)

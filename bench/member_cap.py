@@ -52,13 +52,13 @@ async def under_load(
     world = World(population, costs=costs, limits=Limits(max_sequences=16), seed=seed)
     working = world.working()
     largest = max(population.tiers, key=lambda tier: tier.budget).name
-    alone_s = statistics.median(each.seconds for each in await world.crowd(1, 3, budget_s=None, tier=largest))
-    rate = factor * len(await world.crowd(16, 8, budget_s=None, tier=largest)) / 8
+    alone_s = statistics.median(each.seconds for each in await world.closed_loop(1, 3, budget_s=None, tier=largest))
+    rate = factor * len(await world.closed_loop(16, 8, budget_s=None, tier=largest)) / 8
     if is_bursty:
         end_at, tasks = time.perf_counter() + seconds, []
         while time.perf_counter() < end_at:
-            tasks += [asyncio.create_task(world.ask(budget_s=2 * alone_s)) for _ in range(BURST)]
-            await asyncio.sleep(world.dice.expovariate(rate / BURST))
+            tasks += [asyncio.create_task(world.send(budget_s=2 * alone_s)) for _ in range(BURST)]
+            await asyncio.sleep(world.rng.expovariate(rate / BURST))
         outcomes = list(await asyncio.gather(*tasks))
     else:
         outcomes = await world.arrivals(rate, seconds, budget_s=2 * alone_s)

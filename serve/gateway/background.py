@@ -7,7 +7,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
+_PAUSE_S, _MAX_PAUSE_S = 1.0, 30.0
 
 Work = Callable[[], Coroutine[Any, Any, None]]
 
@@ -19,19 +19,19 @@ class Background:
         self._on_failure = on_failure
         self._pause_s = pause_s
         self._tasks: set[asyncio.Task[None]] = set()
-        self._patient: set[asyncio.Task[None]] = set()
+        self._cancel_once: set[asyncio.Task[None]] = set()
 
-    def begin(self, name: str, work: Work, *, again: bool = True, is_patient: bool = False) -> asyncio.Task[None]:
-        """Run `work`. If `again`, restart it after a failure, but not after it returns.
+    def begin(self, name: str, work: Work, *, restart: bool = True, cancel_once: bool = False) -> asyncio.Task[None]:
+        """Run `work`. If `restart`, restart it after a failure, but not after it returns.
 
-        A patient task (`is_patient`) is cancelled only once, so that it can finish its cleanup.
+        With `cancel_once` the task is cancelled only once, so that it can finish its cleanup.
         """
-        task = asyncio.create_task(self._run(name, work, again=again), name=name)
+        task = asyncio.create_task(self._run(name, work, restart=restart), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        if is_patient:
-            self._patient.add(task)
-            task.add_done_callback(self._patient.discard)
+        if cancel_once:
+            self._cancel_once.add(task)
+            task.add_done_callback(self._cancel_once.discard)
         return task
 
     async def end(self) -> None:
@@ -41,10 +41,10 @@ class Background:
         # Cancel repeatedly: a library whose own timeout expires at the same moment may swallow the cancellation.
         while self._tasks:
             await asyncio.wait(self._tasks, timeout=1)
-            for task in self._tasks - self._patient:
+            for task in self._tasks - self._cancel_once:
                 task.cancel()
 
-    async def _run(self, name: str, work: Work, *, again: bool) -> None:
+    async def _run(self, name: str, work: Work, *, restart: bool) -> None:
         pause_s = self._pause_s
         while True:
             began_at = asyncio.get_running_loop().time()
@@ -52,11 +52,11 @@ class Background:
                 await work()
             except Exception:
                 self._on_failure()
-                logger.exception("%s failed%s", name, f"; it begins again in {pause_s:g} s" if again else "")
+                logger.exception("%s failed%s", name, f"; restarting in {pause_s:g} s" if restart else "")
             else:
                 return
-            if not again:
+            if not restart:
                 return
             await asyncio.sleep(pause_s)
-            was_short = asyncio.get_running_loop().time() - began_at < 2 * _LONGEST_PAUSE_S
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S) if was_short else self._pause_s
+            was_short = asyncio.get_running_loop().time() - began_at < 2 * _MAX_PAUSE_S
+            pause_s = min(2 * pause_s, _MAX_PAUSE_S) if was_short else self._pause_s

@@ -14,112 +14,116 @@ import click
     "engine_urls",
     metavar="URL",
     multiple=True,
-    help="Use an engine that already runs there, started by others; several times for several. dns+http://NAME:PORT stands for "
-    "every address behind a name, `redis` for the engines that gateways announced there.",
+    help="Address of a running engine to use instead of starting one; repeatable. dns+http://NAME:PORT uses every address of a "
+    "DNS name, `redis` the engines that gateways announced in Redis.",
 )
-@click.option("--default-tier", metavar="NAME", help="Tier of requests that ask for none; the largest by default.")
+@click.option("--default-tier", metavar="NAME", help="Tier of requests that name none; by default the largest.")
 @click.option(
     "--keys",
     "keys_path",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="API keys and their rights, as docs/gateway.md describes; else from CHORUS_API_KEYS, else none are needed.",
+    help="File of API keys and their rights (see docs/gateway.md). Default: CHORUS_API_KEYS; without it no key is needed.",
 )
 @click.option(
     "--redis",
     envvar="CHORUS_REDIS",
     show_envvar=True,
     metavar="URL",
-    help="Share engines, learned times, quotas and the prior with other gateways there.",
+    help="Redis in which gateways share engines, learned times, quotas and the prior.",
 )
 @click.option(
     "--max-sequences",
     type=click.IntRange(1),
-    help="Sequences on one engine at once; more wait in the gateway. By default what --max-num-seqs says after --, else 64.",
+    help="Maximum number of sequences per engine; more wait in the gateway. Default: --max-num-seqs after --, else 64.",
 )
 @click.option(
-    "--max-queue", default=256, show_default=True, type=click.IntRange(0), help="Requests that wait; more get 429."
+    "--max-queue",
+    default=256,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Maximum number of waiting requests; more get 429.",
 )
 @click.option(
     "--stall-timeout",
     default=60.0,
     show_default=True,
     type=click.FloatRange(1),
-    help="Seconds without a sign of life after which an engine with work counts as frozen, and our own is started anew; a step "
-    "that computes may take ten times as long.",
+    help="Seconds without output, progress or processor use after which an engine with work counts as frozen; the gateway's own "
+    "engine is then restarted. A step that is computing may take ten times as long.",
 )
 @click.option(
     "--drain-delay",
     default=0.0,
     show_default=True,
     type=click.FloatRange(0),
-    help="Seconds after SIGTERM in which requests are still taken while /ready is red.",
+    help="Seconds after SIGTERM during which requests are still accepted while /ready returns 503.",
 )
 @click.option(
     "--drain-timeout",
     default=30.0,
     show_default=True,
     type=click.FloatRange(0),
-    help="Longest time, in seconds, for requests that are being answered when the server stops.",
+    help="Maximum seconds to finish running requests when the server stops.",
 )
 @click.option(
     "--max-body-mib",
     default=2.0,
     show_default=True,
     type=click.FloatRange(0, 1024, min_open=True),
-    help="Longest request body; to parse a long one holds everybody up.",
+    help="Maximum size of a request body; parsing a large one delays all other requests.",
 )
 @click.option(
     "--max-connections",
     type=click.IntRange(1),
-    help="Connections of clients; by default 4096, or half of the files that may be open.",
+    help="Maximum number of client connections. Default: 4096, or half the limit on open files if that is less.",
 )
 @click.option(
     "--max-connections-per-address",
     type=click.IntRange(1),
-    help="Connections from one IPv4 address or IPv6 /64 network; a quarter of all by default.",
+    help="Maximum number of connections from one IPv4 address or IPv6 /64 network. Default: a quarter of all.",
 )
 @click.option(
     "--idle-timeout",
     default=75,
     show_default=True,
     type=click.IntRange(1),
-    help="Seconds between two requests on a connection. A load balancer's must be shorter.",
+    help="Seconds after which an idle connection is closed. A load balancer's idle timeout must be shorter.",
 )
 @click.option(
     "--trusted-proxy",
     "trusted_proxies",
     metavar="ADDRESS",
     multiple=True,
-    help="Address or network whose X-Forwarded-For and X-Forwarded-Proto are believed, without a limit on its connections; several "
-    "times for several.",
+    help="Address or network whose X-Forwarded-For and X-Forwarded-Proto are trusted and whose connections are not limited; "
+    "repeatable.",
 )
 @click.option(
     "--allow-origin",
     "allow_origins",
     metavar="ORIGIN",
     multiple=True,
-    help="Let web pages of this origin (https://app.example.com, or * for all) call the API; several times for several.",
+    help="Origin (https://app.example.com, or * for all) whose web pages may call the API; repeatable.",
 )
-@click.option("--verbose", is_flag=True, help="Show a line for each request, and the engine's own output.")
+@click.option("--verbose", is_flag=True, help="Log every request and show the engine's output.")
 @click.option(
     "--log-format",
     default="text",
     show_default=True,
     type=click.Choice(["text", "json"]),
-    help="Log for people, or as JSON with an object for each request.",
+    help="Log as text, or as JSON with one object per request.",
 )
 @click.option(
     "--otlp-traces-endpoint",
     metavar="URL",
-    help="Send OpenTelemetry traces there, in OTLP over HTTP: http://collector:4318/v1/traces.",
+    help="Where to send OpenTelemetry traces, in OTLP over HTTP: http://collector:4318/v1/traces.",
 )
 @click.option(
     "--echo-part",
     default=0.0,
     show_default=True,
     type=click.FloatRange(0, 1),
-    help="Part of the requests whose prompt's loss is measured while an engine is idle: shows drift in the metrics.",
+    help="Fraction of requests whose prompt's loss is measured on an idle engine, to show drift in the metrics.",
 )
 @click.argument("engine_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- ENGINE_ARGUMENT...]")
 def serve(
@@ -157,7 +161,9 @@ def serve(
     from chorus.serve.gateway.transport.connections import ConnectionLimits
 
     if engine_urls and engine_arguments:
-        raise click.UsageError("arguments after -- are for an engine of our own; with --engine there is none.")
+        raise click.UsageError(
+            "engine arguments after -- cannot be used with --engine, which starts no engine; remove one of them."
+        )
     max_body_bytes = max(1, round(max_body_mib * 2**20))
     launch.serve(
         directory,
@@ -182,7 +188,7 @@ def serve(
             max_connections=max_connections,
             max_per_address=max_connections_per_address,
             idle_timeout_s=idle_timeout,
-            max_dropped_bytes=max_body_bytes,
+            max_discarded_bytes=max_body_bytes,
             trusted_proxies=trusted_proxies,
         ),
         max_body_bytes=max_body_bytes,

@@ -12,7 +12,7 @@ from chorus.serve.gateway.admission.admission import Admission
 from chorus.serve.gateway.admission.slots import Slots
 from chorus.serve.gateway.background import Background
 from chorus.serve.gateway.engines import upstream
-from chorus.serve.gateway.engines.discovery import Discovery, changes
+from chorus.serve.gateway.engines.discovery import Discovery, can_change
 from chorus.serve.gateway.engines.engine import Engine
 from chorus.serve.gateway.engines.pool import Pool
 from chorus.serve.gateway.engines.supervisor import EngineFailedError, Supervision, Supervisor, engine_command
@@ -52,7 +52,7 @@ class Gateway:
         """Watch tasks of the engines that others run, by address."""
         self.bodies = Bodies(
             max_bytes=settings.max_body_bytes,
-            max_bytes_together=max(settings.max_bodies_bytes, settings.max_body_bytes),
+            max_total_bytes=max(settings.max_bodies_bytes, settings.max_body_bytes),
             timeout_s=settings.body_timeout_s,
         )
         self.store: Store = MemoryStore()
@@ -91,16 +91,16 @@ class Gateway:
             try:
                 begin = self.background.begin
                 if settings.sources:
-                    begin("the discovery of engines", self._discover)
+                    begin("engine discovery", self._discover)
                 else:
                     self._add("")
-                begin("the queue", self.admission.keep)
+                begin("the admission queue", self.admission.run)
                 if settings.echo_part:
                     is_busy = lambda: self.admission.num_waiting > 0  # noqa: E731
-                    begin("the sampling of prompts", partial(self.drift.keep, self.session, is_busy))
+                    begin("prompt sampling", partial(self.drift.run, self.session, is_busy))
                 if settings.redis is not None:
-                    begin("the count of gateways", self.store.keep)
-                    begin("sharing", self._share)
+                    begin("the gateway registration", self.store.run)
+                    begin("state sharing", self._share)
                 yield
             finally:
                 await self.background.end()
@@ -122,15 +122,15 @@ class Gateway:
         sources, watches = self.settings.sources, self._watches
         discovery = Discovery(sources, self.store)
         while True:
-            found = await discovery.look()
+            found = await discovery.find()
             for url in found:
                 if url not in watches:
                     watches[url] = self._add(url)
             for url in set(watches) - set(found):
-                logger.info("engine %s is gone", url)
+                logger.info("engine %s was removed", url)
                 watches.pop(url).cancel()
                 self.pool.engines = [engine for engine in self.pool.engines if engine.url != url]
-            if not changes(sources):
+            if not can_change(sources):
                 return
             await asyncio.sleep(self.settings.discovery_interval_s)
 
@@ -145,28 +145,28 @@ class Gateway:
         )
         engine.on_restart = self.metrics.count_restart
         self.pool.engines = [*self.pool.engines, engine]
-        # Patient for an engine of our own: cancelled once, the supervisor gives it time to stop.
+        # A supervisor that is cancelled gives its engine time to stop, so it is cancelled only once.
         return self.background.begin(
-            "the watch over an engine", partial(self._keep, engine), is_patient=engine.is_supervised
+            "engine monitoring", partial(self._run_engine, engine), cancel_once=engine.is_supervised
         )
 
-    async def _keep(self, engine: Engine) -> None:
+    async def _run_engine(self, engine: Engine) -> None:
         supervision = self.settings.engine
         if not isinstance(supervision, Supervision):
-            await engine.watch(lambda: self._came_up(engine, None))
+            await engine.watch(lambda: self._on_engine_up(engine, None))
             return
         supervisor = Supervisor(engine, supervision, partial(engine_command, self.population_name, supervision))
         try:
-            await supervisor.run(lambda start_s: self._came_up(engine, start_s))
+            await supervisor.run(lambda start_s: self._on_engine_up(engine, start_s))
         except EngineFailedError as error:
             self._on_failure(str(error))
         except Exception as error:  # a gateway that no longer supervises its engine must report it, whatever the cause
-            logger.exception("the supervision of the engine failed")
-            self._on_failure(f"the supervision of the engine failed: {error}")
+            logger.exception("engine supervision failed")
+            self._on_failure(f"engine supervision failed: {error}")
 
-    def _came_up(self, engine: Engine, start_s: float | None) -> None:
-        self.background.begin("what is learned of an engine", partial(self._learn, engine), again=False)
-        self.admission.look()
+    def _on_engine_up(self, engine: Engine, start_s: float | None) -> None:
+        self.background.begin("engine calibration", partial(self._learn, engine), restart=False)
+        self.admission.admit_waiting()
         self._on_up(engine.url, start_s)
 
     async def _learn(self, engine: Engine) -> None:
@@ -174,7 +174,7 @@ class Gateway:
 
         An engine of our own whose times are known is calibrated again after a restart, which also warms it up.
         """
-        await engine.learn_context()
+        await engine.read_context_length()
         if not self.settings.calibrates or (engine.model.is_seeded and not engine.is_supervised):
             return
         if engine.model.is_seeded or not await seed(self.store, engine):

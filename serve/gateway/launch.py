@@ -87,7 +87,7 @@ def serve(
             max_body_bytes=max_body_bytes,
             allow_origins=allow_origins,
         )
-        http = server_options(connections or ConnectionLimits(max_dropped_bytes=max_body_bytes))
+        http = server_options(connections or ConnectionLimits(max_discarded_bytes=max_body_bytes))
         with _listen(host, port) as listener:
             run = Run(settings=settings, listener=listener, console=Console(), drain=drain or Drain(), http=http)
             run.run()
@@ -167,7 +167,7 @@ class Run:
             where = f", log {settings.engine.log}" if settings.engine.log else ""
             waiting = f"starting the engine{where}"
         self._console.print(f"\n[dim]{waiting}[/]", highlight=False, soft_wrap=True)
-        _spare_collector()
+        _freeze_garbage_collector()
         self._server.run(sockets=[self._listener])
         if self._failure:
             raise ChorusError(self._failure)
@@ -224,7 +224,7 @@ class _Server(uvicorn.Server):
                 signal.signal(sig, handler)
 
 
-def _spare_collector() -> None:
+def _freeze_garbage_collector() -> None:
     """Freeze what is loaded now, so that the garbage collector scans only what requests create.
 
     Scanning all modules again and again took a tenth of a busy gateway's time.

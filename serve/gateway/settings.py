@@ -65,7 +65,7 @@ class Settings:
         for origin in self.allow_origins:
             if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
                 raise ChorusError(
-                    f"origin {origin!r} is not one that a browser sends: SCHEME://HOST[:PORT] without a path, or * for all."
+                    f"--allow-origin {origin!r} is invalid; use SCHEME://HOST[:PORT] without a path, or * for all."
                 )
         if not self.population.tiers:
             raise ChorusError(
@@ -75,13 +75,13 @@ class Settings:
             self.population.tier(self.default_tier_name)
         for source in self.sources:
             if source == SHARED and self.redis is None:
-                raise ChorusError("engine 'redis' needs the address of a Redis, with --redis.")
+                raise ChorusError("--engine redis needs the address of a Redis; set --redis.")
             if source != SHARED and not source.removeprefix(DNS).startswith(("http://", "https://")):
                 raise ChorusError(
-                    f"engine {source!r} is not an address such as http://127.0.0.1:8001 or dns+http://engines:8000."
+                    f"--engine {source!r} is not a URL; use one such as http://127.0.0.1:8001 or dns+http://engines:8000."
                 )
         if self.redis is not None and not self.redis.startswith(("redis://", "rediss://", "unix://")):
-            raise ChorusError(f"redis {self.redis!r} is not an address such as redis://127.0.0.1:6379/0.")
+            raise ChorusError(f"--redis {self.redis!r} is not a Redis URL; use one such as redis://127.0.0.1:6379/0.")
 
     @property
     def max_auxiliary_bytes(self) -> int:

@@ -16,7 +16,7 @@ from chorus.serve.gateway.shared.store import Store
 
 logger = logging.getLogger(__name__)
 
-_MOST_FITS = 1000
+_MAX_VERSIONS_AHEAD = 1000
 """Most versions by which a published prior may be ahead of ours; one further ahead is rejected as invalid."""
 
 
@@ -24,19 +24,19 @@ async def share(
     store: Store, pool: Pool, current: Callable[[], Population], directory: Path | None, *, interval_s: float
 ) -> None:
     """Share every `interval_s` seconds until cancelled. Failures are logged and retried."""
-    said: dict[str, int] = {}
+    published: dict[str, int] = {}
     while True:
         try:
             for engine in pool.engines:
                 if engine.is_up and engine.is_supervised:
                     await store.announce(engine.url)
-                if engine.is_up and engine.model.is_seeded and said.get(engine.url) != engine.model.count:
-                    said = {each.url: said.get(each.url, 0) for each in pool.engines}
-                    said[engine.url] = engine.model.count
+                if engine.is_up and engine.model.is_seeded and published.get(engine.url) != engine.model.count:
+                    published = {each.url: published.get(each.url, 0) for each in pool.engines}
+                    published[engine.url] = engine.model.count
                     await store.save_model(engine.url, engine.model.state())
-            await _agree_on_prior(store, current(), directory)
+            await _sync_prior(store, current(), directory)
         except Exception:  # no failure may end the sharing
-            logger.exception("sharing with other gateways failed, and is tried again")
+            logger.exception("sharing with other gateways failed; trying again")
         await asyncio.sleep(interval_s)
 
 
@@ -48,12 +48,12 @@ async def seed(store: Store, engine: Engine) -> bool:
     try:
         engine.model.restore(state)
     except (KeyError, TypeError, ValueError) as error:
-        logger.warning("what others learned about engine %s cannot be used: %s", engine.url, error)
+        logger.warning("cannot use what other gateways learned about engine %s: %s", engine.url, error)
         return False
     return engine.model.is_seeded
 
 
-async def _agree_on_prior(store: Store, ours: Population, directory: Path | None) -> None:
+async def _sync_prior(store: Store, ours: Population, directory: Path | None) -> None:
     """Publish our prior if it is the newest; else write the newer one to `directory`, where the engine and the offer reload it.
 
     Only the fields that a fit sets are taken over. A published prior that this population cannot use is replaced by ours.
@@ -70,14 +70,14 @@ async def _agree_on_prior(store: Store, ours: Population, directory: Path | None
         taken = ours.taking_prior_of(theirs)
         if taken is None:
             raise ChorusError("it was fitted to other members")
-        if taken.prior_version != version or version > ours.prior_version + _MOST_FITS:
-            raise ChorusError(f"no version after {ours.prior_version} is expected to be called {version}")
+        if taken.prior_version != version or version > ours.prior_version + _MAX_VERSIONS_AHEAD:
+            raise ChorusError(f"its version is inconsistent or too far ahead of {ours.prior_version}")
     except (ValidationError, ChorusError) as error:
-        logger.error("prior version %d was published, cannot be taken over and is replaced by ours: %s", version, error)
-        await store.publish_prior(ours.prior_version, ours.model_dump_json(), instead_of=text)
+        logger.error("cannot use the published prior version %d; replacing it with ours: %s", version, error)
+        await store.publish_prior(ours.prior_version, ours.model_dump_json(), replacing=text)
         return
     if directory is not None:
         try:
             await asyncio.to_thread(manifest.save_newer, taken, directory)  # a fit may hold the manifest for seconds
         except OSError as error:
-            logger.error("prior version %d was published and cannot be written: %s", version, error)
+            logger.error("cannot write the published prior version %d: %s", version, error)

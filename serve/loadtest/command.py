@@ -10,7 +10,7 @@ from chorus.population.errors import ChorusError
 from chorus.population.manifest import DECODINGS
 
 
-def _mix(text: str) -> tuple[tuple[str | None, float], ...]:
+def _parse_tiers(text: str) -> tuple[tuple[str | None, float], ...]:
     """Tiers and shares from `economy=1,max=3`, or names alone; `default` stands for no tier."""
     found: list[tuple[str | None, float]] = []
     for part in text.split(","):
@@ -18,7 +18,7 @@ def _mix(text: str) -> tuple[tuple[str | None, float], ...]:
         try:
             found.append((None if name == "default" else name, float(share or 1)))
         except ValueError:
-            raise click.BadParameter(f"{part!r} is not NAME or NAME=SHARE.") from None
+            raise click.BadParameter(f"{part!r} is invalid; use NAME or NAME=SHARE.") from None
     return tuple(found)
 
 
@@ -31,21 +31,31 @@ def _mix(text: str) -> tuple[tuple[str | None, float], ...]:
     default=16,
     show_default=True,
     type=click.IntRange(1),
-    help="Without --rate: so many at once.",
+    help="Number of concurrent streams; used without --rate.",
 )
 @click.option("--arrivals", default="poisson", show_default=True, type=click.Choice(["poisson", "constant", "bursty"]))
-@click.option("--duration", default=30.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Seconds.")
 @click.option(
-    "--tiers", default="default", show_default=True, help="Tiers to ask for with their shares: economy=1,max=3"
+    "--duration", default=30.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Duration in seconds."
 )
 @click.option(
-    "--budget-ms", "budgets", multiple=True, type=float, help="Time budget; several are drawn from at random."
+    "--tiers", default="default", show_default=True, help="Tiers to request, with their shares: economy=1,max=3"
+)
+@click.option(
+    "--budget-ms",
+    "budgets",
+    multiple=True,
+    type=float,
+    help="Time budget in milliseconds; repeat it to choose one at random per request.",
 )
 @click.option("--on-deadline", default="degrade", show_default=True, type=click.Choice(["degrade", "truncate", "fail"]))
-@click.option("--decoding", type=click.Choice(DECODINGS), help="How tokens are to be computed; as each tier prefers.")
+@click.option(
+    "--decoding", type=click.Choice(DECODINGS), help="How to compute tokens; by default each tier's decoding."
+)
 @click.option("--max-tokens", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--prompt-words", default=12, show_default=True, type=click.IntRange(1))
-@click.option("--whole", is_flag=True, help="Ask for whole answers, which report members per token, not for streams.")
+@click.option(
+    "--whole", is_flag=True, help="Request whole answers, which report members per token, instead of streams."
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def bench(url: str, budgets: tuple[float, ...], as_json: bool, **options: Any) -> None:
@@ -64,7 +74,7 @@ def bench(url: str, budgets: tuple[float, ...], as_json: bool, **options: Any) -
         rate_per_s=options["rate"],
         num_streams=options["num_streams"],
         duration_s=options["duration"],
-        tiers=_mix(options["tiers"]),
+        tiers=_parse_tiers(options["tiers"]),
         budgets_ms=budgets or (None,),
         on_deadline=options["on_deadline"],
         decoding=options["decoding"],
@@ -94,10 +104,10 @@ async def _cards(url: str, key: str | None) -> dict[str, dict[str, Any]]:
         ):
             body = await answer.json()
             if answer.status != 200:
-                raise ChorusError(f"{url} answers {answer.status}: {body['error']['message']}")
+                raise ChorusError(f"{url} returned status {answer.status}: {body['error']['message']}")
             cards = [card["population"] for card in body["data"]]
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError) as error:
-        raise ChorusError(f"there is no chorus gateway at {url}: {type(error).__name__}.") from None
+        raise ChorusError(f"no Chorus gateway answers at {url} ({type(error).__name__}); check the URL.") from None
     return {card["tier"]: card for card in cards}
 
 

@@ -47,7 +47,7 @@ class Plan:
     """Tiers and their shares of the requests; None stands for no tier."""
     budgets_ms: tuple[float | None, ...] = (None,)
     """Time budgets in milliseconds; each request gets one at random. None is no budget."""
-    tells_budget: bool = True
+    sends_budget: bool = True
     """Whether requests carry their time budget; else it only serves to judge the answers."""
     on_deadline: str = "degrade"
     decoding: Decoding | None = None
@@ -90,7 +90,7 @@ class Sent:
         return self.is_served and (self.budget_s is None or self.total_s <= self.budget_s)
 
 
-def arrivals(kind: Arrivals, rate_per_s: float, duration_s: float, dice: random.Random) -> Iterator[float]:
+def arrivals(kind: Arrivals, rate_per_s: float, duration_s: float, rng: random.Random) -> Iterator[float]:
     """Arrival times in seconds, ascending."""
     at_s = 0.0
     while True:
@@ -99,10 +99,10 @@ def arrivals(kind: Arrivals, rate_per_s: float, duration_s: float, dice: random.
                 at_s += 1 / rate_per_s
                 together = 1
             case "poisson":
-                at_s += dice.expovariate(rate_per_s)
+                at_s += rng.expovariate(rate_per_s)
                 together = 1
             case "bursty":
-                at_s += dice.expovariate(rate_per_s / _BURST)
+                at_s += rng.expovariate(rate_per_s / _BURST)
                 together = _BURST
         if at_s >= duration_s:
             return
@@ -111,38 +111,38 @@ def arrivals(kind: Arrivals, rate_per_s: float, duration_s: float, dice: random.
 
 async def run(plan: Plan) -> list[Sent]:
     """Send the load and wait for every answer."""
-    dice = random.Random(plan.seed)
+    rng = random.Random(plan.seed)
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3)
     async with aiohttp.ClientSession(
         connector=connector, timeout=aiohttp.ClientTimeout(total=plan.timeout_s)
     ) as session:
         if plan.rate_per_s is None:
-            return await _closed_loop(plan, session, dice)
+            return await _closed_loop(plan, session, rng)
         began_at, tasks = time.perf_counter(), []
-        for at_s in arrivals(plan.arrivals, plan.rate_per_s, plan.duration_s, dice):
+        for at_s in arrivals(plan.arrivals, plan.rate_per_s, plan.duration_s, rng):
             await asyncio.sleep(began_at + at_s - time.perf_counter())
-            sent, body = _draw(plan, dice, at_s)
+            sent, body = _draw(plan, rng, at_s)
             tasks.append(asyncio.create_task(_send(plan, session, sent, body)))
         return list(await asyncio.gather(*tasks))
 
 
-async def _closed_loop(plan: Plan, session: aiohttp.ClientSession, dice: random.Random) -> list[Sent]:
+async def _closed_loop(plan: Plan, session: aiohttp.ClientSession, rng: random.Random) -> list[Sent]:
     began_at, found = time.perf_counter(), list[Sent]()
 
     async def stream() -> None:
         while (at_s := time.perf_counter() - began_at) < plan.duration_s:
-            found.append(await _send(plan, session, *_draw(plan, dice, at_s)))
+            found.append(await _send(plan, session, *_draw(plan, rng, at_s)))
 
     await asyncio.gather(*(stream() for _ in range(plan.num_streams)))
     return found
 
 
-def _draw(plan: Plan, dice: random.Random, at_s: float) -> tuple[Sent, dict[str, Any]]:
+def _draw(plan: Plan, rng: random.Random, at_s: float) -> tuple[Sent, dict[str, Any]]:
     names, shares = zip(*plan.tiers, strict=True)
-    tier = dice.choices(names, shares)[0]
-    budget_ms = dice.choice(plan.budgets_ms)
+    tier = rng.choices(names, shares)[0]
+    budget_ms = rng.choice(plan.budgets_ms)
     body: dict[str, Any] = {
-        "prompt": " ".join(dice.choices(_WORDS, k=plan.prompt_words)),
+        "prompt": " ".join(rng.choices(_WORDS, k=plan.prompt_words)),
         "max_tokens": plan.max_tokens,
         "ignore_eos": True,
         "stream": plan.streams,
@@ -151,7 +151,7 @@ def _draw(plan: Plan, dice: random.Random, at_s: float) -> tuple[Sent, dict[str,
         body["stream_options"] = {"include_usage": True}
     if tier is not None:
         body["budget"] = tier
-    if budget_ms is not None and plan.tells_budget:
+    if budget_ms is not None and plan.sends_budget:
         body |= {"latency_budget_ms": budget_ms, "on_deadline": plan.on_deadline}
     if plan.decoding is not None:
         body["decoding"] = plan.decoding

@@ -141,8 +141,8 @@ def test_a_killed_engine_core_breaks_its_requests_at_once_and_leaves_its_log(ser
     assert {"broken"} <= outcomes <= {"broken", "whole"}, outcomes  # some may have ended just before
     wait_for("another engine", lambda: server.engine_url != first, timeout_s=120)
     server.wait_until_ready()
-    again = httpx.post(f"{server.url}/v1/completions", json={"prompt": "def", "max_tokens": 3}, timeout=60)
-    assert again.status_code == 200
+    restart = httpx.post(f"{server.url}/v1/completions", json={"prompt": "def", "max_tokens": 3}, timeout=60)
+    assert restart.status_code == 200
     server.stop()
     log = Path(re.findall(r"its log is kept: (\S+)", server.output)[0])
     assert "EngineDeadError" in log.read_text()

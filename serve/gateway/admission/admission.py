@@ -19,7 +19,7 @@ from chorus.population.manifest import Tier
 from chorus.serve.gateway.admission.demand import Demand
 from chorus.serve.gateway.admission.lengths import AnswerLengths
 from chorus.serve.gateway.admission.member_cap import MemberCap, Supply
-from chorus.serve.gateway.admission.placement import Blocked, Job, Plan, alone_s, at_floor, least_s, place
+from chorus.serve.gateway.admission.placement import Blocked, Job, Plan, alone_s, at_floor, min_s, place
 from chorus.serve.gateway.admission.queue import FairQueue, Grant, Pending
 from chorus.serve.gateway.engines.engine import Engine
 from chorus.serve.gateway.engines.traffic import InFlight
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _TICK_S = 0.02
 """Time between two passes over the queue, and for which a member cap is kept."""
-_LONG_PASS_S, _REST = 0.002, 4.0
+_LONG_PASS_S, _PAUSE_FACTOR = 0.002, 4.0
 """A pass over the queue that took longer is followed by a pause of that many times as long, so that others can run."""
 
 
@@ -89,12 +89,12 @@ class Admission:
         """
         candidates = self._candidates(call, avoid)
         pending = self._pending(call, tenant, tiers, arrived_at, avoid, candidates)
-        self._caps.note(pending.job, candidates[0])
+        self._caps.note_request(pending.job, candidates[0])
         if not self._queue and (grant := self._place(pending, candidates)):
             return grant
         self._enqueue(pending)
         try:
-            return await self._turn(pending)
+            return await self._wait_for_grant(pending)
         finally:
             self._queue.remove(pending)
 
@@ -103,33 +103,33 @@ class Admission:
         grant.engine.traffic.end(grant.in_flight)
         self._ended_at.append(time.perf_counter())
         self._queue.settle(grant)
-        self.look()
+        self.admit_waiting()
 
     def end_sequences(self, grant: Grant, count: int) -> None:
         """`count` of the request's sequences are complete: others may begin in their places."""
         if grant.in_flight.num_sequences > 1:
             grant.engine.traffic.end_sequences(grant.in_flight, count)
-            self.look()
+            self.admit_waiting()
 
-    async def keep(self) -> None:
+    async def run(self) -> None:
         """Pass over the queue until cancelled: time alone may make a place, or a request hopeless."""
         while True:
             await asyncio.sleep(_TICK_S)
             if self._queue:
-                self.look()
+                self.admit_waiting()
 
-    def look(self) -> None:
+    def admit_waiting(self) -> None:
         """Admit every waiting request that can begin now; a little later, if the last pass took long."""
         began_at = time.perf_counter()
         if began_at < self._next_pass_at:
             if self._next_pass is None:
                 loop = asyncio.get_running_loop()
-                self._next_pass = loop.call_later(self._next_pass_at - began_at, self._look_again)
+                self._next_pass = loop.call_later(self._next_pass_at - began_at, self._delayed_pass)
             return
         worked_s = time.thread_time()  # without the time that other processes took
         self._pass_over_queue()
         took_s = time.thread_time() - worked_s
-        self._next_pass_at = began_at + (1 + _REST) * took_s if took_s > _LONG_PASS_S else 0.0
+        self._next_pass_at = began_at + (1 + _PAUSE_FACTOR) * took_s if took_s > _LONG_PASS_S else 0.0
 
     def retry_after_s(self) -> int:
         """Whole seconds until the present queue is worked off, at the rate at which requests ended lately."""
@@ -156,25 +156,25 @@ class Admission:
         """
         if (num_sequences := call.size.num_sequences) > self.limits.max_sequences:
             raise bad_request(
-                f"this request asks for {num_sequences} sequences (prompts times the larger of n and best_of); "
-                f"at most {self.limits.max_sequences} run at once here. Send several requests.",
+                f"the request has {num_sequences} sequences (prompts times the larger of n and best_of); "
+                f"at most {self.limits.max_sequences} are allowed. Split it into several requests.",
                 code="too_many_sequences",
             )
-        now, budget_s = time.perf_counter(), call.terms.budget_s
+        now, budget_s = time.perf_counter(), call.time_budget.budget_s
         finish_by = None if budget_s is None else arrived_at + budget_s
         job = Job(tiers=tiers, size=self.lengths.planned(call.size, tenant.name), finish_by=finish_by)
         give_up_at = now + self.limits.queue_timeout_s
         if finish_by is not None and budget_s is not None:
-            least = min(least_s(job, engine.model) for engine in candidates)
-            if now + least <= finish_by:
-                give_up_at = min(give_up_at, finish_by - least)
-            elif call.terms.on_deadline == "fail":
+            min_seconds = min(min_s(job, engine.model) for engine in candidates)
+            if now + min_seconds <= finish_by:
+                give_up_at = min(give_up_at, finish_by - min_seconds)
+            elif call.time_budget.on_deadline == "fail":
                 raise deadline_exceeded(
-                    f"a time budget of {1000 * budget_s:.0f} ms cannot be kept: "
-                    f"tier {tiers[-1].name!r} alone is expected to take {1000 * least:.0f} ms for this request."
+                    f"latency_budget_ms {1000 * budget_s:.0f} is too short: "
+                    f"even tier {tiers[-1].name!r} is expected to take {1000 * min_seconds:.0f} ms. Raise it or lower max_tokens."
                 )
             else:
-                job = replace(job, is_hopeless=True)
+                job = replace(job, is_unattainable=True)
         return Pending(
             call=call,
             tenant=tenant,
@@ -205,7 +205,7 @@ class Admission:
                 member_cap=self._caps.of(engine, len(candidates), self._queue, now) if job.is_flexible else None,
             )
             if isinstance(found, Plan):
-                return self._grant(pending, engine, found, now, is_promised=not job.is_hopeless)
+                return self._grant(pending, engine, found, now, is_promised=not job.is_unattainable)
             verdicts.append(found)
         if any(verdict is not Blocked.LATE for verdict in verdicts):
             return None
@@ -247,7 +247,7 @@ class Admission:
             displaced.fail(self._refusal(displaced))
         self._queue.add(pending)
 
-    async def _turn(self, pending: Pending) -> Grant:
+    async def _wait_for_grant(self, pending: Pending) -> Grant:
         """Wait for the request's turn."""
         try:
             async with asyncio.timeout(pending.give_up_at - time.perf_counter()):
@@ -261,9 +261,9 @@ class Admission:
                 self.release(grant)
             raise
 
-    def _look_again(self) -> None:
+    def _delayed_pass(self) -> None:
         self._next_pass = None
-        self.look()
+        self.admit_waiting()
 
     def _pass_over_queue(self) -> None:
         for pending in self._queue.in_turn():
@@ -274,7 +274,7 @@ class Admission:
                 self._queue.remove(pending)
                 pending.fail(error)
             except Exception as error:  # of this request alone: the ones behind it go on
-                logger.exception("a waiting request could not be placed")
+                logger.exception("could not place a waiting request")
                 self._queue.remove(pending)
                 pending.fail(error)
             else:
@@ -284,18 +284,20 @@ class Admission:
 
     def _refusal(self, pending: Pending) -> ApiError:
         has_deadline = pending.job.finish_by is not None
-        if has_deadline and pending.call.terms.on_deadline == "fail":
-            return deadline_exceeded("the time budget would have been missed: every engine is busy.")
+        if has_deadline and pending.call.time_budget.on_deadline == "fail":
+            return deadline_exceeded(
+                "every engine is busy, so the answer would miss latency_budget_ms; raise it or try again later."
+            )
         retry_after_s = self.retry_after_s()
         if has_deadline:
-            message = "every engine is busy and this request's time budget cannot be kept"
+            message = "every engine is busy, so the answer would miss latency_budget_ms"
         elif self._queue.is_full:
-            message = f"every engine is busy and {len(self._queue)} requests wait already"
+            message = f"every engine is busy and the queue is full ({len(self._queue)} requests)"
         else:
-            message = f"every engine has been busy for {self.limits.queue_timeout_s:g} s"
+            message = f"no engine was free within {self.limits.queue_timeout_s:g} s"
         return ApiError(
             429,
-            f"{message}; come back in about {retry_after_s} s, or ask for less.",
+            f"{message}; try again in about {retry_after_s} s or send a smaller request.",
             code="overloaded",
             headers={"Retry-After": str(retry_after_s)},
         )
@@ -309,18 +311,18 @@ class _MemberCaps:
         self._demand = Demand()
         self._caps: WeakKeyDictionary[Engine, MemberCap] = WeakKeyDictionary()
         self._updated: WeakKeyDictionary[Engine, tuple[float, int]] = WeakKeyDictionary()
-        self._most_members = 1
+        self._max_members = 1
         self._losses: dict[int, float] = {}
         """Of the tiers that were requested, by their number of members."""
 
-    def note(self, job: Job, engine: Engine) -> None:
+    def note_request(self, job: Job, engine: Engine) -> None:
         """A request came. `engine` is one that may serve it."""
         now, size, tiers, model = time.perf_counter(), job.size, job.tiers, engine.model
         prompt_tokens = model.prompt_tokens(tokens=size.prompt_tokens, characters=size.prompt_characters)
-        self._most_members = max(self._most_members, len(tiers[0].members))
+        self._max_members = max(self._max_members, len(tiers[0].members))
         self._losses |= {tier.budget: tier.test_loss.nats for tier in tiers if tier.test_loss is not None}
         if not job.is_flexible or job.finish_by is None:
-            members = len(tiers[-1 if job.is_hopeless else 0].members)
+            members = len(tiers[-1 if job.is_unattainable else 0].members)
             self._demand.note_fixed(size, prompt_tokens=prompt_tokens, members=members, now=now)
             return
         # No request waits longer than this, however long its budget.
@@ -331,7 +333,7 @@ class _MemberCaps:
     def of(self, engine: Engine, num_engines: int, queue: FairQueue, now: float) -> int:
         """The cap of an engine, one of `num_engines` that share the demand; all members until its times are known."""
         if not engine.model.is_seeded:
-            return self._most_members
+            return self._max_members
         updated_at, cap = self._updated.get(engine, (-math.inf, 0))
         if now - updated_at >= _TICK_S:
             supply = Supply(
@@ -344,7 +346,7 @@ class _MemberCaps:
             cap = self._caps.setdefault(engine, MemberCap()).update(
                 self._demand.rates(now),
                 supply,
-                most=self._most_members,
+                max_members=self._max_members,
                 backlog=sum(each.job.size.total_tokens for each in queue if each.job.finish_by is not None),
                 losses=self._losses,
             )

@@ -68,7 +68,7 @@ class Demand:
     def __init__(self) -> None:
         self._flexible, self._fixed = _Requested(), _Requested()
         self._memory_s = _MIN_MEMORY_S
-        self._at = time.perf_counter()
+        self._updated_at = time.perf_counter()
 
     def note_flexible(self, size: Size, *, prompt_tokens: float, budget_s: float, now: float) -> None:
         """A request with that much time, whose number of members is the gateway's to choose."""
@@ -109,8 +109,8 @@ class Demand:
         )
 
     def _fade(self, now: float) -> None:
-        kept = math.exp(-max(0.0, now - self._at) / self._memory_s)
-        self._at = max(self._at, now)
+        kept = math.exp(-max(0.0, now - self._updated_at) / self._memory_s)
+        self._updated_at = max(self._updated_at, now)
         self._flexible.fade(kept, self._memory_s)
         self._fixed.fade(kept, self._memory_s)
 

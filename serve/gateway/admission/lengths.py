@@ -12,22 +12,22 @@ from chorus.serve.gateway.request.size import Size
 QUANTILE = 0.9
 PRIOR_TOKENS = 512
 """Length expected before any answer was seen; most answers of chat models are shorter."""
-_ENOUGH = 10
+_MIN_ANSWERS = 10
 """With fewer answers than this, `PRIOR_TOKENS` fills in for the missing ones."""
-_REMEMBERED = 200
-_MOST_TENANTS = 4096
+_MAX_ANSWERS = 200
+_MAX_TENANTS = 4096
 
 
 class AnswerLengths:
     """Recent answer lengths of one gateway, kept per tenant: one tenant's long answers must not shrink another's tiers."""
 
     def __init__(self) -> None:
-        self._seen: OrderedDict[str, deque[int]] = OrderedDict()
+        self._lengths: OrderedDict[str, deque[int]] = OrderedDict()
 
     def expected(self, tenant: str) -> int:
         """The `QUANTILE` of the tenant's recent answer lengths, in tokens."""
-        seen = self._seen.get(tenant, deque[int]())
-        lengths = sorted([*seen, *[PRIOR_TOKENS] * (_ENOUGH - len(seen))])
+        recent = self._lengths.get(tenant, deque[int]())
+        lengths = sorted([*recent, *[PRIOR_TOKENS] * (_MIN_ANSWERS - len(recent))])
         return max(1, lengths[min(len(lengths) - 1, int(QUANTILE * len(lengths)))])
 
     def planned(self, size: Size, tenant: str) -> Size:
@@ -44,7 +44,7 @@ class AnswerLengths:
         if not size.is_open:
             return
         length = max(round(tokens), min(size.max_tokens, self.expected(tenant)) if is_cut else 0)
-        self._seen.setdefault(tenant, deque(maxlen=_REMEMBERED)).append(length)
-        self._seen.move_to_end(tenant)
-        if len(self._seen) > _MOST_TENANTS:
-            self._seen.popitem(last=False)
+        self._lengths.setdefault(tenant, deque(maxlen=_MAX_ANSWERS)).append(length)
+        self._lengths.move_to_end(tenant)
+        if len(self._lengths) > _MAX_TENANTS:
+            self._lengths.popitem(last=False)

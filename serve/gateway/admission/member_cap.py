@@ -71,19 +71,19 @@ class MemberCap:
         rates: Rates | None,
         supply: Supply,
         *,
-        most: int,
+        max_members: int,
         backlog: float,
         losses: Mapping[int, float] | None = None,
     ) -> int:
-        """The cap, from 1 to `most`, at a backlog of that many tokens of answers. `losses`: of mixtures, by their size, in nats.
+        """The cap, from 1 to `max_members`. `backlog` is in tokens of answers; `losses` of mixtures, by their size, in nats.
 
         It falls to the largest number whose slack still holds the backlog. It rises to the largest sustainable number once the
         backlog takes at most half of that one's slack, and by one more when there is no backlog. Numbers that are not worth their
         risk do not count.
         """
         if rates is None:
-            return most
-        forecasts = {members: forecast(rates, supply, members) for members in range(1, most + 1)}
+            return max_members
+        forecasts = {members: forecast(rates, supply, members) for members in range(1, max_members + 1)}
         worthwhile = {
             members: each
             for members, each in forecasts.items()

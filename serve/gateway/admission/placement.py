@@ -23,9 +23,9 @@ _FLOOR_PROBABILITY = 0.8
 class Blocked(Enum):
     """Why a request cannot begin."""
 
-    FULL = "the engine runs as many sequences as it may"
-    LATE_NOW = "it would be late beside what runs, or make others late"
-    LATE = "it would be late on an idle engine"
+    FULL = "the engine is at its limit of sequences"
+    LATE_NOW = "it would be late beside the running requests, or make one of them late"
+    LATE = "it would be late even on an idle engine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +37,13 @@ class Job:
     size: Size
     finish_by: float | None
     """Its deadline, on the clock of `time.perf_counter`."""
-    is_hopeless: bool = False
+    is_unattainable: bool = False
     """Whether even an idle engine would have been too slow when it came: it runs at its floor, without a deadline."""
 
     @property
     def has_deadline(self) -> bool:
         """Whether it can be in time."""
-        return self.finish_by is not None and not self.is_hopeless
+        return self.finish_by is not None and not self.is_unattainable
 
     @property
     def is_flexible(self) -> bool:
@@ -82,24 +82,24 @@ def place(
     """How `job` begins now. `pressure`, from 0 to 1, takes away the largest tiers in proportion."""
     if traffic.num_sequences + job.size.num_sequences > max_sequences:
         return Blocked.FULL
-    tiers = job.tiers[-1:] if job.is_hopeless else job.tiers[round(pressure * (len(job.tiers) - 1)) :]
+    tiers = job.tiers[-1:] if job.is_unattainable else job.tiers[round(pressure * (len(job.tiers) - 1)) :]
     if not job.has_deadline or not model.is_seeded:
         return _expect_whole(tiers[0], job, traffic, model)
     assert job.finish_by is not None, "it has a deadline"
     left_s = job.finish_by - now
-    rungs = _rungs(tiers)
-    for rung in rungs:
-        is_floor = rung is rungs[-1]
-        if member_cap is not None and len(rung.members) > member_cap and not is_floor:
+    candidates = _candidates(tiers)
+    for candidate in candidates:
+        is_floor = candidate is candidates[-1]
+        if member_cap is not None and len(candidate.members) > member_cap and not is_floor:
             continue
-        before, during = _loads(rung, job, traffic)
-        plan = _expect(rung, job, before, during, model)
+        before, during = _loads(candidate, job, traffic)
+        plan = _expect(candidate, job, before, during, model)
         margin = model.margin(_FLOOR_PROBABILITY if is_floor else probability, plan.total_s, can_shrink=not is_floor)
         if plan.total_s * margin > left_s:
             continue
         if not _makes_others_late(traffic, model, before, during, now, probability):
             return plan
-    if least_s(job, model) > left_s:
+    if min_s(job, model) > left_s:
         return Blocked.LATE
     return Blocked.LATE_NOW if traffic.in_flight else at_floor(job, traffic, model)  # waiting would not help
 
@@ -109,7 +109,7 @@ def at_floor(job: Job, traffic: Traffic, model: LatencyModel) -> Plan:
     return _expect_whole(job.tiers[-1], job, traffic, model)
 
 
-def least_s(job: Job, model: LatencyModel) -> float:
+def min_s(job: Job, model: LatencyModel) -> float:
     """Expected seconds at its floor on an idle engine; 0 if unknown."""
     return alone_s(job.tiers[-1], job, model)
 
@@ -118,49 +118,51 @@ def alone_s(tier: Tier, job: Job, model: LatencyModel) -> float:
     """Expected seconds at that tier on an idle engine; 0 if unknown."""
     if not model.is_seeded:
         return 0.0
-    rung = _Rung(tier=tier, members=tier.members)
-    alone = Load(members=len(rung.members), rows=len(rung.members) * job.size.num_sequences)
-    return model.total_s(Load(), alone, _work(rung, job.size, model))
+    candidate = _Candidate(tier=tier, members=tier.members)
+    alone = Load(members=len(candidate.members), rows=len(candidate.members) * job.size.num_sequences)
+    return model.total_s(Load(), alone, _work(candidate, job.size, model))
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Rung:
+class _Candidate:
     """A tier, or the first members of one."""
 
     tier: Tier
     members: Sequence[str]
 
 
-def _rungs(tiers: Sequence[Tier]) -> list[_Rung]:
+def _candidates(tiers: Sequence[Tier]) -> list[_Candidate]:
     """Every number of members from the largest of `tiers` down to the floor, each from the smallest tier that has so many."""
     found = []
     for tier, below in pairwise([*tiers, None]):
         assert tier is not None, "only the last one is followed by nothing"
-        least = len(below.members) + 1 if below is not None else len(tier.members)
-        found += [_Rung(tier=tier, members=tier.members[:count]) for count in range(len(tier.members), least - 1, -1)]
+        min_count = len(below.members) + 1 if below is not None else len(tier.members)
+        found += [
+            _Candidate(tier=tier, members=tier.members[:count]) for count in range(len(tier.members), min_count - 1, -1)
+        ]
     return found
 
 
-def _loads(rung: _Rung, job: Job, traffic: Traffic) -> tuple[Load, Load]:
+def _loads(candidate: _Candidate, job: Job, traffic: Traffic) -> tuple[Load, Load]:
     """The load before it begins and with it. With a deadline: if no other request that has one had more members than this one."""
-    within = None if not job.has_deadline else len(rung.members)
-    during = traffic.load(adding=rung.members, num_sequences=job.size.num_sequences, within=within)
+    within = None if not job.has_deadline else len(candidate.members)
+    during = traffic.load(adding=candidate.members, num_sequences=job.size.num_sequences, within=within)
     return traffic.load(within=within), during
 
 
-def _expect(rung: _Rung, job: Job, before: Load, during: Load, model: LatencyModel) -> Plan:
-    work = _work(rung, job.size, model)
-    return Plan(tier=rung.tier, work=work, first_s=model.first_s(before, work), token_s=model.token_s(during))
+def _expect(candidate: _Candidate, job: Job, before: Load, during: Load, model: LatencyModel) -> Plan:
+    work = _work(candidate, job.size, model)
+    return Plan(tier=candidate.tier, work=work, first_s=model.first_s(before, work), token_s=model.token_s(during))
 
 
 def _expect_whole(tier: Tier, job: Job, traffic: Traffic, model: LatencyModel) -> Plan:
-    rung = _Rung(tier=tier, members=tier.members)
-    return _expect(rung, job, *_loads(rung, job, traffic), model)
+    candidate = _Candidate(tier=tier, members=tier.members)
+    return _expect(candidate, job, *_loads(candidate, job, traffic), model)
 
 
-def _work(rung: _Rung, size: Size, model: LatencyModel) -> Work:
+def _work(candidate: _Candidate, size: Size, model: LatencyModel) -> Work:
     tokens = model.prompt_tokens(tokens=size.prompt_tokens, characters=size.prompt_characters)
-    return Work(members=len(rung.members), prompt_tokens=tokens, max_tokens=size.max_tokens)
+    return Work(members=len(candidate.members), prompt_tokens=tokens, max_tokens=size.max_tokens)
 
 
 def _makes_others_late(

@@ -97,9 +97,9 @@ class FairQueue:
             return None
         if not self._waiting:
             return pending
-        greedy = max(self._waiting, key=lambda name: len(self._waiting[name]))
+        largest = max(self._waiting, key=lambda name: len(self._waiting[name]))
         own = len(self._waiting.get(pending.tenant.name, ()))
-        return pending if own + 1 >= len(self._waiting[greedy]) else self._waiting[greedy][-1]
+        return pending if own + 1 >= len(self._waiting[largest]) else self._waiting[largest][-1]
 
     def add(self, pending: Pending) -> None:
         """Append, in its tenant's order."""

@@ -11,7 +11,7 @@ from chorus.serve.gateway.request.keys import Tenant
 from chorus.serve.gateway.request.size import NO_USAGE, Usage
 from chorus.serve.gateway.shared.store import Bucket, Store
 
-_LONGEST_WAIT_S = 24 * 3600
+_MAX_WAIT_S = 24 * 3600
 
 
 @dataclass(kw_only=True)
@@ -68,10 +68,10 @@ async def charged(store: Store, tenant: Tenant, tokens: float) -> AsyncIterator[
 
 
 def _too_many(what: str, wait_s: float) -> ApiError:
-    retry_after_s = max(1, math.ceil(min(wait_s, _LONGEST_WAIT_S)))
+    retry_after_s = max(1, math.ceil(min(wait_s, _MAX_WAIT_S)))
     return ApiError(
         429,
-        f"this API key's rate of {what} is used up; come back in {retry_after_s} s.",
+        f"this API key exceeded its limit of {what}; try again in {retry_after_s} s.",
         code="rate_limit_exceeded",
         headers={"Retry-After": str(retry_after_s)},
     )

@@ -34,7 +34,7 @@ class Slots:
         """
         own = self._tenants.setdefault(tenant.name, _TenantSlots())
         if own.num_requests >= _MAX_PER_TENANT:
-            message = f"{own.num_requests} requests of this kind are running or waiting for this API key; come back in about 1 s."
+            message = f"this API key has {own.num_requests} such requests running or waiting, the maximum; try again in about 1 s."
             raise ApiError(429, message, code="overloaded", headers={"Retry-After": "1"})
         own.num_requests += 1
         try:

@@ -43,7 +43,7 @@ async def serve(
                 async with asyncio.timeout(timeout_s), slots.slot(context.tenant):
                     return await work(bill)
             except TimeoutError:
-                message = f"this took longer than {timeout_s:g} s; send less at once."
+                message = f"the request took longer than {timeout_s:g} s; send a smaller one."
                 raise ApiError(504, message, code="timeout") from None
 
     return await while_connected(receive, charged())

@@ -25,7 +25,7 @@ from chorus.serve.gateway.transport.disconnects import cancel
 
 T = TypeVar("T")
 
-_LOWEST = -1e4
+_MIN_LOG_P = -1e4
 """Stands for log 0, which JSON cannot represent."""
 
 
@@ -61,7 +61,7 @@ def size_of(call: Call) -> Size:
     )
 
 
-async def find(call: Call, context: RequestContext, bill: Bill) -> dict[str, Any]:
+async def measure(call: Call, context: RequestContext, bill: Bill) -> dict[str, Any]:
     """The gaps of a prompt of token ids, at the call's tier; None for the first token.
 
     Admitted like other requests, and charged as one prompt per member of the tier.
@@ -71,12 +71,14 @@ async def find(call: Call, context: RequestContext, bill: Bill) -> dict[str, Any
     """
     tokens, tier = _token_ids(call), call.choice.tier
     size = size_of(call)
-    most = context.admission.limits.max_sequences
-    call = replace(call, size=replace(size, num_sequences=min(size.num_sequences, most)))
+    max_sequences = context.admission.limits.max_sequences
+    call = replace(call, size=replace(size, num_sequences=min(size.num_sequences, max_sequences)))
     async with context.admission.admitted(call, context.tenant, [tier], arrived_at=context.record.began_at) as grant:
         bill.used = None
         try:
-            log_p_MN = await _together([_ask(context, grant.engine, member, tokens) for member in tier.members])
+            log_p_MN = await _gather_or_cancel(
+                [_log_probabilities(context, grant.engine, member, tokens) for member in tier.members]
+            )
         except ApiError:
             bill.used = NO_USAGE
             raise
@@ -90,9 +92,9 @@ async def find(call: Call, context: RequestContext, bill: Bill) -> dict[str, Any
     }
 
 
-async def _together(asked: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+async def _gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """All results; if one fails, the others are cancelled."""
-    tasks = [asyncio.ensure_future(each) for each in asked]
+    tasks = [asyncio.ensure_future(each) for each in coroutines]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -105,14 +107,14 @@ def _token_ids(call: Call) -> list[int]:
     if isinstance(prompt, list) and len(prompt) >= 2 and all(type(token) is int for token in prompt):
         return prompt
     raise bad_request(
-        "the text is expected as `prompt`, a list of two or more token ids: as /tokenize gives them, or an answer that was asked "
-        "for with `return_token_ids`.",
+        "`prompt` must be a list of two or more token ids: get them from /tokenize, or from an answer to a request with "
+        "`return_token_ids`.",
         code="invalid_value",
         param="prompt",
     )
 
 
-async def _ask(context: RequestContext, engine: Engine, member: str, tokens: list[int]) -> list[float]:
+async def _log_probabilities(context: RequestContext, engine: Engine, member: str, tokens: list[int]) -> list[float]:
     """A member's log-probabilities of all tokens but the first.
 
     The last token is generated, as the only one allowed, rather than echoed: a prompt must be shorter than the engine's context.
@@ -134,7 +136,7 @@ async def _ask(context: RequestContext, engine: Engine, member: str, tokens: lis
         found = json.loads(answer)["choices"][0]["logprobs"]["token_logprobs"][1:]
         if len(found) != len(tokens) - 1:
             raise ValueError(f"{len(found)} log-probabilities")
-        return [min(0.0, max(_LOWEST, float(log_p))) for log_p in found]
+        return [min(0.0, max(_MIN_LOG_P, float(log_p))) for log_p in found]
     except (ValueError, LookupError, TypeError, OverflowError) as error:
-        message = f"the engine did not answer with log-probabilities of {len(tokens) - 1} tokens ({error})."
+        message = f"the engine did not return the log-probabilities of {len(tokens) - 1} tokens ({error})."
         raise bad_gateway(message) from None

@@ -26,72 +26,74 @@ _NAMES: dict[str, Schema] = {
     "min_budget": {"$ref": "#/components/schemas/Budget"},
 }
 _SAMPLING = {
-    "max_tokens": "Longest answer, in tokens of each choice.",
+    "max_tokens": "Maximum number of tokens of each choice.",
     "n": "Number of choices.",
-    "temperature": "Of the mixture; 0 takes its most likely token.",
-    "top_p": "Of the mixture.",
-    "stop": "A text, or several, at which the answer ends.",
-    "seed": "Makes sampling repeatable.",
-    "presence_penalty": "On the mixture's log-probabilities.",
-    "frequency_penalty": "On the mixture's log-probabilities.",
-    "logit_bias": "By token id.",
-    "logprobs": "Whether, or of how many tokens, the mixture's log-probabilities are returned.",
+    "temperature": "Sampling temperature of the mixture; 0 always takes the most likely token.",
+    "top_p": "Nucleus sampling threshold, applied to the mixture.",
+    "stop": "One or more strings at which the answer ends.",
+    "seed": "Seed for reproducible sampling.",
+    "presence_penalty": "Applied to the mixture's log-probabilities.",
+    "frequency_penalty": "Applied to the mixture's log-probabilities.",
+    "logit_bias": "Bias per token id.",
+    "logprobs": "Whether to return the mixture's log-probabilities, or for how many tokens at each position.",
     "response_format": "Structured output: `json_object` or `json_schema`.",
-    "user": "Is not read.",
+    "user": "Ignored.",
 }
-COMPLETION_FIELDS = {**_SAMPLING, "echo": "Whether the prompt comes back, too.", "suffix": "Is not supported."}
+COMPLETION_FIELDS = {**_SAMPLING, "echo": "Whether to return the prompt before the answer.", "suffix": "Not supported."}
 CHAT_FIELDS = {
     **_SAMPLING,
-    "max_completion_tokens": "As `max_tokens`, and goes before it.",
-    "top_logprobs": "Number of tokens at each position.",
-    "tools": "Functions that may be called.",
-    "tool_choice": "Which of them.",
+    "max_completion_tokens": "Like `max_tokens`, and takes precedence over it.",
+    "top_logprobs": "Number of most likely tokens to return at each position.",
+    "tools": "Functions that the model may call.",
+    "tool_choice": "Which function to call.",
 }
 RESPONSE_FIELDS = {
     **{name: _SAMPLING[name] for name in ("temperature", "top_p", "stop", "seed", "logit_bias", "user")},
-    "instructions": "Goes before the input.",
-    "max_output_tokens": "Longest answer.",
-    "tools": "Functions that may be called.",
-    "tool_choice": "Which of them.",
+    "instructions": "Prepended to the input.",
+    "max_output_tokens": "Maximum number of tokens of the answer.",
+    "tools": "Functions that the model may call.",
+    "tool_choice": "Which function to call.",
     "text": "Structured output: `format`.",
-    "store": "Is not read: answers are not kept.",
+    "store": "Ignored: answers are not stored.",
 }
 MESSAGE_FIELDS = {
     **{name: _SAMPLING[name] for name in ("max_tokens", "temperature", "top_p")},
-    "system": "Goes before the messages.",
-    "stop_sequences": "Texts at which the answer ends.",
-    "tools": "Functions that may be called.",
-    "tool_choice": "Which of them.",
+    "system": "Prepended to the messages.",
+    "stop_sequences": "Strings at which the answer ends.",
+    "tools": "Functions that the model may call.",
+    "tool_choice": "Which function to call.",
 }
 _CAUSES = {
-    400: "A field, or the engine's own refusal.",
-    401: "An API key is needed, or is not known.",
-    403: "The tier, or structured output, is not for this API key.",
-    404: "No such model, tier or route.",
-    405: "The route has other methods.",
-    408: "The body did not come in time.",
-    413: "The body is too long.",
-    415: "The body's content-encoding is not known.",
-    422: "The body is not JSON.",
-    429: "Too much for the engines, or for the key.",
+    400: "A field is invalid, or the engine refused the request.",
+    401: "The API key is missing or unknown.",
+    403: "This API key may not use the tier or structured output.",
+    404: "The model, tier or route does not exist.",
+    405: "The route does not allow this method.",
+    408: "The body did not arrive in time.",
+    413: "The body is too large.",
+    415: "The body's content-encoding is not supported.",
+    422: "The body is not valid JSON.",
+    429: "The engines are overloaded, or the API key exceeded its limits.",
     500: "The engine failed on this request.",
-    502: "The engine's answer cannot be passed on.",
-    503: "No engine answers.",
-    504: "The time budget cannot be kept, and the request wants to fail then; or an engine took too long.",
+    502: "The engine sent an invalid response.",
+    503: "No engine is available.",
+    504: "The answer would miss its time budget (`on_deadline` is `fail`), or an engine timed out.",
 }
 _EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
 """A server-sent event, whose data is a part of the answer as JSON, or `[DONE]`."""
-_RETRY: Schema = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
+_RETRY: Schema = {
+    "Retry-After": {"description": "Seconds to wait before trying again.", "schema": {"type": "integer", "minimum": 1}}
+}
 
 
-def answers(
+def responses(
     body: Schema, *statuses: int, streams: bool = False, error: Schema = _ERROR
 ) -> dict[int | str, dict[str, Any]]:
     """The responses of a route: `body` with 200, else an `error` with one of `statuses`."""
     content: Schema = {"application/json": {"schema": body}}
     if streams:
         content["text/event-stream"] = {"schema": _EVENT}
-    found: dict[int | str, dict[str, Any]] = {200: {"description": "As asked.", "content": content}}
+    found: dict[int | str, dict[str, Any]] = {200: {"description": "Success.", "content": content}}
     for status in statuses:
         found[status] = {"description": _CAUSES[status], "content": {"application/json": {"schema": error}}}
         if status in (429, 503):
@@ -99,7 +101,7 @@ def answers(
     return found
 
 
-def takes(own: Schema, *, required: str | None = None, engines: dict[str, str] | None = None) -> dict[str, Any]:
+def request_body(own: Schema, *, required: str | None = None, engines: dict[str, str] | None = None) -> dict[str, Any]:
     """The request body of a route that reads its bytes itself, to avoid the cost of FastAPI's parsing.
 
     `own` are the schemas of the route's own fields; `engines` describes the fields that the engine checks, by name. With `engines`

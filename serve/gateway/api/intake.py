@@ -49,7 +49,7 @@ async def read(request: Request, kind: Kind, *, is_auxiliary: bool = False) -> t
     body = await gateway.bodies.read(request, gateway.settings.max_auxiliary_bytes if is_auxiliary else None)
     call = _read_call(body, kind, context, gateway.offer)
     if call.is_served_by_a_tier:
-        context.record.tier_asked = call.choice.asked
+        context.record.tier_asked = call.choice.requested
     return call, context
 
 
@@ -99,12 +99,12 @@ def _read_call(body: bytes, kind: Kind, context: RequestContext, full: Offer) ->
         return read_call(
             *(body, kind, offer.population, offer.default_tier),
             tenant_floor=tenant.floor,
-            may_constrain=tenant.structured_outputs,
+            allow_constraints=tenant.structured_outputs,
         )
     except ApiError as error:
         if error.status == 404 and offer is not full and _is_on_offer(body, kind, full):
             names = ", ".join(tier.name for tier in offer.population.tiers)
-            message = f"this API key may not use that tier; it may use {names}."
+            message = f"this API key may not use that tier; choose from {names}."
             raise ApiError(403, message, code="tier_not_allowed", param=error.param) from None
         raise  # it does not exist at all: this error names only the tiers of this key
 

@@ -70,8 +70,10 @@ async def _forward(path: str, request: Request) -> Response:
 
 @relays.post(
     "/v1/completions",
-    openapi_extra=document.takes({"prompt": document.PROMPT}, required="prompt", engines=document.COMPLETION_FIELDS),
-    responses=document.answers(document.ANSWER, *_ENGINE_ERRORS, streams=True),
+    openapi_extra=document.request_body(
+        {"prompt": document.PROMPT}, required="prompt", engines=document.COMPLETION_FIELDS
+    ),
+    responses=document.responses(document.ANSWER, *_ENGINE_ERRORS, streams=True),
     tags=["OpenAI"],
 )
 async def complete(request: Request) -> Response:
@@ -81,8 +83,10 @@ async def complete(request: Request) -> Response:
 
 @relays.post(
     "/v1/chat/completions",
-    openapi_extra=document.takes({"messages": document.MESSAGES}, required="messages", engines=document.CHAT_FIELDS),
-    responses=document.answers(document.ANSWER, *_ENGINE_ERRORS, streams=True),
+    openapi_extra=document.request_body(
+        {"messages": document.MESSAGES}, required="messages", engines=document.CHAT_FIELDS
+    ),
+    responses=document.responses(document.ANSWER, *_ENGINE_ERRORS, streams=True),
     tags=["OpenAI"],
 )
 async def chat(request: Request) -> Response:
@@ -92,8 +96,8 @@ async def chat(request: Request) -> Response:
 
 @relays.post(
     "/v1/responses",
-    openapi_extra=document.takes({"input": document.INPUT}, required="input", engines=document.RESPONSE_FIELDS),
-    responses=document.answers(document.RESPONSE, *_ENGINE_ERRORS, streams=True),
+    openapi_extra=document.request_body({"input": document.INPUT}, required="input", engines=document.RESPONSE_FIELDS),
+    responses=document.responses(document.RESPONSE, *_ENGINE_ERRORS, streams=True),
     tags=["OpenAI"],
 )
 async def respond(request: Request) -> Response:
@@ -103,8 +107,10 @@ async def respond(request: Request) -> Response:
 
 @relays.post(
     MESSAGES,
-    openapi_extra=document.takes({"messages": document.MESSAGES}, required="messages", engines=document.MESSAGE_FIELDS),
-    responses=document.answers(document.MESSAGE, *_ENGINE_ERRORS, streams=True, error=document.ANTHROPIC_ERROR),
+    openapi_extra=document.request_body(
+        {"messages": document.MESSAGES}, required="messages", engines=document.MESSAGE_FIELDS
+    ),
+    responses=document.responses(document.MESSAGE, *_ENGINE_ERRORS, streams=True, error=document.ANTHROPIC_ERROR),
     tags=["Anthropic"],
 )
 async def message(request: Request) -> Response:
@@ -114,8 +120,8 @@ async def message(request: Request) -> Response:
 
 @relays.post(
     f"{MESSAGES}/count_tokens",
-    openapi_extra=document.takes({"messages": document.MESSAGES}, required="messages"),
-    responses=document.answers(document.COUNT, *_TOKEN_ERRORS, error=document.ANTHROPIC_ERROR),
+    openapi_extra=document.request_body({"messages": document.MESSAGES}, required="messages"),
+    responses=document.responses(document.COUNT, *_TOKEN_ERRORS, error=document.ANTHROPIC_ERROR),
     tags=["Anthropic"],
 )
 async def count_tokens(request: Request) -> Response:
@@ -125,24 +131,24 @@ async def count_tokens(request: Request) -> Response:
 
 @router.post(
     "/v1/population/disagreement",
-    openapi_extra=document.takes({"prompt": document.TOKEN_IDS}, required="prompt"),
-    responses=document.answers(document.DISAGREEMENT, *_ENGINE_ERRORS),
+    openapi_extra=document.request_body({"prompt": document.TOKEN_IDS}, required="prompt"),
+    responses=document.responses(document.DISAGREEMENT, *_ENGINE_ERRORS),
     tags=["population"],
 )
 async def show_disagreement(request: Request) -> dict[str, Any]:
     """How much the members of a tier disagree about each token of a text, given as token ids."""
     call, context = await read(request, "completion", is_auxiliary=True)
     tokens = disagreement.size_of(call).prompt_tokens
-    work = partial(disagreement.find, call, context)
+    work = partial(disagreement.measure, call, context)
     return await auxiliary.serve(request.receive, gateway_of(request).slots, context, tokens, work)
 
 
 @router.post(
     "/tokenize",
-    openapi_extra=document.takes(
-        {"prompt": {"type": "string"}, "messages": {"description": "A conversation, where there is no prompt."}}
+    openapi_extra=document.request_body(
+        {"prompt": {"type": "string"}, "messages": {"description": "A conversation, instead of a prompt."}}
     ),
-    responses=document.answers(document.TOKENS, *_TOKEN_ERRORS),
+    responses=document.responses(document.TOKENS, *_TOKEN_ERRORS),
     tags=["tokens"],
 )
 async def tokenize(request: Request) -> Response:
@@ -152,8 +158,8 @@ async def tokenize(request: Request) -> Response:
 
 @router.post(
     "/detokenize",
-    openapi_extra=document.takes({"tokens": {"type": "array"}}, required="tokens"),
-    responses=document.answers(document.TEXT, *_TOKEN_ERRORS),
+    openapi_extra=document.request_body({"tokens": {"type": "array"}}, required="tokens"),
+    responses=document.responses(document.TEXT, *_TOKEN_ERRORS),
     tags=["tokens"],
 )
 async def detokenize(request: Request) -> Response:
@@ -161,20 +167,20 @@ async def detokenize(request: Request) -> Response:
     return await _forward("/detokenize", request)
 
 
-@router.get("/v1/models", responses=document.answers(document.MODELS, 401, 403), tags=["OpenAI"])
+@router.get("/v1/models", responses=document.responses(document.MODELS, 401, 403), tags=["OpenAI"])
 async def list_models(request: Request) -> dict[str, Any]:
     """The population under its own name, and each of its tiers."""
     return {"object": "list", "data": list(offer_for(request).cards.values())}
 
 
-@router.get("/v1/models/{model}", responses=document.answers(document.MODEL, 401, 403, 404, 422), tags=["OpenAI"])
+@router.get("/v1/models/{model}", responses=document.responses(document.MODEL, 401, 403, 404, 422), tags=["OpenAI"])
 async def show_model(model: str, request: Request) -> dict[str, Any]:
     """One model: the population or a tier."""
     cards = offer_for(request).cards
     if model not in cards:
         raise ApiError(
             404,
-            f"there is no model {model!r}; there are {', '.join(cards)}.",
+            f"model {model!r} does not exist; choose from {', '.join(cards)}.",
             code="model_not_found",
             param="model",
         )
@@ -187,18 +193,18 @@ async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/ready", responses=document.answers({"type": "object"}, 503), tags=["operation"])
+@router.get("/ready", responses=document.responses({"type": "object"}, 503), tags=["operation"])
 async def ready(request: Request) -> dict[str, str]:
     """Readiness: 503 while no engine is up, and once the gateway is stopping."""
     gateway = gateway_of(request)
     if gateway.is_draining:
-        raise unavailable("this gateway is about to stop; another should be asked.", retry_after_s=1)
+        raise unavailable("this gateway is shutting down; use another one.", retry_after_s=1)
     gateway.pool.candidates()
     return {"status": "ready"}
 
 
 @router.post("/ping", include_in_schema=False)
-@router.get("/ping", responses=document.answers({"type": "object"}, 503), tags=["operation"])
+@router.get("/ping", responses=document.responses({"type": "object"}, 503), tags=["operation"])
 async def ping(request: Request) -> dict[str, str]:
     """The same as /ready, under SageMaker's name for it."""
     return await ready(request)

@@ -2,8 +2,8 @@
 
 import time
 
-_FAILURES = 3
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
+_FAILURE_THRESHOLD = 3
+_FIRST_PAUSE_S, _MAX_PAUSE_S = 1.0, 30.0
 
 
 class Breaker:
@@ -16,14 +16,14 @@ class Breaker:
 
     @property
     def is_closed(self) -> bool:
-        """Whether fewer than `_FAILURES` requests in a row have failed."""
-        return self._failures < _FAILURES
+        """Whether fewer than `_FAILURE_THRESHOLD` requests in a row have failed."""
+        return self._failures < _FAILURE_THRESHOLD
 
-    def lets_pass(self) -> bool:
+    def allows_request(self) -> bool:
         """Whether a request may be sent now."""
         return self.is_closed or time.monotonic() >= self._open_until
 
-    def note_try(self) -> None:
+    def note_attempt(self) -> None:
         """A request is sent. While half open, no other request passes for another pause."""
         if not self.is_closed:
             self._open_until = time.monotonic() + self._pause_s
@@ -33,10 +33,10 @@ class Breaker:
         self._failures, self._pause_s = 0, _FIRST_PAUSE_S
 
     def note_failure(self) -> None:
-        """The engine failed a request through its own fault. Each failure after `_FAILURES` doubles the pause."""
+        """The engine failed a request through its own fault. Each failure after `_FAILURE_THRESHOLD` doubles the pause."""
         self._failures += 1
-        if self._failures == _FAILURES:
+        if self._failures == _FAILURE_THRESHOLD:
             self._open_until = time.monotonic() + self._pause_s
-        elif self._failures > _FAILURES:
-            self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        elif self._failures > _FAILURE_THRESHOLD:
+            self._pause_s = min(2 * self._pause_s, _MAX_PAUSE_S)
             self._open_until = time.monotonic() + self._pause_s

@@ -6,7 +6,7 @@ _PREFIX = re.compile(r"^(?:\(\S+ pid=\d+\) ?)?(?:(?:ERROR|CRITICAL) \S+ \S+ \[[^
 """What vLLM puts before a line: the process and, for log records, the level, date, time and place."""
 _EXCEPTION = re.compile(r"^(?:[A-Za-z_]\w*\.)*([A-Z]\w*(?:Error|Exception|Exit)): (.+)")
 _USAGE = re.compile(r"^\S+: error: (.+)")
-_ECHO = re.compile(
+_REPEATED = re.compile(
     r"Engine core initialization failed|EngineCore encountered an issue|EngineDeadError|See (?:root cause|stack trace)"
 )
 _VALIDATION = re.compile(r"^\d+ validation errors? for ")
@@ -19,7 +19,7 @@ def root_cause(log: str) -> str | None:
     for idx in reversed(range(len(lines))):
         if found := _USAGE.match(lines[idx]):
             return found[1]
-        if (found := _EXCEPTION.match(lines[idx])) and not _ECHO.search(lines[idx]):
+        if (found := _EXCEPTION.match(lines[idx])) and not _REPEATED.search(lines[idx]):
             name, message = found.groups()
             if _VALIDATION.match(message):
                 details = [detail[1] for line in lines[idx + 1 : idx + 4] if (detail := _DETAIL.match(line))]

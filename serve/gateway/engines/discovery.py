@@ -15,7 +15,7 @@ SHARED = "redis"
 _LOOKUP_TIMEOUT_S = 30.0
 
 
-def changes(sources: Sequence[str]) -> bool:
+def can_change(sources: Sequence[str]) -> bool:
     """Whether the engines of these sources can change while the gateway runs."""
     return any(source == SHARED or source.startswith(DNS) for source in sources)
 
@@ -29,13 +29,13 @@ class Discovery:
         self._known: dict[str, list[str]] = {}
         self._failing: set[str] = set()
 
-    async def look(self) -> list[str]:
+    async def find(self) -> list[str]:
         """Addresses of all engines, without duplicates and in a stable order."""
         for source in self._sources:
-            self._known[source] = await self._ask(source)
+            self._known[source] = await self._find_at(source)
         return list(dict.fromkeys(url for source in self._sources for url in self._known[source]))
 
-    async def _ask(self, source: str) -> list[str]:
+    async def _find_at(self, source: str) -> list[str]:
         if source == SHARED:
             return sorted(await self._store.engines())
         if not source.startswith(DNS):
@@ -44,11 +44,11 @@ class Discovery:
             found = await _resolve(source.removeprefix(DNS))
         except (OSError, ValueError) as error:  # no answer, or not a valid name
             if source not in self._failing:
-                logger.warning("the engines' name in %s cannot be resolved, what is known stays: %s", source, error)
+                logger.warning("cannot resolve %s; keeping the engines found before: %s", source, error)
             self._failing.add(source)
             return self._known.get(source, [])
         if source in self._failing:
-            logger.warning("the engines' name in %s is resolved again", source)
+            logger.warning("resolved %s again", source)
             self._failing.remove(source)
         return found
 

@@ -33,11 +33,11 @@ _PROGRESS = re.compile(
 )
 """Counters that show progress. vLLM counts a prompt only once its last chunk has been read; the plugin counts every step."""
 
-_METRICS_EVERY_S = 2.0
+_METRICS_INTERVAL_S = 2.0
 
-_SHARE_OF_LATENESS = 0.25
+_LATENESS_SHARE = 0.25
 """A late engine is expected after a further wait of this share of its lateness so far."""
-_NOTICE_S = 5.0
+_EXIT_DELAY_S = 5.0
 """An engine whose core died answers "unhealthy" for up to this long (vLLM's watchdog) before its process ends."""
 
 
@@ -67,7 +67,7 @@ class Engine:
         """Most tokens of prompt and answer together, as the engine reports; it may be started with less than its members support.
         None if it has reported none."""
         self.reserve = Reserve()
-        self.waiting: set[asyncio.Timeout] = set()
+        self.output_timeouts: set[asyncio.Timeout] = set()
         """Timeouts of waits for its output; all expire at once when it goes down."""
         self._session = session
         self._probe_interval_s = probe_interval_s
@@ -75,7 +75,7 @@ class Engine:
         self._is_up = False
         self._expected_at: float | None = None
         self._last_start_s = _FIRST_START_S
-        self._look_now = asyncio.Event()
+        self._check_now = asyncio.Event()
         self._metrics_at = -math.inf
 
     @property
@@ -112,10 +112,10 @@ class Engine:
         if self._is_up:
             self._is_up = False
             now = asyncio.get_running_loop().time()
-            for wait in [wait for wait in self.waiting if not wait.expired()]:
+            for wait in [wait for wait in self.output_timeouts if not wait.expired()]:
                 wait.reschedule(now)
         if launch_in_s is None and self.is_supervised:
-            launch_in_s = _NOTICE_S
+            launch_in_s = _EXIT_DELAY_S
         self._expected_at = None if launch_in_s is None else time.monotonic() + launch_in_s + self._last_start_s
 
     def retry_after_s(self) -> int:
@@ -127,11 +127,11 @@ class Engine:
         if self._expected_at is None:
             return max(1, math.ceil(3 * self._probe_interval_s))
         left_s = self._expected_at - time.monotonic()
-        return max(1, math.ceil(left_s if left_s > 0 else _SHARE_OF_LATENESS * -left_s))
+        return max(1, math.ceil(left_s if left_s > 0 else _LATENESS_SHARE * -left_s))
 
-    def suspect(self) -> None:
+    def check_soon(self) -> None:
         """A request to it failed: check its health now, not at the next interval."""
-        self._look_now.set()
+        self._check_now.set()
 
     def learn(self, request: InFlight, usage: Usage, *, streamed: bool, prompt_characters: int) -> None:
         """Fit the expected times to a complete answer. `prompt_characters` is its prompt's length in text, 0 if it came as tokens.
@@ -154,7 +154,7 @@ class Engine:
         elif load is not None:
             self.model.observe_whole(request.before, load, work, tokens, total_s)
 
-    async def answers(self) -> bool:
+    async def answers_probe(self) -> bool:
         """Whether it answers a health probe with status 200."""
         try:
             async with self._session.get(
@@ -171,44 +171,46 @@ class Engine:
     async def check(self) -> bool:
         """Probe its health; record and return the result."""
         life = self.life
-        is_well = await self._is_well(life)
+        is_healthy = await self._is_healthy(life)
         if life is not self.life:  # a new life began meanwhile, and its state is newer
             return self._is_up
-        if is_well != self._is_up:
-            level = logging.INFO if is_well else logging.WARNING
-            logger.log(level, "engine %s %s", life.url, "answers" if is_well else "does not answer")
-            self.mark_up() if is_well else self.mark_down()
-        return is_well
+        if is_healthy != self._is_up:
+            level = logging.INFO if is_healthy else logging.WARNING
+            logger.log(level, "engine %s is %s", life.url, "up" if is_healthy else "down")
+            self.mark_up() if is_healthy else self.mark_down()
+        return is_healthy
 
-    async def _is_well(self, life: Life) -> bool:
-        if await self.answers():
-            life.answered()
-            return await self._gets_on(life)
-        if self.is_supervised and await life.is_deaf():
-            logger.warning("engine %s has not answered for too long: it is ended", life.url)
-            life.froze.set()
+    async def _is_healthy(self, life: Life) -> bool:
+        if await self.answers_probe():
+            life.note_probe_answered()
+            return await self._makes_progress(life)
+        if self.is_supervised and await life.is_unresponsive():
+            logger.warning("engine %s answers no health probes; restarting it", life.url)
+            life.frozen.set()
         return False
 
-    async def _gets_on(self, life: Life) -> bool:
+    async def _makes_progress(self, life: Life) -> bool:
         """Whether it makes progress if it has work: a process behind the one that answers probes may hang."""
-        if life.froze.is_set():
-            if self.is_supervised or not await self._completes():
+        if life.frozen.is_set():
+            if self.is_supervised or not await self._can_generate():
                 return False
-            life.froze.clear()
-            life.rests()
+            life.frozen.clear()
+            life.note_idle()
             return True
         has_work = bool(self.traffic.in_flight)
         if life.is_quiet or (
-            time.monotonic() - self._metrics_at >= _METRICS_EVERY_S and (has_work or self.costs is None)
+            time.monotonic() - self._metrics_at >= _METRICS_INTERVAL_S and (has_work or self.costs is None)
         ):
             await self._read_metrics(life)
         if not has_work:
-            life.rests()
+            life.note_idle()
         elif await life.is_stuck(self._longest_step_s()):
-            then = "is ended" if self.is_supervised else "counts as gone until it completes a request"
-            logger.warning("engine %s has work and computes nothing: it %s", life.url, then)
-            life.froze.set()
-        return not life.froze.is_set()
+            action = (
+                "restarting it" if self.is_supervised else "sending it no requests until it completes a test request"
+            )
+            logger.warning("engine %s has work but makes no progress; %s", life.url, action)
+            life.frozen.set()
+        return not life.frozen.is_set()
 
     async def _read_metrics(self, life: Life) -> None:
         """Read its step costs, which change slowly, and its progress counters."""
@@ -224,9 +226,9 @@ class Engine:
             self.costs = read_costs(metrics) or self.costs
             counts = [float(count) for count in _PROGRESS.findall(metrics)]
         except ValueError:
-            logger.warning("the metrics of engine %s cannot be read", life.url)
+            logger.warning("cannot parse the metrics of engine %s", life.url)
             counts = []
-        life.counted(sum(counts) if counts else None)
+        life.note_progress(sum(counts) if counts else None)
 
     def _longest_step_s(self) -> float:
         """Expected seconds of its longest possible step, which reads all prompts still without a first token; 0 if unknown."""
@@ -240,7 +242,7 @@ class Engine:
             expected_s = max(expected_s, by_costs_s + costs.row * (rows + load.rows))
         return expected_s
 
-    async def learn_context(self) -> None:
+    async def read_context_length(self) -> None:
         """Read the context length it was started with. If it reports none, the last known one stays."""
         try:
             async with self._session.get(
@@ -252,7 +254,7 @@ class Engine:
         lengths = [length for length in lengths if type(length) is int and length > 0]
         self.context_length = min(lengths, default=self.context_length)
 
-    async def _completes(self) -> bool:
+    async def _can_generate(self) -> bool:
         """Whether it can generate a token."""
         body = {"prompt": [0], "max_tokens": 1}
         try:
@@ -271,9 +273,9 @@ class Engine:
             was_up = self._is_up
             if await self.check() and not was_up:
                 on_up()
-            self._look_now.clear()
+            self._check_now.clear()
             try:
                 async with asyncio.timeout(self._probe_interval_s):
-                    await self._look_now.wait()
+                    await self._check_now.wait()
             except TimeoutError:
                 pass

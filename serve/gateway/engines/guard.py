@@ -23,15 +23,15 @@ def main(stop_timeout_s: float, command: list[str]) -> None:
     """Run `command` until it ends or standard input closes, then kill the whole group, this process included."""
     if os.getpgrp() != os.getpid():
         os.setsid()
-    _give_way()
+    _lower_priority()
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
-    threading.Thread(target=_end_with_owner, args=(child, stop_timeout_s), daemon=True).start()
+    threading.Thread(target=_stop_when_input_closes, args=(child, stop_timeout_s), daemon=True).start()
     status = child.wait()
     print(f"engine process ended with status {status}", flush=True)
     os.killpg(0, signal.SIGKILL)
 
 
-def _give_way() -> None:
+def _lower_priority() -> None:
     """Lower the engine's priority: the gateway needs little processor time, but needs it at once.
 
     An engine on CPUs keeps all of them busy even while it waits (OpenMP's threads spin). A gateway beside it waited milliseconds
@@ -43,13 +43,13 @@ def _give_way() -> None:
         Path("/proc/self/autogroup").write_text(str(_NICENESS))
 
 
-def _end_with_owner(child: "subprocess.Popen[bytes]", stop_timeout_s: float) -> None:
+def _stop_when_input_closes(child: "subprocess.Popen[bytes]", stop_timeout_s: float) -> None:
     sys.stdin.buffer.read()
     child.terminate()
     try:
         child.wait(stop_timeout_s)
     except subprocess.TimeoutExpired:
-        print(f"engine process did not stop within {stop_timeout_s:g} s and is killed", flush=True)
+        print(f"engine process did not stop within {stop_timeout_s:g} s; killing it", flush=True)
     os.killpg(0, signal.SIGKILL)
 
 

@@ -12,10 +12,10 @@ from typing import Any
 from chorus.serve.gateway.engines.residuals import Residuals
 from chorus.serve.least_squares import LeastSquares
 
-_LOWEST, _HIGHEST = 0.6, 0.995
-_RATE = 0.2
-_LONGEST_S = 1e6
-_FIRST_SHIFT = -0.3
+_MIN_LEVEL, _MAX_LEVEL = 0.6, 0.995
+_ADAPTATION_RATE = 0.2
+_MAX_S = 1e6
+_INITIAL_SHIFT = -0.3
 """Initial shift. Negative, as the engine's drops rescue late requests; the first broken promises show how many they cannot."""
 
 
@@ -49,7 +49,7 @@ class LatencyModel:
         self.num_prompts = 0
         """Observed text prompts with their length in tokens."""
         self._residuals = Residuals()
-        self._shift = _FIRST_SHIFT
+        self._shift = _INITIAL_SHIFT
         """Added to a promised probability to get the quantile that keeps it; adapted to kept and broken promises."""
 
     @property
@@ -86,13 +86,13 @@ class LatencyModel:
         rescue a request at its floor (`can_shrink` false), so its level is never lowered.
         """
         shift = self._shift if can_shrink else max(0.0, self._shift)
-        level = min(_HIGHEST, max(_LOWEST, probability + shift))
+        level = min(_MAX_LEVEL, max(_MIN_LEVEL, probability + shift))
         return self._residuals.factor(level, expected_s)
 
     def observe_promise(self, *, kept: bool, probability: float) -> None:
         """Adapt the level to an answer that was promised in time with `probability`."""
-        shift = self._shift + _RATE * (float(not kept) - (1.0 - probability))
-        self._shift = min(_HIGHEST - probability, max(_LOWEST - probability, shift))
+        shift = self._shift + _ADAPTATION_RATE * (float(not kept) - (1.0 - probability))
+        self._shift = min(_MAX_LEVEL - probability, max(_MIN_LEVEL - probability, shift))
 
     def observe_first(self, load: Load, work: Work, seconds: float) -> None:
         """Fit the time to first token to one observation."""
@@ -144,7 +144,7 @@ class LatencyModel:
         restored._token_s.restore(state["token"])
         tokens_per_character = float(state["tokens_per_character"])
         pairs = [(float(expected_s), float(seconds)) for expected_s, seconds in state["surprises"]]
-        if not all(0 <= value < _LONGEST_S for value in (tokens_per_character, *itertools.chain(*pairs))):
+        if not all(0 <= value < _MAX_S for value in (tokens_per_character, *itertools.chain(*pairs))):
             raise ValueError("a time or a ratio is negative or too large")
         self._first_s, self._token_s = restored._first_s, restored._token_s
         self._tokens_per_character = tokens_per_character

@@ -1,7 +1,7 @@
 """One life of an engine, and all state that ends with it: from its launch, or its first answer if others run it, to its end.
 
 Slow is not dead. An engine with work counts as frozen after a stall timeout without output, without counters that move and (if
-its processes are visible) without processor use. Up to `_PATIENCE` timeouts are allowed at the first step of a life (warm-up),
+its processes are visible) without processor use. Up to `_MAX_TIMEOUTS` timeouts are allowed at the first step of a life (warm-up),
 while its processes are busy, and if reading its prompts is expected to take that long.
 """
 
@@ -12,14 +12,14 @@ from collections.abc import Mapping
 
 from chorus.serve.gateway.engines.breaker import Breaker
 
-_PATIENCE = 10.0
+_MAX_TIMEOUTS = 10.0
 """Most stall timeouts that may pass in silence for one of these reasons."""
-_SLOWER = 10.0
+_MAX_SLOWDOWN = 10.0
 """Multiple of its expected duration that a step may take: long prompts cost more than in proportion; other work may interfere."""
-_STIR = 0.03
+_MIN_BUSY_SHARE = 0.03
 """Least share of a processor that an engine's busiest process uses while it computes, however busy the machine is. A worker
 that waits for a hung core was seen to use 0.016: vLLM's worker polls its queue (bench/LOG.md)."""
-_WINDOW = 0.1
+_WINDOW_SHARE = 0.1
 """Share of the stall timeout over which processor use is measured."""
 
 
@@ -42,8 +42,8 @@ class Processes:
 
         try:
             servers = psutil.Process(self._guard_pid).children()
-            seen = [core for server in servers for core in server.children(recursive=True)] if is_core else servers
-            times = {process.pid: process.cpu_times() for process in seen}
+            found = [core for server in servers for core in server.children(recursive=True)] if is_core else servers
+            times = {process.pid: process.cpu_times() for process in found}
         except psutil.Error:
             return {}
         return {pid: each.user + each.system for pid, each in times.items()}
@@ -55,41 +55,41 @@ class Silence:
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self.end()
+        self.reset()
 
-    def end(self) -> None:
+    def reset(self) -> None:
         """There was a sign of life: start again from zero."""
-        self.lasts_s = 0.0
+        self.duration_s = 0.0
         self._idle_s = 0.0
         self._used_s: Mapping[int, float] = {}
         self._used_at = -math.inf
-        self._has_stirred = False
-        self._looked_at = time.monotonic()
+        self._was_busy = False
+        self._checked_at = time.monotonic()
 
     @property
     def is_busy(self) -> bool:
         """Whether processor time was used during the silence, and recently."""
-        return self._has_stirred and self._idle_s < self._timeout_s
+        return self._was_busy and self._idle_s < self._timeout_s
 
-    def is_too_long(self, used_s: Mapping[int, float], *, patience: float = 1.0) -> bool:
-        """Whether it has lasted `patience` timeouts without a busy process, or `_PATIENCE` timeouts in any case.
+    def is_too_long(self, used_s: Mapping[int, float], *, max_timeouts: float = 1.0) -> bool:
+        """Whether it has lasted `max_timeouts` timeouts without a busy process, or `_MAX_TIMEOUTS` timeouts in any case.
 
         Args:
             used_s: processor seconds used so far by each process id; empty if not measured.
             patience: stall timeouts that may pass.
         """
         now = time.monotonic()
-        passed_s = min(now - self._looked_at, self._timeout_s / 3)
-        self._looked_at = now
-        self.lasts_s += passed_s
+        passed_s = min(now - self._checked_at, self._timeout_s / 3)
+        self._checked_at = now
+        self.duration_s += passed_s
         self._idle_s += passed_s
         window_s = now - self._used_at
-        if used_s and window_s >= _WINDOW * self._timeout_s:
+        if used_s and window_s >= _WINDOW_SHARE * self._timeout_s:
             busiest_s = max(used - self._used_s.get(pid, 0.0) for pid, used in used_s.items())
-            if self._used_s and busiest_s >= _STIR * window_s:
-                self._idle_s, self._has_stirred = 0.0, True
+            if self._used_s and busiest_s >= _MIN_BUSY_SHARE * window_s:
+                self._idle_s, self._was_busy = 0.0, True
             self._used_s, self._used_at = used_s, now
-        return self._idle_s >= patience * self._timeout_s or self.lasts_s >= _PATIENCE * self._timeout_s
+        return self._idle_s >= max_timeouts * self._timeout_s or self.duration_s >= _MAX_TIMEOUTS * self._timeout_s
 
 
 class Life:
@@ -98,67 +98,67 @@ class Life:
     def __init__(self, url: str, *, stall_timeout_s: float, processes: Processes | None = None) -> None:
         self.url = url
         self.breaker = Breaker()
-        self.froze = asyncio.Event()
+        self.frozen = asyncio.Event()
         """Set when the process runs but no longer answers, or answers but makes no progress."""
-        self.heard_at = time.monotonic()
+        self.last_output_at = time.monotonic()
         """When any request last received output from it."""
         self._stall_timeout_s = stall_timeout_s
         self._processes = processes
         self._has_worked = False
-        self._seen_at = self.heard_at
-        self._count: float | None = None
-        self._work = Silence(stall_timeout_s)
-        self._server = Silence(stall_timeout_s)
+        self._last_seen_output_at = self.last_output_at
+        self._progress: float | None = None
+        self._work_silence = Silence(stall_timeout_s)
+        self._server_silence = Silence(stall_timeout_s)
 
     @property
     def is_quiet(self) -> bool:
         """Whether it has work and has given no sign of life for an eighth of the stall timeout."""
-        return self._work.lasts_s > self._stall_timeout_s / 8
+        return self._work_silence.duration_s > self._stall_timeout_s / 8
 
-    def heard(self) -> None:
+    def note_output(self) -> None:
         """A request received output from it."""
-        self.heard_at = time.monotonic()
+        self.last_output_at = time.monotonic()
         self._has_worked = True
 
-    def counted(self, count: float | None) -> None:
+    def note_progress(self, count: float | None) -> None:
         """Record the sum of its progress counters; None if it has none: then only its processes can show that it is stuck."""
         if count is None:
             if self._processes is None:
-                self._work.end()
-        elif self._count is not None and count != self._count:
-            self._work.end()
+                self._work_silence.reset()
+        elif self._progress is not None and count != self._progress:
+            self._work_silence.reset()
             self._has_worked = True
-        self._count = count
+        self._progress = count
 
-    def rests(self) -> None:
+    def note_idle(self) -> None:
         """It has no work."""
-        self._work.end()
+        self._work_silence.reset()
 
-    def answered(self) -> None:
+    def note_probe_answered(self) -> None:
         """Its server answered a probe."""
-        self._server.end()
+        self._server_silence.reset()
 
     async def is_stuck(self, expected_s: float) -> bool:
         """Whether it has been silent for too long with work. Its longest step is expected to take `expected_s`."""
-        if self.heard_at != self._seen_at:
-            self._seen_at = self.heard_at
-            self._work.end()
+        if self.last_output_at != self._last_seen_output_at:
+            self._last_seen_output_at = self.last_output_at
+            self._work_silence.reset()
             return False
         used_s = await asyncio.to_thread(self._processes.core_s) if self.is_quiet and self._processes else {}
-        return self._work.is_too_long(used_s, patience=self._patience(expected_s))
+        return self._work_silence.is_too_long(used_s, max_timeouts=self._max_timeouts(expected_s))
 
-    async def is_deaf(self) -> bool:
+    async def is_unresponsive(self) -> bool:
         """Whether its server has not answered for too long."""
         used_s = await asyncio.to_thread(self._processes.server_s) if self._processes else {}
-        return self._server.is_too_long(used_s)
+        return self._server_silence.is_too_long(used_s)
 
     def longest_silence_s(self, expected_s: float) -> float:
         """How long one of its streams may be silent, in seconds: more than the stall timeout only if all streams are."""
-        if time.monotonic() - self.heard_at < self._stall_timeout_s / 2:
+        if time.monotonic() - self.last_output_at < self._stall_timeout_s / 2:
             return self._stall_timeout_s
-        return self._stall_timeout_s * (_PATIENCE if self._work.is_busy else self._patience(expected_s))
+        return self._stall_timeout_s * (_MAX_TIMEOUTS if self._work_silence.is_busy else self._max_timeouts(expected_s))
 
-    def _patience(self, expected_s: float) -> float:
+    def _max_timeouts(self, expected_s: float) -> float:
         if not self._has_worked:
-            return _PATIENCE
-        return min(_PATIENCE, max(1.0, _SLOWER * expected_s / self._stall_timeout_s))
+            return _MAX_TIMEOUTS
+        return min(_MAX_TIMEOUTS, max(1.0, _MAX_SLOWDOWN * expected_s / self._stall_timeout_s))

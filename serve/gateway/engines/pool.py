@@ -9,7 +9,7 @@ from chorus.serve.gateway.request.call import Call
 from chorus.serve.gateway.request.errors import unavailable
 from chorus.serve.gateway.request.size import Size
 
-_REMEMBERED = 4096
+_MAX_PREFIXES = 4096
 _PREFIX_BYTES = 256
 _AFFINITY_ROWS = 8.0
 """How many more member rows an engine may run than another and still be preferred for its prefix cache."""
@@ -20,7 +20,7 @@ class Pool:
 
     def __init__(self) -> None:
         self.engines: list[Engine] = []
-        self._seen: OrderedDict[tuple[bytes, bytes], Engine] = OrderedDict()
+        self._prefix_engines: OrderedDict[tuple[bytes, bytes], Engine] = OrderedDict()
 
     def candidates(self, call: Call | None = None, avoid: Container[Engine] = ()) -> Sequence[Engine]:
         """Engines that may serve the call, best first.
@@ -28,27 +28,28 @@ class Pool:
         Raises:
             ApiError: 503 if there is none, with the time after which one should answer.
         """
-        able = [engine for engine in self.engines if engine.is_up and engine not in avoid]
-        if not able:
+        available = [engine for engine in self.engines if engine.is_up and engine not in avoid]
+        if not available:
             raise self._unavailable()
         # If all breakers are open, try their engines anyway rather than none.
-        able = [engine for engine in able if engine.breaker.lets_pass()] or able
-        if len(able) == 1:
-            return able
-        known = self._seen.get(_key(call)) if call is not None else None
+        available = [engine for engine in available if engine.breaker.allows_request()] or available
+        if len(available) == 1:
+            return available
+        preferred = self._prefix_engines.get(_key(call)) if call is not None else None
         # Break ties at random: otherwise all gateways would crowd the first engine.
         return sorted(
-            able, key=lambda engine: (engine.traffic.load().rows - _AFFINITY_ROWS * (engine is known), random.random())
+            available,
+            key=lambda engine: (engine.traffic.load().rows - _AFFINITY_ROWS * (engine is preferred), random.random()),
         )
 
-    def note(self, call: Call, engine: Engine) -> None:
+    def note_sent(self, call: Call, engine: Engine) -> None:
         """The engine got the call: its prefix cache will hold the beginning of the prompt."""
         if len(self.engines) > 1:
             key = _key(call)
-            self._seen[key] = engine
-            self._seen.move_to_end(key)
-            if len(self._seen) > _REMEMBERED:
-                self._seen.popitem(last=False)
+            self._prefix_engines[key] = engine
+            self._prefix_engines.move_to_end(key)
+            if len(self._prefix_engines) > _MAX_PREFIXES:
+                self._prefix_engines.popitem(last=False)
 
     def prompt_tokens(self, size: Size) -> float:
         """Expected prompt length in tokens, by the model with the most prompts observed: all engines share one tokenizer."""
@@ -70,7 +71,7 @@ class Pool:
     def _unavailable(self) -> Exception:
         retry_after_s = min((engine.retry_after_s() for engine in self.engines), default=3)
         many = len(self.engines) != 1
-        message = "no engine answers" if many else "the engine is starting or being restarted"
+        message = "no engine is available" if many else "the engine is starting"
         return unavailable(f"{message}; try again in about {retry_after_s} s.", retry_after_s=retry_after_s)
 
 

@@ -1,6 +1,6 @@
 """How much of a time budget the gateway keeps back from the engine, so that an answer at the last moment is still in time."""
 
-_LEAST, _MOST = 0.02, 0.4
+_MIN_SHARE, _MAX_SHARE = 0.02, 0.4
 _STEP = 0.03
 
 
@@ -12,12 +12,12 @@ class Reserve:
 
     def __init__(self, *, misses: float = 0.015) -> None:
         self._misses = misses
-        self.part = 0.08
+        self.share = 0.08
 
     def after_reserve_s(self, remaining_s: float) -> float:
         """The seconds of `remaining_s` that the engine gets."""
-        return max(0.001, remaining_s * (1.0 - self.part))
+        return max(0.001, remaining_s * (1.0 - self.share))
 
     def observe(self, *, late: bool) -> None:
         """Adapt to a promised answer."""
-        self.part = min(_MOST, max(_LEAST, self.part + _STEP * (float(late) - self._misses)))
+        self.share = min(_MAX_SHARE, max(_MIN_SHARE, self.share + _STEP * (float(late) - self._misses)))

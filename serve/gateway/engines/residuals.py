@@ -3,7 +3,7 @@
 An answer over its expected time either lost time once (a hiccup, the first use of something) or was slower throughout. A short
 answer does not show which, and its ratio of actual to expected seconds may be of any size: applied to long answers, one hiccup
 would make every deadline look out of reach. So the time that a short answer lost is added once, and only the part by which the next
-answer is longer is scaled by the ratio, by `_SLOWER` at most.
+answer is longer is scaled by the ratio, by `_MAX_RATIO` at most.
 """
 
 import math
@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 _WINDOW = 256
-_SLOWER = 2.0
-_SHORTEST_S = 1e-4
+_MAX_RATIO = 2.0
+_MIN_S = 1e-4
 _NUM_ASSUMED = 32
-_UNSURE = 1.3
+_ASSUMED_MARGIN = 1.3
 """Factor assumed to keep 97 of 100 promises before there are observations."""
-_SPREAD = math.log(_UNSURE) / NormalDist().inv_cdf(0.97)
+_SPREAD = math.log(_ASSUMED_MARGIN) / NormalDist().inv_cdf(0.97)
 # S answers
 _ASSUMED_S: NDArray[np.float64] = np.exp(
     [_SPREAD * NormalDist().inv_cdf((idx + 0.5) / _NUM_ASSUMED) for idx in range(_NUM_ASSUMED)]
@@ -32,21 +32,21 @@ class Residuals:
 
     def __init__(self, pairs: Iterable[tuple[float, float]] = ()) -> None:
         self._pairs: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
-        self._known: dict[tuple[int, float], float] = {}
+        self._factor_cache: dict[tuple[int, float], float] = {}
         for expected_s, seconds in pairs:
             self.observe(expected_s, seconds)
 
     def observe(self, expected_s: float, seconds: float) -> None:
         """Record that an answer expected to take `expected_s` took `seconds`."""
-        self._pairs.append((max(expected_s, _SHORTEST_S), max(seconds, 0.0)))
-        self._known.clear()
+        self._pairs.append((max(expected_s, _MIN_S), max(seconds, 0.0)))
+        self._factor_cache.clear()
 
     def factor(self, level: float, expected_s: float) -> float:
         """The factor on `expected_s` that a share `level` of recent answers stayed within."""
-        size = round(8 * math.log2(max(expected_s, _SHORTEST_S)))  # rounded to within 5 %, so that the cache is hit
-        if (size, level) not in self._known:
-            self._known[size, level] = self._quantile(level, 2 ** (size / 8))
-        return self._known[size, level]
+        size = round(8 * math.log2(max(expected_s, _MIN_S)))  # rounded to within 5 %, so that the cache is hit
+        if (size, level) not in self._factor_cache:
+            self._factor_cache[size, level] = self._quantile(level, 2 ** (size / 8))
+        return self._factor_cache[size, level]
 
     def pairs(self) -> list[tuple[float, float]]:
         """The observations, oldest first."""
@@ -65,6 +65,6 @@ class Residuals:
             return np.empty(0)
         expected_S, seconds_S = np.array(self._pairs).T
         ratios_S = seconds_S / expected_S
-        longer_S = seconds_S + (target_s - expected_S) * np.clip(ratios_S, 0.0, _SLOWER)
+        longer_S = seconds_S + (target_s - expected_S) * np.clip(ratios_S, 0.0, _MAX_RATIO)
         factors_S: NDArray[np.float64] = np.where(target_s > expected_S, longer_S / target_s, ratios_S)
         return factors_S

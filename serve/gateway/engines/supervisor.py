@@ -22,8 +22,8 @@ from chorus.serve.gateway.engines.life import Processes
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_PAUSE_S = 30.0
-_LONGEST_LOG = 256 * 1024
+_MAX_PAUSE_S = 30.0
+_MAX_LOG_BYTES = 256 * 1024
 _PORTS = range(20_000, 32_768)  # Linux assigns 32768 and above to bind(0) and outgoing connections
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -36,7 +36,7 @@ _DEFAULT_ENVIRONMENT = {
 }
 
 
-_OURS = ("--model", "--host", "--port", "--uds", "--served-model-name", "--api-key")
+_GATEWAY_ARGUMENTS = ("--model", "--host", "--port", "--uds", "--served-model-name", "--api-key")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +60,10 @@ class Supervision:
 
     def __post_init__(self) -> None:
         for argument in self.arguments:
-            if argument.split("=")[0].replace("_", "-") in _OURS:
+            if argument.split("=")[0].replace("_", "-") in _GATEWAY_ARGUMENTS:
                 raise ChorusError(
-                    f"engine argument {argument!r} is set by the gateway itself. "
-                    "To run an engine of your own, start it with `vllm serve` and give its address with --engine."
+                    f"engine argument {argument!r} is set by the gateway; leave it out. "
+                    "To choose it yourself, start the engine with `vllm serve` and pass its address with --engine."
                 )
 
 
@@ -104,7 +104,7 @@ class Supervisor:
         """
         quick_failures, has_served = 0, False
         while True:
-            pause_s = 0.0 if quick_failures <= 1 else min(2.0 ** (quick_failures - 2), _LONGEST_PAUSE_S)
+            pause_s = 0.0 if quick_failures <= 1 else min(2.0 ** (quick_failures - 2), _MAX_PAUSE_S)
             self._engine.mark_down(launch_in_s=pause_s)
             await asyncio.sleep(pause_s)
             served_s = await self._run_once(on_up)
@@ -117,7 +117,7 @@ class Supervisor:
                 raise EngineFailedError(self._explain(f"the engine failed {quick_failures} times in a row"))
             self._engine.num_restarts += 1
             self._engine.on_restart()
-            logger.warning("the engine ended and is started again; requests are answered with 503 until it is back")
+            logger.warning("the engine ended; restarting it, requests get 503 until it is up")
 
     async def _run_once(self, on_up: Callable[[float], None]) -> float | None:
         """One life of the engine. Returns the seconds that it served, or None if it never answered."""
@@ -127,13 +127,13 @@ class Supervisor:
         life = self._engine.begin_life(f"http://127.0.0.1:{port}", Processes(process.pid))
         watch: asyncio.Task[None] | None = None
         try:
-            if not await self._becomes_ready(process):
+            if not await self._wait_until_ready(process):
                 return None
             start_s = time.monotonic() - launched_at
             self._engine.mark_up(start_s=start_s)
             on_up(start_s)
             watch = asyncio.create_task(self._engine.watch())
-            ends = {asyncio.create_task(process.wait()), asyncio.create_task(life.froze.wait())}
+            ends = {asyncio.create_task(process.wait()), asyncio.create_task(life.frozen.wait())}
             try:
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -165,10 +165,10 @@ class Supervisor:
             if log is not None:
                 log.close()
 
-    async def _becomes_ready(self, process: Process) -> bool:
+    async def _wait_until_ready(self, process: Process) -> bool:
         deadline = time.monotonic() + self._settings.start_timeout_s
         while process.returncode is None and time.monotonic() < deadline:
-            if await self._engine.answers():
+            if await self._engine.answers_probe():
                 return True
             await asyncio.sleep(0.2)
         return False
@@ -181,15 +181,15 @@ class Supervisor:
             async with asyncio.timeout(self._settings.stop_timeout_s + 5):
                 await process.wait()
         except TimeoutError:
-            logger.warning("the engine did not stop in time and is killed")
+            logger.warning("the engine did not stop in time; killing it")
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
     def _explain(self, what: str) -> str:
         if (log := self._settings.log) is None:
-            return f"{what}; its output above says why."
-        text = _end_of(log, self._log_begin)
+            return f"{what}; see its output above."
+        text = _read_end(log, self._log_begin)
         cause = root_cause(text)
         return f"{what}: {cause}\nIts log: {log}" if cause else f"{what}. The end of its log, {log}:\n{tail(text)}"
 
@@ -199,9 +199,9 @@ def tail(log: str, num_lines: int = 15) -> str:
     return "\n".join([f"  {line}" for line in log.splitlines() if line.strip()][-num_lines:])
 
 
-def _end_of(log: Path, begin: int) -> str:
+def _read_end(log: Path, begin: int) -> str:
     with log.open("rb") as file:
-        file.seek(max(begin, file.seek(0, os.SEEK_END) - _LONGEST_LOG))
+        file.seek(max(begin, file.seek(0, os.SEEK_END) - _MAX_LOG_BYTES))
         return file.read().decode(errors="replace")
 
 
@@ -213,4 +213,6 @@ def _free_port() -> int:
     for port in random.sample(_PORTS, len(_PORTS)):
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
-    raise EngineFailedError(f"no port of {_PORTS.start} to {_PORTS.stop - 1} is free for the engine")
+    raise EngineFailedError(
+        f"no free port for the engine from {_PORTS.start} to {_PORTS.stop - 1}; stop other servers on this machine"
+    )

@@ -43,7 +43,7 @@ class InFlight:
     """Sequences that are complete."""
     num_generated: int | None = None
     """Tokens that the engine generated in all, once that is known."""
-    area: tuple[float, float] = (0.0, 0.0)
+    integrals: tuple[float, float] = (0.0, 0.0)
     """`Traffic`'s integrals of members and rows when it began or, later, at its first token."""
 
     @property
@@ -57,7 +57,7 @@ class InFlight:
         return self.num_sequences - self.num_ended
 
     @property
-    def most_members(self) -> int | None:
+    def max_members(self) -> int | None:
         """How many of the tier's members it began with; None if with all."""
         return self.work.members if self.work.members < len(self.tier.members) else None
 
@@ -82,7 +82,7 @@ class Traffic:
         self.num_sequences = 0
         self._rows = 0
         self._members: Counter[str] = Counter()
-        self._area = (0.0, 0.0)
+        self._integrals = (0.0, 0.0)
         """Integrals over time of the number of members, and of member rows, that ran."""
         self._advanced_at = _now()
 
@@ -108,7 +108,7 @@ class Traffic:
         """A request was sent to the engine."""
         self._advance()
         request.before = self.load()
-        request.area = self._area
+        request.integrals = self._integrals
         self.in_flight.add(request)
         self._add(request, request.num_sequences)
         self._members.update(request.members)
@@ -118,7 +118,7 @@ class Traffic:
         if request.first_at is None:
             self._advance()
             request.first_at = _now()
-            request.area = self._area
+            request.integrals = self._integrals
         num_first = min(num_events, max(0, request.num_sequences - request.num_tokens))
         request.num_tokens += num_first + (num_events - num_first) * request.tokens_per_event
 
@@ -150,7 +150,7 @@ class Traffic:
         passed_s = now - (request.first_at or request.began_at)
         if passed_s < 1e-4:
             return None
-        members, rows = (after - before for after, before in zip(self._area, request.area, strict=True))
+        members, rows = (after - before for after, before in zip(self._integrals, request.integrals, strict=True))
         return Load(members=members / passed_s, rows=rows / passed_s)
 
     def _add(self, request: InFlight, num_sequences: int) -> None:
@@ -160,5 +160,8 @@ class Traffic:
     def _advance(self) -> None:
         now = _now()
         passed_s = now - self._advanced_at
-        self._area = (self._area[0] + len(self._members) * passed_s, self._area[1] + self._rows * passed_s)
+        self._integrals = (
+            self._integrals[0] + len(self._members) * passed_s,
+            self._integrals[1] + self._rows * passed_s,
+        )
         self._advanced_at = now

@@ -17,15 +17,15 @@ from chorus.serve.gateway.request.errors import ApiError, bad_gateway, engine_er
 
 logger = logging.getLogger(__name__)
 
-BROKEN = (aiohttp.ClientError, ConnectionError)
+CONNECTION_ERRORS = (aiohttp.ClientError, ConnectionError)
 """Exceptions raised while reading an answer when the engine goes away."""
-NO_ANSWER = "the engine did not answer as an engine does; its log may say why."
+INVALID_RESPONSE = "the engine sent an invalid response; see the logs of the engine and the gateway."
 _KEEP_ALIVE_S = 4.0  # vLLM closes idle connections after 5 s; a request sent at that moment would need the retry
 _CONNECT_TIMEOUT_S = 5.0
 _REACH_TIMEOUT_S = 15.0  # includes the name lookup, which may hang
 
 
-class GarbledError(Exception):
+class InvalidResponseError(Exception):
     """An engine's answer is malformed."""
 
 
@@ -45,7 +45,7 @@ async def send(
     """Send a request to the engine and wait for the head of its answer. The caller closes the response.
 
     Raises:
-        one of BROKEN: the engine cannot be reached or went away.
+        one of CONNECTION_ERRORS: the engine cannot be reached or went away.
     """
     return await session.post(engine.url + path, data=body, headers=headers, allow_redirects=False)
 
@@ -69,36 +69,36 @@ async def fetch(
         try:
             async with asyncio.timeout(limit_s), await send(session, engine, path, body, headers) as answer:
                 found = await answer.read()
-        except BROKEN as error:
+        except CONNECTION_ERRORS as error:
             logger.info("engine %s: %s", engine.url, error)
             # Either an idle connection broke or the engine did. Only a healthy engine is worth a second try.
             if is_last or not await engine.check():
                 break
         except TimeoutError:
-            engine.suspect()
-            message = f"the engine did not answer within {limit_s:g} s; send less at once, or try again."
+            engine.check_soon()
+            message = f"the engine did not answer within {limit_s:g} s; send a smaller request or try again."
             raise ApiError(504, message, code="engine_timeout") from None
         else:
             if answer.status != 200:
                 raise engine_error(answer.status, found)
             if not is_object(found):
-                raise bad_gateway(NO_ANSWER)
+                raise bad_gateway(INVALID_RESPONSE)
             return found
-    engine.suspect()
-    raise lost(engine)
+    engine.check_soon()
+    raise engine_lost(engine)
 
 
 @contextmanager
-def making_sense() -> Iterator[None]:
+def parsing() -> Iterator[None]:
     """Wraps code that parses an engine's output.
 
     Raises:
-        GarbledError: the output is malformed.
+        InvalidResponseError: the output is malformed.
     """
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise GarbledError(f"{type(error).__name__}: {error}") from error
+        raise InvalidResponseError(f"{type(error).__name__}: {error}") from error
 
 
 def is_object(body: bytes) -> bool:
@@ -109,10 +109,10 @@ def is_object(body: bytes) -> bool:
         return False
 
 
-def lost(engine: Engine) -> ApiError:
+def engine_lost(engine: Engine) -> ApiError:
     """The 503 for a request whose engine went away before the first byte of its answer."""
     retry_after_s = engine.retry_after_s()
     return unavailable(
-        f"the engine went away; it is expected back in about {retry_after_s} s. Nothing of this request was answered.",
+        f"the connection to the engine was lost before it answered; try again in about {retry_after_s} s.",
         retry_after_s=retry_after_s,
     )

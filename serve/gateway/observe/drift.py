@@ -26,9 +26,9 @@ from chorus.serve.gateway.request.call import Call
 
 logger = logging.getLogger(__name__)
 
-_MOST_WAITING = 8
-_LOOK_S = 0.1
-_PATIENCE_S = 30.0
+_MAX_WAITING = 8
+_POLL_INTERVAL_S = 0.1
+_TIMEOUT_S = 30.0
 _INPUT = ("model", "prompt", "messages", "tools", "chat_template", "chat_template_kwargs", "add_special_tokens")
 """Fields of a request that determine the prompt. The others are about the answer."""
 
@@ -46,58 +46,58 @@ class Sample:
 class DriftSampler:
     """Samples requests at random and measures the loss of their prompts while an engine is idle."""
 
-    def __init__(self, pool: Pool, part: float, observe: Callable[[str, float], None]) -> None:
+    def __init__(self, pool: Pool, sampled_share: float, observe: Callable[[str, float], None]) -> None:
         self._pool = pool
-        self._part = part
+        self._sampled_share = sampled_share
         self._observe = observe
-        self._waiting: asyncio.Queue[Sample] = asyncio.Queue(_MOST_WAITING)
+        self._waiting: asyncio.Queue[Sample] = asyncio.Queue(_MAX_WAITING)
 
-    def draw(self, echo: Sample) -> None:
-        """Queue an answered request with probability `part`, if it has one sequence and the queue has room."""
+    def maybe_add(self, sample: Sample) -> None:
+        """Queue an answered request with probability `sampled_share`, if it has one sequence and the queue has room."""
         if (
-            self._part
-            and random.random() < self._part
-            and echo.call.size.num_sequences == 1
+            self._sampled_share
+            and random.random() < self._sampled_share
+            and sample.call.size.num_sequences == 1
             and not self._waiting.full()
         ):
-            self._waiting.put_nowait(echo)
+            self._waiting.put_nowait(sample)
 
-    async def keep(self, session: aiohttp.ClientSession, is_busy: Callable[[], bool]) -> None:
+    async def run(self, session: aiohttp.ClientSession, is_busy: Callable[[], bool]) -> None:
         """Measure samples until cancelled, while not `is_busy`, which is true while requests wait for an engine."""
         while True:
-            echo = await self._waiting.get()
+            sample = await self._waiting.get()
             engine = await self._idle_engine(is_busy)
             if engine is None:
                 continue
             try:
-                nats = await self._ask(session, engine, echo)
-            except (*upstream.BROKEN, TimeoutError, ValueError, KeyError, TypeError) as error:
-                logger.info("the loss of a prompt could not be had from engine %s: %s", engine.url, error)
+                nats = await self._measure(session, engine, sample)
+            except (*upstream.CONNECTION_ERRORS, TimeoutError, ValueError, KeyError, TypeError) as error:
+                logger.info("could not measure the loss of a prompt on engine %s: %s", engine.url, error)
             else:
                 if nats is not None:
-                    self._observe(echo.tier.name, nats)
+                    self._observe(sample.tier.name, nats)
 
     async def _idle_engine(self, is_busy: Callable[[], bool]) -> Engine | None:
-        """An engine without requests, as soon as there is one; None if there is none for `_PATIENCE_S` seconds."""
-        for _ in range(round(_PATIENCE_S / _LOOK_S)):
+        """An engine without requests, as soon as there is one; None if there is none for `_TIMEOUT_S` seconds."""
+        for _ in range(round(_TIMEOUT_S / _POLL_INTERVAL_S)):
             idle = [each for each in self._pool.engines if each.is_up and not each.traffic.in_flight]
             if idle and not is_busy():
                 return idle[0]
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_POLL_INTERVAL_S)
         return None
 
-    async def _ask(self, session: aiohttp.ClientSession, engine: Engine, echo: Sample) -> float | None:
+    async def _measure(self, session: aiohttp.ClientSession, engine: Engine, sample: Sample) -> float | None:
         in_flight = InFlight(
-            tier=echo.tier,
-            floor=echo.tier,
+            tier=sample.tier,
+            floor=sample.tier,
             num_sequences=1,
-            work=Work(members=len(echo.tier.members), prompt_tokens=0, max_tokens=1),
+            work=Work(members=len(sample.tier.members), prompt_tokens=0, max_tokens=1),
             finish_by=None,
         )
         engine.traffic.begin(in_flight)
         try:
-            async with asyncio.timeout(_PATIENCE_S):
-                answer = await upstream.send(session, engine, echo.path, _body(echo), echo.headers)
+            async with asyncio.timeout(_TIMEOUT_S):
+                answer = await upstream.send(session, engine, sample.path, _body(sample), sample.headers)
                 async with answer:
                     body = await answer.read()
         finally:
@@ -115,8 +115,13 @@ def mean_loss(answer: dict[str, Any]) -> float | None:
     return sum(losses) / len(losses) if losses else None
 
 
-def _body(echo: Sample) -> bytes:
-    fields = json.loads(echo.call.fields)
+def _body(sample: Sample) -> bytes:
+    fields = json.loads(sample.call.fields)
     kept = {key: fields[key] for key in _INPUT if key in fields}
-    asks = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0, "vllm_xargs": {TIER_ARGUMENT: echo.tier.name}}
-    return json.dumps({**kept, **asks}).encode()
+    measuring = {
+        "max_tokens": 1,
+        "temperature": 0,
+        "prompt_logprobs": 0,
+        "vllm_xargs": {TIER_ARGUMENT: sample.tier.name},
+    }
+    return json.dumps({**kept, **measuring}).encode()

@@ -35,64 +35,64 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "chorus_gateway_requests",
-            "Requests answered, by route, tier asked (`default` if none was), tier served, and HTTP status.",
+            "Answered requests by route, requested tier (`default` if none), tier served and HTTP status.",
             ["route", "tier_asked", "tier_served", "status"],
             registry=self._registry,
         )
         self._first_token_s = Histogram(
             "chorus_gateway_time_to_first_token_seconds",
-            "From the whole request to the first event of its stream.",
+            "Seconds from the request's arrival to the first event of its stream.",
             ["tier_served"],
             buckets=_FIRST_TOKEN_BUCKETS_S,
             registry=self._registry,
         )
         self._token_s = Histogram(
             "chorus_gateway_time_per_output_token_seconds",
-            "Mean time per token after the first, of a stream that was complete.",
+            "Mean seconds per token after the first, of complete streams.",
             ["tier_served"],
             buckets=_TOKEN_BUCKETS_S,
             registry=self._registry,
         )
         self._duration_s = Histogram(
             "chorus_gateway_request_duration_seconds",
-            "From the request's head to the end of its answer, for requests that a tier served.",
+            "Seconds from the request's arrival to the end of its answer, for requests served by a tier.",
             ["tier_served"],
             buckets=_DURATION_BUCKETS_S,
             registry=self._registry,
         )
         self._tokens_in = Counter(
-            "chorus_gateway_prompt_tokens", "Tokens of prompts.", ["tier_served"], registry=self._registry
+            "chorus_gateway_prompt_tokens", "Prompt tokens.", ["tier_served"], registry=self._registry
         )
         self._tokens_out = Counter(
             "chorus_gateway_completion_tokens",
-            "Tokens generated, also of streams that were left or cut.",
+            "Generated tokens, including those of abandoned and truncated streams.",
             ["tier_served"],
             registry=self._registry,
         )
         self._broken_streams = Counter(
             "chorus_gateway_broken_streams",
-            "Streams that ended with an error event after they had begun.",
+            "Streams that ended with an error event.",
             ["tier_served"],
             registry=self._registry,
         )
         self._in_flight = Gauge(
-            "chorus_gateway_requests_in_flight", "Requests that are being answered.", registry=self._registry
+            "chorus_gateway_requests_in_flight", "Requests being answered.", registry=self._registry
         )
         Gauge(
-            "chorus_gateway_requests_waiting", "Requests in the queue before the engines.", registry=self._registry
+            "chorus_gateway_requests_waiting", "Requests waiting in the queue.", registry=self._registry
         ).set_function(lambda: float(admission.num_waiting))
-        Gauge("chorus_gateway_prior_version", "Version of the prior on offer.", registry=self._registry).set_function(
+        Gauge("chorus_gateway_prior_version", "Version of the prior in use.", registry=self._registry).set_function(
             lambda: float(offer().population.prior_version)
         )
         if shared is not None:
             Gauge(
-                "chorus_gateway_redis_up", "1 if Redis answered when last asked.", registry=self._registry
+                "chorus_gateway_redis_up", "1 if Redis answered the last command.", registry=self._registry
             ).set_function(lambda: float(shared.is_up))
         self._registry.register(_Engines(pool))
         self._registry.register(_Losses(offer))
         self._waited_s = Histogram(
             "chorus_gateway_queue_seconds",
-            "Time in the queue, of requests that a tier served.",
+            "Seconds in the queue, of requests served by a tier.",
             buckets=_DURATION_BUCKETS_S,
             registry=self._registry,
         )
@@ -104,47 +104,47 @@ class Metrics:
         )
         self._shrunk = Counter(
             "chorus_gateway_shrunk_requests",
-            "Requests served at a smaller tier than they asked for, for their time budget or because of a queue.",
+            "Requests served at a smaller tier than requested, because of their time budget or the queue.",
             ["tier_served"],
             registry=self._registry,
         )
         self._drops = Counter(
             "chorus_gateway_member_drops",
-            "Members that left a running request to keep its time budget, as far as the engine reports them.",
+            "Members dropped from running requests to meet their deadlines, if the engine reports them.",
             ["tier_served"],
             registry=self._registry,
         )
         self._budget_spent = Histogram(
             "chorus_gateway_budget_spent_ratio",
-            "Time that an answer took, over its time budget.",
+            "Duration of an answer divided by its time budget.",
             buckets=_BUDGET_BUCKETS,
             registry=self._registry,
         )
         self._echo_loss = Histogram(
             "chorus_gateway_echo_loss_nats",
-            "Mean loss per token of a sample of the prompts, at the tier that served them.",
+            "Mean loss per token of sampled prompts, in nats, at the tier that served them.",
             ["tier_served"],
             buckets=_LOSS_BUCKETS_NATS,
             registry=self._registry,
         )
         self._tenant_requests = Counter(
             "chorus_gateway_tenant_requests",
-            "Requests by API key's name and HTTP status; `anyone` without keys.",
+            "Requests by API key name (`anyone` without keys) and HTTP status.",
             ["tenant", "status"],
             registry=self._registry,
         )
         self._tenant_tokens = Counter(
             "chorus_gateway_tenant_tokens",
-            "Tokens of prompts and answers by API key's name.",
+            "Prompt and completion tokens by API key name.",
             ["tenant"],
             registry=self._registry,
         )
         self._engine_restarts = Counter(
-            "chorus_gateway_engine_restarts", "Times the engine was started again.", registry=self._registry
+            "chorus_gateway_engine_restarts", "Restarts of the engine.", registry=self._registry
         )
         self._background_failures = Counter(
             "chorus_gateway_background_failures",
-            "Times that a task beside the requests failed and began again; the log has the cause.",
+            "Failures of background tasks, which are restarted; see the log for the cause.",
             registry=self._registry,
         )
 
@@ -214,17 +214,23 @@ class _Engines(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """One family per gauge, labelled with the engine's address, or `own` for the engine that the gateway runs."""
         facts: dict[str, tuple[str, Callable[[Engine], float]]] = {
-            "up": ("1 if the engine answers.", lambda engine: engine.is_up),
-            "circuit_open": ("1 if it failed several requests in a row.", lambda engine: not engine.breaker.is_closed),
-            "sequences": ("Sequences that we have running there.", lambda engine: engine.traffic.num_sequences),
-            "member_rows": ("Rows of a step, over all members.", lambda engine: engine.traffic.load().rows),
+            "up": ("1 if the engine is up.", lambda engine: engine.is_up),
+            "circuit_open": (
+                "1 if the circuit breaker is open after repeated failures.",
+                lambda engine: not engine.breaker.is_closed,
+            ),
+            "sequences": (
+                "Sequences of this gateway that run on the engine.",
+                lambda engine: engine.traffic.num_sequences,
+            ),
+            "member_rows": ("Member rows per step.", lambda engine: engine.traffic.load().rows),
             "token_seconds": (
-                "Expected time per token with one more sequence of one member.",
+                "Expected seconds per token after adding one sequence with one member.",
                 lambda engine: engine.model.token_s(_with_one_more(engine.traffic.load())),
             ),
             "budget_kept_back_ratio": (
-                "Part of a time budget that the engine is not told of.",
-                lambda engine: engine.reserve.part,
+                "Fraction of a time budget that the gateway keeps in reserve.",
+                lambda engine: engine.reserve.share,
             ),
         }
         for name, (text, fact) in facts.items():
@@ -242,7 +248,7 @@ class _Losses(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """One sample per tier with a test loss."""
-        text = "Test loss of the tier in nats per token, from the manifest."
+        text = "Test loss of the tier, in nats per token, from the manifest."
         family = GaugeMetricFamily("chorus_gateway_tier_test_loss_nats", text, labels=["tier"])
         for tier in self._offer().population.tiers:
             if tier.test_loss is not None:

@@ -32,7 +32,7 @@ class Tracing:
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError as error:
             raise ChorusError(
-                f"traces need OpenTelemetry, and {error.name} is missing: pip install "
+                f"traces need OpenTelemetry, but {error.name} is not installed: pip install "
                 "opentelemetry-sdk opentelemetry-exporter-otlp-proto-http."
             ) from None
         self._provider = TracerProvider(

@@ -15,7 +15,7 @@ from chorus.serve.gateway.relay.context import RequestContext
 from chorus.serve.gateway.relay.forms import FORMS
 from chorus.serve.gateway.relay.offsets import Offsets
 from chorus.serve.gateway.relay.reply import EVENT_STREAM, Reply
-from chorus.serve.gateway.relay.report import Report, new_mark
+from chorus.serve.gateway.relay.report import Report, new_report_prefix
 from chorus.serve.gateway.relay.splice import FINISHED, Additions
 from chorus.serve.gateway.relay.wait import Wait
 from chorus.serve.gateway.request.call import Call, Kind
@@ -47,21 +47,21 @@ class Attempt:
             offer=context.offer,
             tier=grant.tier,
             tiers=tiers,
-            most_members=grant.in_flight.most_members,
-            asked=call.choice.asked,
-            terms=call.terms,
-            mark=_report_mark(call),
+            max_members=grant.in_flight.max_members,
+            requested=call.choice.requested,
+            time_budget=call.time_budget,
+            prefix=_report_prefix(call),
         )
         self._reply = reply
         self._offsets = Offsets()
-        deadline = grant.in_flight.finish_by if call.terms.stops_at_deadline else None
+        deadline = grant.in_flight.finish_by if call.time_budget.stops_at_deadline else None
         self.wait = Wait(grant.engine, grant.in_flight, deadline=deadline, stall_s=context.stall_timeout_s)
         self.form = FORMS[call.kind]
         self._stream = self.form.stream(
             call,
             Additions(population=self.report.begin(), model=self.model),
             name=self.model or context.offer.population.name,
-            at_end=self._end_choice if call.terms.budget_s is not None or self.report.mark else None,
+            at_end=self._end_choice if call.time_budget.budget_s is not None or self.report.prefix else None,
         )
 
     @property
@@ -79,8 +79,8 @@ class Attempt:
 
         Raises:
             ApiError: the engine's refusal.
-            one of upstream.BROKEN: the engine went away.
-            upstream.GarbledError: this is no engine's answer.
+            one of upstream.CONNECTION_ERRORS: the engine went away.
+            upstream.InvalidResponseError: this is no engine's answer.
         """
         body = self._body()
         self.used = None
@@ -101,7 +101,7 @@ class Attempt:
 
     def cut_answer(self, usage: Usage) -> bytes:
         """A whole answer of what came so far."""
-        return self._mended(self._stream.cut_answer(usage))
+        return self._with_corrected_offsets(self._stream.cut_answer(usage))
 
     def cut_events(self, usage: Usage) -> bytes:
         """The events that end the stream here."""
@@ -130,30 +130,30 @@ class Attempt:
             self.grant.tier,
             budget_s=budget_s,
             floor=request.floor,
-            most_members=request.most_members,
+            max_members=request.max_members,
             expected_tokens=request.work.max_tokens,
             tokens_per_event=request.tokens_per_event,
-            report_mark=self.report.mark,
+            report_prefix=self.report.prefix,
         )
 
     async def _read_whole(self, body: bytes) -> bytes:
-        with upstream.making_sense():
+        with upstream.parsing():
             self.used = self.counted = self.form.read_usage(body)
-            body = self.report.take(body)
+            body = self.report.extract(body)
             if self.call.has_offsets:
-                body = await asyncio.to_thread(self._offsets.mend, body)
+                body = await asyncio.to_thread(self._offsets.correct, body)
         return body
 
     async def _pass_on(self, answer: aiohttp.ClientResponse) -> bytes | None:
         is_joined = self.call.streams_from_engine and not self.call.streams
         async for data in answer.content.iter_any():
-            with upstream.making_sense():
+            with upstream.parsing():
                 events = self._stream.feed(data)
             self.has_answered = not self._stream.is_opening
             if not events:
                 continue
             if self.call.has_offsets and not is_joined:
-                events = self._offsets.mend_events(events)
+                events = self._offsets.correct_events(events)
             if num_events := self._stream.count(events):
                 self.wait.note_events(num_events)
             if num_ended := len(FINISHED.findall(events)):
@@ -164,12 +164,12 @@ class Attempt:
                 await self._send(events)
         self.used = self.counted = self._stream.usage
         if not self._stream.done:
-            raise ConnectionError("the stream ended in the middle")
+            raise ConnectionError("the stream ended early")
         if not is_joined:
             return None
         if self.call.size.num_sequences > 1:
             self.report.computed = {}  # of the last choice alone
-        return self._mended(self._stream.answer())
+        return self._with_corrected_offsets(self._stream.answer())
 
     async def _send(self, events: bytes) -> None:
         """The head waits for the first event: what fails until then is answered with its own status.
@@ -184,11 +184,11 @@ class Attempt:
             await self._reply.send_events(events)
 
     def _end_choice(self, event: bytes) -> tuple[bytes, bytes]:
-        event = self.report.take_from_event(event)
+        event = self.report.extract_from_event(event)
         return event, self.report.end(self.context.record.elapsed_s())
 
-    def _mended(self, body: bytes) -> bytes:
-        return self._offsets.mend(body) if self.call.has_offsets else body
+    def _with_corrected_offsets(self, body: bytes) -> bytes:
+        return self._offsets.correct(body) if self.call.has_offsets else body
 
     def _computed(self) -> Usage | None:
         """What the engine computed until now; None if that is unknown."""
@@ -213,7 +213,7 @@ class Attempt:
             if not self.call.is_constrained:
                 self.engine.breaker.note_failure()
             if not await self.engine.check():
-                return upstream.lost(self.engine)
+                return upstream.engine_lost(self.engine)
         return self._explained(engine_error(answer.status, body))
 
     def _check(self, events: bytes) -> None:
@@ -228,16 +228,16 @@ class Attempt:
             # The engine is well and fails on a grammar: that is the client's to change, and to pay for.
             self.used = None
             error = bad_request(
-                "the engine could not follow this request's structured output; make it simpler, and less ambiguous.",
+                "the engine failed on this request's structured output; make it simpler and less ambiguous.",
                 code="structured_output_failed",
             )
         return explain_length(error, max_tokens=requested, context_length=context_length)
 
 
-def _report_mark(call: Call) -> str | None:
+def _report_prefix(call: Call) -> str | None:
     """The prefix of the engine's report, if it can come: in a stream as a stop reason; in one whole answer, in a field."""
     if call.kind not in _WITH_STOP_REASON:
         return None
     if call.streams_from_engine:
-        return new_mark()
-    return "" if call.size.num_sequences == 1 and call.terms.budget_s is None else None
+        return new_report_prefix()
+    return "" if call.size.num_sequences == 1 and call.time_budget.budget_s is None else None

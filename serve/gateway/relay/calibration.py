@@ -23,31 +23,31 @@ from chorus.serve.gateway.request.call import Call, read_call
 
 logger = logging.getLogger(__name__)
 
-_TOKENS = 12
-_SIDE_BY_SIDE = (1, 1, 2, 4)
+_MAX_TOKENS = 12
+_CONCURRENCIES = (1, 1, 2, 4)
 
 
 async def calibrate(session: aiohttp.ClientSession, engine: Engine, population: Population) -> None:
     """Fit the engine's expected times. A failure is logged; the times are then learned from traffic."""
     small = min(population.tiers, key=lambda tier: tier.budget)
     large = max(population.tiers, key=lambda tier: tier.budget)
-    lengths = (4, max(4, min(512, population.context_length - _TOKENS - 1)))
+    lengths = (4, max(4, min(512, population.context_length - _MAX_TOKENS - 1)))
     began_at = time.perf_counter()
     try:
         for length in lengths:
             for tier in dict.fromkeys((small, large)):
                 await _send(session, engine, population, tier, length, is_warm_up=True)
-        for count in _SIDE_BY_SIDE:
+        for count in _CONCURRENCIES:
             for length in lengths:
                 for tier in dict.fromkeys((small, large)):
                     async with asyncio.TaskGroup() as group:
                         for _ in range(count):
                             group.create_task(_send(session, engine, population, tier, length))
-    except* (*upstream.BROKEN, StoppedError, RuntimeError) as errors:
+    except* (*upstream.CONNECTION_ERRORS, StoppedError, RuntimeError) as errors:
         why = errors.exceptions[0]
-        logger.warning("engine %s could not be calibrated, its times are learned from traffic: %s", engine.url, why)
+        logger.warning("could not calibrate engine %s; learning its times from traffic: %s", engine.url, why)
     else:
-        logger.info("engine %s calibrated in %.1f s", engine.url, time.perf_counter() - began_at)
+        logger.info("calibrated engine %s in %.1f s", engine.url, time.perf_counter() - began_at)
 
 
 async def _send(
@@ -64,7 +64,7 @@ async def _send(
         tier=tier,
         floor=tier,
         num_sequences=1,
-        work=Work(members=len(tier.members), prompt_tokens=prompt_tokens, max_tokens=_TOKENS),
+        work=Work(members=len(tier.members), prompt_tokens=prompt_tokens, max_tokens=_MAX_TOKENS),
         finish_by=None,
     )
     headers = {"Content-Type": "application/json"}
@@ -92,7 +92,7 @@ def _call(population: Population, tier: Tier, prompt_tokens: int, *, is_warm_up:
     # Token ids differ between requests: a hit in the prefix cache would look like a fast prefill.
     start = time.monotonic_ns() % population.vocab_size
     prompt: Sequence[int] = [(start + 7 * idx) % population.vocab_size for idx in range(prompt_tokens)]
-    fields = {"prompt": prompt, "max_tokens": _TOKENS, "ignore_eos": True, "stream": True, "temperature": 0}
+    fields = {"prompt": prompt, "max_tokens": _MAX_TOKENS, "ignore_eos": True, "stream": True, "temperature": 0}
     if is_warm_up:  # the engine computes prompt log-probabilities separately, slowly the first time (2 s on two cores)
         fields |= {"echo": True, "logprobs": 1}
     return read_call(json.dumps({**fields, "budget": tier.name}).encode(), "completion", population, tier)

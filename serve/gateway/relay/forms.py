@@ -79,7 +79,11 @@ class _SplicedStream(EventSplicer):
 
     def __init__(self, call: Call, additions: Additions, *, name: str, at_end: AtEnd | None) -> None:
         super().__init__(
-            additions, keep_usage=call.wants_usage, at_end=at_end, counts=True, hides_counts=not call.wants_counts
+            additions,
+            keep_usage=call.has_usage,
+            at_end=at_end,
+            has_running_usage=True,
+            hide_running_usage=not call.has_running_usage,
         )
         self._call = call
         self._name, self._is_chat = name, call.kind == "chat"
@@ -101,7 +105,7 @@ class _SplicedStream(EventSplicer):
         return engine_error(error_status(error), error)
 
     def answer(self) -> bytes:
-        assert self._assembly is not None, "only what was not streamed to the client is put together"
+        assert self._assembly is not None, "only an answer that is not streamed to the client is assembled"
         return self._assembly.answer()
 
     def cut_answer(self, usage: Usage) -> bytes:
@@ -114,7 +118,7 @@ class _SplicedStream(EventSplicer):
         indices = list(range(self._call.size.num_prompts * self._call.size.num_choices))
         event = last_event(self._name, is_chat=self._is_chat, indices=indices, like=self.head)
         events = Additions(population=additions.population, model=None).splice(event)
-        if self._call.wants_usage:
+        if self._call.has_usage:
             events += usage_event(self._name, is_chat=self._is_chat, usage=usage, like=self.head)
         return events + _DONE
 
@@ -446,7 +450,7 @@ def _parse(event: bytes) -> tuple[str, dict[str, Any] | None]:
     if not data:
         return name, None
     if not isinstance(fields := json.loads(data), dict):
-        raise ValueError(f"the data of an event is a {type(fields).__name__}")
+        raise ValueError(f"the data of an event is a {type(fields).__name__}, not an object")
     return name, fields
 
 

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 _OBJECT = b"data: {"
-_MOST_HIDDEN = 4
+_MAX_HIDDEN = 4
 
 
 class Offsets:
@@ -17,22 +17,22 @@ class Offsets:
         self._hidden: dict[int, int] = {}
         """Characters of the leading tokens that are not in the text, by choice."""
 
-    def mend(self, body: bytes) -> bytes:
+    def correct(self, body: bytes) -> bytes:
         """A JSON object with corrected offsets."""
         answer = json.loads(body)
         for choice in answer.get("choices", ()):
-            self._mend_choice(choice)
+            self._correct_choice(choice)
         return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
 
-    def mend_events(self, events: bytes) -> bytes:
+    def correct_events(self, events: bytes) -> bytes:
         """Whole server-sent events with corrected offsets."""
         parts = events.split(b"\n\n")
         return b"\n\n".join(
-            b"data: " + self.mend(part[6:]) if part.startswith(_OBJECT) and b'"text_offset"' in part else part
+            b"data: " + self.correct(part[6:]) if part.startswith(_OBJECT) and b'"text_offset"' in part else part
             for part in parts
         )
 
-    def _mend_choice(self, choice: dict[str, Any]) -> None:
+    def _correct_choice(self, choice: dict[str, Any]) -> None:
         logprobs = choice.get("logprobs") or {}
         offsets, tokens, text = logprobs.get("text_offset"), logprobs.get("tokens"), choice.get("text") or ""
         if not offsets or not tokens:
@@ -47,4 +47,4 @@ class Offsets:
 
 def _num_hidden(tokens: list[str], text: str) -> int:
     """The number of leading tokens that are not in the text: those before the first token with which the text starts."""
-    return next((idx for idx, token in enumerate(tokens[:_MOST_HIDDEN]) if token and text.startswith(token)), 0)
+    return next((idx for idx, token in enumerate(tokens[:_MAX_HIDDEN]) if token and text.startswith(token)), 0)

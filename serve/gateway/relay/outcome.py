@@ -16,8 +16,8 @@ def note_complete(attempt: Attempt) -> None:
     attempt.engine.breaker.note_success()
     attempt.note_tier()  # members may have left since the answer began
     record.num_drops = attempt.report.num_drops
-    if call.terms.budget_s is not None:
-        _note_deadline(attempt, attempt.counted, is_met=record.elapsed_s() <= call.terms.budget_s)
+    if call.time_budget.budget_s is not None:
+        _note_deadline(attempt, attempt.counted, is_met=record.elapsed_s() <= call.time_budget.budget_s)
     _note_length(attempt, attempt.counted)
     attempt.wait.note_complete()
     if attempt.counted is not None and not attempt.wait.was_blocked:
@@ -29,7 +29,7 @@ def note_complete(attempt: Attempt) -> None:
         )
     if call.kind in _WITH_PROMPT_LOGPROBS:
         headers = {name: value for name, value in context.headers.items() if name in _SAMPLE_HEADERS}
-        context.drift.draw(Sample(path=attempt.path, call=call, tier=attempt.grant.tier, headers=headers))
+        context.drift.maybe_add(Sample(path=attempt.path, call=call, tier=attempt.grant.tier, headers=headers))
 
 
 def note_truncated(attempt: Attempt) -> None:
@@ -38,7 +38,7 @@ def note_truncated(attempt: Attempt) -> None:
     attempt.report.is_truncated = record.is_truncated = True
     record.num_drops = attempt.report.num_drops
     attempt.note_tier()
-    _note_deadline(attempt, attempt.used, is_met=record.elapsed_s() <= (attempt.call.terms.budget_s or 0.0))
+    _note_deadline(attempt, attempt.used, is_met=record.elapsed_s() <= (attempt.call.time_budget.budget_s or 0.0))
     _note_length(attempt, attempt.used, is_cut=True)
 
 

@@ -27,7 +27,7 @@ from chorus.serve.gateway.transport.disconnects import cancel, disconnected
 logger = logging.getLogger(__name__)
 
 
-class _LostError(Exception):
+class _EngineLostError(Exception):
     """The engine went away before it began to answer."""
 
 
@@ -52,7 +52,7 @@ class Relay(Response):
             await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:  # the gateway stops, and its time to drain is over
             await cancel(answering)
-            await self._break_off(reply, scope, receive, send)
+            await self._abort(reply, scope, receive, send)
             raise
         finally:
             await cancel(leaving)
@@ -80,10 +80,10 @@ class Relay(Response):
                 self._note(grant)
                 try:
                     await self._try(grant, reply)
-                except _LostError:
+                except _EngineLostError:
                     others = await self._after_loss(grant.engine)
                     if is_last or others is None:
-                        raise upstream.lost(grant.engine) from None
+                        raise upstream.engine_lost(grant.engine) from None
                     avoid = (grant.engine,) if others else ()
                 else:
                     return
@@ -95,8 +95,8 @@ class Relay(Response):
     async def _try(self, grant: Grant, reply: Reply) -> None:
         """One try on one engine, ended as the wait for it ended."""
         attempt = Attempt(self._context, grant, reply, path=self._path, call=self._call, tiers=self._tiers)
-        self._context.pool.note(self._call, grant.engine)
-        grant.engine.breaker.note_try()
+        self._context.pool.note_sent(self._call, grant.engine)
+        grant.engine.breaker.note_attempt()
         try:
             async with attempt.wait:
                 try:
@@ -106,13 +106,13 @@ class Relay(Response):
                 finally:
                     attempt.settle()
         except StoppedError as stopped:
-            await self._stop(attempt, reply, stopped.why)
-        except upstream.BROKEN:
-            await self._lose(attempt, reply, Stop.LOST)
-        except upstream.GarbledError as error:
+            await self._stop(attempt, reply, stopped.reason)
+        except upstream.CONNECTION_ERRORS:
+            await self._handle_loss(attempt, reply, Stop.LOST)
+        except upstream.InvalidResponseError as error:
             logger.warning("engine %s: %s", grant.engine.url, error)
             grant.engine.breaker.note_failure()
-            await reply.fail(bad_gateway(upstream.NO_ANSWER))
+            await reply.fail(bad_gateway(upstream.INVALID_RESPONSE))
         finally:
             self._used = attempt.used
 
@@ -126,15 +126,19 @@ class Relay(Response):
     async def _stop(self, attempt: Attempt, reply: Reply, why: Stop) -> None:
         """The wait ended before the answer did."""
         match why:
-            case Stop.DEADLINE if self._call.terms.on_deadline == "truncate":
+            case Stop.DEADLINE if self._call.time_budget.on_deadline == "truncate":
                 await self._truncate(attempt, reply)
             case Stop.DEADLINE:
                 outcome.note_missed(attempt)
-                await reply.fail(deadline_exceeded("the time budget was spent before the answer was complete."))
+                await reply.fail(
+                    deadline_exceeded(
+                        "latency_budget_ms passed before the answer was complete; raise it or lower max_tokens."
+                    )
+                )
             case Stop.STUCK:
                 self._record.is_broken = True  # the server misses the end of the answer and closes the connection
             case _:
-                await self._lose(attempt, reply, why)
+                await self._handle_loss(attempt, reply, why)
 
     async def _truncate(self, attempt: Attempt, reply: Reply) -> None:
         """Return what came until the deadline."""
@@ -150,20 +154,20 @@ class Relay(Response):
             await attempt.begin_reply()
         await reply.end(events)
 
-    async def _lose(self, attempt: Attempt, reply: Reply, why: Stop) -> None:
+    async def _handle_loss(self, attempt: Attempt, reply: Reply, why: Stop) -> None:
         """The engine's answer broke off: an error event if some of it is with the client, another try if nothing had come."""
         if not reply.has_begun:
             attempt.used = NO_USAGE  # the client has nothing of it
         if not attempt.has_answered:
-            raise _LostError
+            raise _EngineLostError
         attempt.engine.breaker.note_failure()
         if reply.has_begun:
-            attempt.engine.suspect()
+            attempt.engine.check_soon()
             await reply.fail(stream_broken(why.value))
         else:
             if attempt.engine.is_up:
                 await attempt.engine.check()
-            raise upstream.lost(attempt.engine)
+            raise upstream.engine_lost(attempt.engine)
 
     async def _after_loss(self, engine: Engine) -> list[Engine] | None:
         """The other engines to try after the loss of one; None if there is none and the lost one is not well."""
@@ -176,13 +180,13 @@ class Relay(Response):
     def _note(self, grant: Grant) -> None:
         self._record.engine = grant.engine.url
         self._record.waited_s = grant.waited_s
-        self._record.budget_s = self._call.terms.budget_s
+        self._record.budget_s = self._call.time_budget.budget_s
 
-    async def _break_off(self, reply: Reply, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _abort(self, reply: Reply, scope: Scope, receive: Receive, send: Send) -> None:
         """The gateway stops while the request is answered."""
-        why = "the gateway was stopped"
+        why = "the gateway shut down"
         if not reply.has_begun:
-            message = f"{why} before this request was answered; send it again."
+            message = f"{why} before it answered this request; send the request again."
             await respond(unavailable(message, retry_after_s=1), self._path)(scope, receive, send)
         elif not reply.is_complete:
             await reply.fail(stream_broken(why))

@@ -59,4 +59,4 @@ class Reply:
 
 def stream_broken(why: str) -> ApiError:
     """The error of a stream that cannot go on."""
-    return ApiError(503, f"{why} before this stream was complete; send the request again.", code="stream_broken")
+    return ApiError(503, f"{why} before the stream was complete; send the request again.", code="stream_broken")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from chorus.population.manifest import Tier
-from chorus.serve.gateway.request.call import Terms
+from chorus.serve.gateway.request.call import TimeBudget
 from chorus.serve.gateway.request.offer import Offer
 
 _KEY = re.compile(rb'"kv_transfer_params"\s*:\s*')
@@ -16,7 +16,7 @@ _STOP_REASON = re.compile(rb'"stop_reason"\s*:\s*(?=")')
 _FIELDS = ("decoding", "members_per_token", "drops")
 
 
-def new_mark() -> str:
+def new_report_prefix() -> str:
     """A random prefix for a report sent in place of a stop reason: a client's stop text cannot imitate it."""
     return f"chorus:{secrets.token_hex(8)}:"
 
@@ -30,11 +30,11 @@ class Report:
     """The tier with which the answer began."""
     tiers: Sequence[Tier] = ()
     """Tiers that the answer may amount to, largest first."""
-    most_members: int | None
+    max_members: int | None
     """How many of the tier's members it began with; None for all."""
-    asked: str
-    terms: Terms
-    mark: str | None = None
+    requested: str
+    time_budget: TimeBudget
+    prefix: str | None = None
     """Prefix of a stop reason that is the engine's report; empty for a whole answer, None if no report was requested."""
     computed: dict[str, Any] = field(default_factory=dict)
     """What the engine reports, if it does: decoding, members per token, and drops."""
@@ -56,13 +56,13 @@ class Report:
 
     def begin(self) -> bytes:
         """The object as known when the answer begins."""
-        return self._object(self._choice())
+        return self._object(self._requested_fields())
 
     def end(self, elapsed_s: float) -> bytes:
         """The object when the answer is complete, `elapsed_s` after the request arrived."""
-        extra = self._choice()
-        if self.terms.budget_s is not None:
-            is_met = elapsed_s <= self.terms.budget_s
+        extra = self._requested_fields()
+        if self.time_budget.budget_s is not None:
+            is_met = elapsed_s <= self.time_budget.budget_s
             extra |= {"elapsed_ms": round(1000 * elapsed_s, 1), "deadline": "met" if is_met else "missed"}
             extra |= {"truncated": self.is_truncated}
         return self._object(extra | self.computed)
@@ -71,7 +71,7 @@ class Report:
         known = self.offer.population_json[self.served.name]
         return known[:-1] + b"," + _dumps(extra)[1:] if extra else known
 
-    def take(self, body: bytes) -> bytes:
+    def extract(self, body: bytes) -> bytes:
         """Take the engine's report out of a whole answer, from the vLLM field that carries it (`kv_transfer_params`)."""
         matches = list(_KEY.finditer(body))
         if not matches or not body.startswith(b"{", start := matches[-1].end()):
@@ -80,34 +80,36 @@ class Report:
         self._note(found)
         return body[:start] + b"null" + rest
 
-    def take_from_event(self, event: bytes) -> bytes:
+    def extract_from_event(self, event: bytes) -> bytes:
         """The same for the event that ends a choice: its stop reason is the report, which contains the real one."""
         self.computed = {}  # discard the report of the previous choice
-        if not self.mark or not (match := _STOP_REASON.search(event)):
+        if not self.prefix or not (match := _STOP_REASON.search(event)):
             return event
         text, rest = _read(event[match.end() :])
-        if not text.startswith(self.mark):
+        if not text.startswith(self.prefix):
             return event
-        found = json.loads(text.removeprefix(self.mark))
+        found = json.loads(text.removeprefix(self.prefix))
         self._note(found)
         return event[: match.end()] + json.dumps(found["stop_reason"]).encode() + rest
 
     def _note(self, found: dict[str, Any]) -> None:
         self.computed = {key: found[key] for key in _FIELDS if key in found}
-        at_start = 0 if self.most_members is None else len(self.tier.members) - self.most_members
+        num_absent_at_start = 0 if self.max_members is None else len(self.tier.members) - self.max_members
         for members, tokens in self.computed.get("members_per_token", ()):
             self._num_tokens += tokens
             self._num_member_tokens += members * tokens
-        self.num_drops += max(0, len(self.computed.get("drops", ())) - at_start)
+        self.num_drops += max(0, len(self.computed.get("drops", ())) - num_absent_at_start)
 
-    def _choice(self) -> dict[str, Any]:
+    def _requested_fields(self) -> dict[str, Any]:
         extra: dict[str, Any] = {}
-        if self.terms.budget_s is not None or (self.asked != "default" and self.asked != self.served.name):
-            extra["tier_asked"] = self.asked
-        if self.terms.budget_s is not None:
-            if self.most_members is not None:
-                extra["most_members"] = self.most_members
-            extra["latency_budget_ms"] = round(1000 * self.terms.budget_s, 3)
+        if self.time_budget.budget_s is not None or (
+            self.requested != "default" and self.requested != self.served.name
+        ):
+            extra["tier_asked"] = self.requested
+        if self.time_budget.budget_s is not None:
+            if self.max_members is not None:
+                extra["most_members"] = self.max_members
+            extra["latency_budget_ms"] = round(1000 * self.time_budget.budget_s, 3)
         return extra
 
 

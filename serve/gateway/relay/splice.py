@@ -47,7 +47,7 @@ def check_answer(body: bytes, key: str = "choices") -> None:
         ValueError, KeyError, TypeError, RecursionError: it is not.
     """
     if not isinstance(json.loads(body)[key], list):
-        raise TypeError(f"{key} that are no list")
+        raise TypeError(f"{key} is not a list")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +75,8 @@ class EventSplicer:
     """Takes server-sent events in pieces cut anywhere and returns whole events, the first with the additions.
 
     Whole events only, so that an error event can follow at any time. `at_end`, if given, receives each event that ends a choice and
-    returns the event to send and a new `population` object for it. With `counts`, each of the engine's events carries usage;
-    `hides_counts` removes it.
+    returns the event to send and a new `population` object for it. With `has_running_usage`, each of the engine's events carries
+    usage; `hide_running_usage` removes it.
     """
 
     def __init__(
@@ -85,14 +85,14 @@ class EventSplicer:
         *,
         keep_usage: bool,
         at_end: Callable[[bytes], tuple[bytes, bytes]] | None = None,
-        counts: bool = False,
-        hides_counts: bool = True,
+        has_running_usage: bool = False,
+        hide_running_usage: bool = True,
     ) -> None:
         self._additions = additions
         self._keep_usage = keep_usage
         self._at_end = at_end
-        self._counts = counts
-        self._hides_counts = hides_counts
+        self._has_running_usage = has_running_usage
+        self._hide_running_usage = hide_running_usage
         self._used: dict[int, tuple[int, int]] = {}
         """Prompt tokens and completion tokens so far, by choice."""
         self._rest = b""
@@ -134,7 +134,7 @@ class EventSplicer:
         if DONE in events:
             self.done = events.startswith(DONE) or b"\n" + DONE in events
         is_last = self._at_end is not None and FINISHED.search(events)
-        has_more = self._counts or is_last or ERROR in events or _NO_CHOICES.search(events)
+        has_more = self._has_running_usage or is_last or ERROR in events or _NO_CHOICES.search(events)
         if self._saw_first and self._additions.model is None and not has_more:
             return events  # the common case: nothing to add or remove
         return b"".join([self._splice(event + b"\n\n") for event in events[:-2].split(b"\n\n")])
@@ -148,12 +148,12 @@ class EventSplicer:
         if not self._saw_first:
             check_answer(event.removeprefix(b"data: "))
         elif not event.startswith(_OBJECT):
-            raise ValueError(f"an event that begins with {event[:40]!r}")
+            raise ValueError(f"an event begins with {event[:40]!r}, not with {_OBJECT!r}")
         if _NO_CHOICES.search(event) and (usage := read_usage(event)):
             self.usage = usage
             if not self._keep_usage:
                 return b""
-        elif self._counts:
+        elif self._has_running_usage:
             event = self._count(event)
         first, self._saw_first = not self._saw_first, True
         self._first = self._first or event
@@ -167,4 +167,4 @@ class EventSplicer:
             return event
         if index := _INDEX.search(event):
             self._used[int(index[1])] = int(used[1]), int(used[2])
-        return event[: used.start()] + event[used.end() :] if self._hides_counts else event
+        return event[: used.start()] + event[used.end() :] if self._hide_running_usage else event

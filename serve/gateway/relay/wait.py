@@ -20,18 +20,18 @@ _RECENT_S = 1.0
 class Stop(Enum):
     """Why the wait ended before the answer did."""
 
-    DEADLINE = "the time budget is spent"
-    LOST = "the engine went away"
-    STALLED = "the engine has sent nothing for too long"
-    STUCK = "the client takes nothing"
+    DEADLINE = "the deadline passed"
+    LOST = "the connection to the engine was lost"
+    STALLED = "the engine sent nothing for too long"
+    STUCK = "the client stopped reading"
 
 
 class StoppedError(Exception):
     """The wait is over."""
 
-    def __init__(self, why: Stop) -> None:
-        super().__init__(why.value)
-        self.why = why
+    def __init__(self, reason: Stop) -> None:
+        super().__init__(reason.value)
+        self.reason = reason
 
 
 class Wait:
@@ -48,7 +48,7 @@ class Wait:
         self._timeout = asyncio.Timeout(None)
         self._life = engine.life
         self._is_sending = False
-        self._heard_at = 0.0
+        self._last_output_at = 0.0
         self._is_silent = False
         self._silence: asyncio.TimerHandle | None = None
         self._blocked_s = 0.0
@@ -81,34 +81,34 @@ class Wait:
         if self._deadline is not None:
             loop = asyncio.get_running_loop()
             self._timeout.reschedule(loop.time() + self._deadline - LEAD_S - time.perf_counter())
-        self._engine.waiting.add(self._timeout)
+        self._engine.output_timeouts.add(self._timeout)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._engine.waiting.discard(self._timeout)
+        self._engine.output_timeouts.discard(self._timeout)
         if self._silence is not None:
             self._silence.cancel()
         try:
             await self._timeout.__aexit__(kind, error, trace)  # type: ignore[arg-type]
         except TimeoutError:
-            raise StoppedError(self._why()) from None
+            raise StoppedError(self._stop_reason()) from None
 
     def note_events(self, num_events: int) -> None:
         """The engine sent `num_events` events: its silence ends."""
         self._engine.traffic.note_events(self._request, num_events)
-        self._life.heard()
-        self._heard_at = self._life.heard_at
+        self._life.note_output()
+        self._last_output_at = self._life.last_output_at
         if self._silence is None:
             self._silence = asyncio.get_running_loop().call_later(self._stall_s, self._check_silence)
 
     def note_complete(self) -> None:
         """The whole answer came."""
-        self._life.heard()
+        self._life.note_output()
 
     def _check_silence(self) -> None:
         """End the wait after too long a silence; longer if the whole engine is silent, which may be in a long step."""
         longest_s = self._stall_s if self._is_sending else self._engine.longest_silence_s()
-        left_s = self._heard_at + longest_s - time.monotonic()
+        left_s = self._last_output_at + longest_s - time.monotonic()
         loop = asyncio.get_running_loop()
         if left_s > 0:
             # Checked again soon, as the reason for a longer silence may go.
@@ -117,7 +117,7 @@ class Wait:
             self._is_silent = True
             self._timeout.reschedule(loop.time())
 
-    def _why(self) -> Stop:
+    def _stop_reason(self) -> Stop:
         if not self._engine.is_up or self._engine.life is not self._life:
             return Stop.LOST
         # Not by the clock: uvloop's timers have whole milliseconds, so a wait may end a millisecond before its time.

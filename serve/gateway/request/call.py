@@ -30,7 +30,7 @@ from chorus.population.wire import (
 )
 from chorus.serve.gateway.request.constraints import check_constraints
 from chorus.serve.gateway.request.errors import ApiError, bad_request
-from chorus.serve.gateway.request.size import Size, read_size, read_text
+from chorus.serve.gateway.request.size import Size, read_size, read_text_size
 from chorus.serve.gateway.request.tiers import Choice, at_least, choose
 
 OnDeadline = Literal["degrade", "truncate", "fail"]
@@ -38,7 +38,7 @@ OnDeadline = Literal["degrade", "truncate", "fail"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Terms:
+class TimeBudget:
     """The time budget of one request, and what happens when it is over."""
 
     budget_s: float | None = None
@@ -55,32 +55,32 @@ Kind = Literal["completion", "chat", "responses", "messages", "tokens"]
 """What the engine does: complete, chat (in one of three APIs), or turn text into tokens or back, which needs no member."""
 INPUTS: dict[Kind, str] = {"completion": "prompt", "chat": "messages", "responses": "input", "messages": "messages"}
 """The field that holds the members' input."""
-MOST_TOKENS_PER_EVENT = 64
+MAX_TOKENS_PER_EVENT = 64
 """Limit for `stream_interval`: with many more, a stream is silent for so long that its engine seems to hang."""
 _EVENT_INTERVAL_S = 1 / 30
 """Longest time for which a token is held back if the gateway chooses the event size."""
-_MAX_CHOSEN_PER_EVENT = 16
+_MAX_AUTO_TOKENS_PER_EVENT = 16
 """Most tokens in one event if the gateway chooses."""
-MOST_NESTED = 100
+MAX_NESTING = 100
 """Deepest nesting of objects and lists: many recursive functions walk a body, here and in the engine."""
 MIN_BUDGET_MS, MAX_BUDGET_MS = 1, 24 * 3600 * 1000
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_OURS = ("budget", "latency_budget_ms", "on_deadline", "min_budget", "decoding")
-_MOST = 2**31 - 1
+_GATEWAY_FIELDS = ("budget", "latency_budget_ms", "on_deadline", "min_budget", "decoding")
+_MAX_COUNT = 2**31 - 1
 """Largest count that a request may give."""
-_LARGE = re.compile(rb"[0-9]{19}")
+_LONG_INTEGER = re.compile(rb"[0-9]{19}")
 """Enough digits for an integer beyond 64 bits."""
 
 
-def _to_whole(value: object) -> object:
+def _to_integer(value: object) -> object:
     """JSON has one number type, so 16.0 counts as the integer 16."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Count = Annotated[StrictInt, BeforeValidator(_to_whole)]
+Count = Annotated[StrictInt, BeforeValidator(_to_integer)]
 
 
-_COUNTS = ("n", "best_of", "max_tokens", "max_completion_tokens", "max_output_tokens")
+_COUNT_FIELDS = ("n", "best_of", "max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
 class CallFields(BaseModel):
@@ -93,51 +93,54 @@ class CallFields(BaseModel):
 
     model: StrictStr | None = Field(None, description="The population's name, or `NAME:TIER`.")
     budget: StrictStr | StrictInt | None = Field(
-        None, description="A tier's name, or the largest number of members that may run for each token."
+        None, description="A tier's name, or the maximum number of members per token."
     )
     latency_budget_ms: float | None = Field(
         None,
         ge=MIN_BUDGET_MS,
         le=MAX_BUDGET_MS,
         strict=True,
-        description="Milliseconds from the request's arrival in which the answer should be complete. The largest tier that "
-        "is predicted to keep it answers, at most the one asked for.",
+        description="Milliseconds from the request's arrival to the end of its answer. The largest tier expected to meet it "
+        "answers, up to the requested one.",
     )
     on_deadline: OnDeadline | None = Field(
         None,
-        description="If the budget cannot be kept all the same: `degrade` finishes late with fewer members, `truncate` "
-        "returns what there is with finish_reason `length`, `fail` answers 504.",
+        description="What to do at the deadline: `degrade` finishes late with fewer members, `truncate` returns the partial "
+        "answer with finish_reason `length`, `fail` answers 504.",
     )
     min_budget: StrictStr | StrictInt | None = Field(
         None,
-        description="The tier (or number of members) below which neither a deadline nor a full house takes this request.",
+        description="The smallest tier (or number of members) to which a deadline or a full queue may reduce this request.",
     )
     decoding: Decoding | None = Field(
         None,
-        description="How tokens are computed, always by the same law: `plain` by all of the tier's members at each token, "
-        "`sampled` by one, drawn by its weight, at temperature 1, `speculative` by drafts of one that all verify; `auto` in the "
-        "fastest of these ways. One that would not be exact is refused. By default as the tier prefers, or `auto`.",
+        description="How tokens are computed; the distribution is the same. `plain`: all members at every token. `sampled`: one "
+        "member per token, drawn by weight, at temperature 1 only. `speculative`: one member drafts, all verify. `auto`: the "
+        "fastest of these. A method that would not be exact is refused. Default: the tier's, else `auto`.",
     )
     stream: StrictBool | None = None
     stream_options: dict[str, JsonValue] | None = None
     stream_interval: StrictInt | None = Field(
         None,
         ge=1,
-        description=f"Tokens in each event of a stream, {MOST_TOKENS_PER_EVENT} at most; by default as many as are generated in a "
-        "thirtieth of a second. The first and the last event never wait.",
+        description=f"Tokens in each event of a stream, at most {MAX_TOKENS_PER_EVENT}; by default as many as are generated in a "
+        "thirtieth of a second. The first and last events are never delayed.",
     )
-    n: Count | None = Field(None, ge=1, le=_MOST, description="Number of choices.")
-    best_of: Count | None = Field(None, ge=1, le=_MOST, description="Counts as so many sequences, where it is above n.")
-    max_tokens: Count | None = Field(None, ge=0, le=_MOST, description="Longest answer, in tokens of each choice.")
+    n: Count | None = Field(None, ge=1, le=_MAX_COUNT, description="Number of choices.")
+    best_of: Count | None = Field(
+        None, ge=1, le=_MAX_COUNT, description="Number of sequences to generate, if larger than `n`."
+    )
+    max_tokens: Count | None = Field(None, ge=0, le=_MAX_COUNT, description="Maximum number of tokens of each choice.")
     max_completion_tokens: Count | None = Field(
-        None, ge=0, le=_MOST, description="As `max_tokens`, and goes before it."
+        None, ge=0, le=_MAX_COUNT, description="Like `max_tokens`, and takes precedence over it."
     )
-    max_output_tokens: Count | None = Field(None, ge=0, le=_MOST, description="As `max_tokens`, of Responses.")
+    max_output_tokens: Count | None = Field(None, ge=0, le=_MAX_COUNT, description="Like `max_tokens`, for Responses.")
     messages: list[Any] | None = None
     tools: list[Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     vllm_xargs: dict[str, JsonValue] | None = Field(
-        None, description=f"Extra arguments for the engine. Keys that begin with `{RESERVED_PREFIX}` are refused."
+        None,
+        description=f"Extra arguments for the engine. Keys that begin with `{RESERVED_PREFIX}` are reserved and refused.",
     )
 
 
@@ -149,7 +152,7 @@ class Call:
     choice: Choice
     floor: Tier
     """The smallest tier that may serve it."""
-    terms: Terms = field(default_factory=Terms)
+    time_budget: TimeBudget = field(default_factory=TimeBudget)
     size: Size = field(default_factory=Size)
     fields: bytes
     """The engine's fields as a JSON object, without `vllm_xargs`."""
@@ -164,9 +167,9 @@ class Call:
     """Whether the engine streams: also for a whole answer that may end at a deadline, to have what was generated by then."""
     tokens_per_event: int | None = 1
     """Tokens in each event of a stream; None if the gateway chooses."""
-    wants_usage: bool = True
+    has_usage: bool = True
     """False if the client streams without requesting usage: the gateway then keeps the usage event to itself."""
-    wants_counts: bool = False
+    has_running_usage: bool = False
     """Whether each event of the client's stream carries the usage so far."""
     has_offsets: bool = False
     """Whether the answer echoes the prompt and gives the offsets of its tokens."""
@@ -181,7 +184,7 @@ class Call:
         """
         if self.tokens_per_event is not None:
             return self.tokens_per_event
-        return max(1, min(_MAX_CHOSEN_PER_EVENT, int(_EVENT_INTERVAL_S / token_s))) if token_s > 0 else 1
+        return max(1, min(_MAX_AUTO_TOKENS_PER_EVENT, int(_EVENT_INTERVAL_S / token_s))) if token_s > 0 else 1
 
     def body(
         self,
@@ -189,15 +192,15 @@ class Call:
         *,
         budget_s: float | None = None,
         floor: Tier | None = None,
-        most_members: int | None = None,
+        max_members: int | None = None,
         expected_tokens: int | None = None,
         tokens_per_event: int = 1,
-        report_mark: str | None = None,
+        report_prefix: str | None = None,
     ) -> bytes:
         """The engine's request: `tier` answers within `budget_s` of its arrival there, with no fewer members than `floor`.
 
-        With a budget, it begins with at most `most_members` of the tier's members, and the engine expects `expected_tokens` if the
-        request names no length. `report_mark` requests a report; a stream's stop reason begins with it.
+        With a budget, it begins with at most `max_members` of the tier's members, and the engine expects `expected_tokens` if the
+        request names no length. `report_prefix` requests a report; a stream's stop reason begins with it.
         """
         if not self.is_served_by_a_tier:
             return self.fields
@@ -205,16 +208,16 @@ class Call:
         if budget_s is not None:
             extra[BUDGET_ARGUMENT] = max(1, round(1000 * budget_s))
             extra[FLOOR_ARGUMENT] = (floor or self.floor).name
-            if most_members is not None:
-                extra[MAX_MEMBERS_ARGUMENT] = most_members
+            if max_members is not None:
+                extra[MAX_MEMBERS_ARGUMENT] = max_members
             if expected_tokens is not None and self.size.is_open:
                 extra[EXPECTED_TOKENS_ARGUMENT] = expected_tokens
-        if report_mark is not None:
-            extra[REPORT_ARGUMENT] = report_mark
-        ours: dict[str, JsonValue] = {"vllm_xargs": extra}
+        if report_prefix is not None:
+            extra[REPORT_ARGUMENT] = report_prefix
+        added: dict[str, JsonValue] = {"vllm_xargs": extra}
         if tokens_per_event > 1:
-            ours["stream_interval"] = tokens_per_event
-        return _to_json(ours)[:-1] + b"," + self.fields[1:]
+            added["stream_interval"] = tokens_per_event
+        return _to_json(added)[:-1] + b"," + self.fields[1:]
 
 
 def parse(body: bytes) -> dict[str, Any]:
@@ -225,26 +228,28 @@ def parse(body: bytes) -> dict[str, Any]:
             unpaired surrogates.
     """
     try:
-        parse_int = _parse_int if _LARGE.search(body) else None
+        parse_int = _parse_int if _LONG_INTEGER.search(body) else None
         text = body.decode(json.detect_encoding(body))
         parsed = json.loads(text, parse_constant=_refuse_constant, parse_int=parse_int)
     except (ValueError, RecursionError) as error:
-        raise ApiError(422, f"the body is not JSON: {error}.", code="malformed_json") from None
+        raise ApiError(422, f"the body is not valid JSON: {error}.", code="malformed_json") from None
     if not isinstance(parsed, dict):
         raise bad_request(
-            f"the body is a JSON {_json_type(parsed)}; an object with the request's fields is expected.",
+            f"the body is a JSON {_json_type(parsed)}; send an object with the request's fields.",
             code="body_not_an_object",
         )
-    if text.count("[") + text.count("{") > MOST_NESTED and _nests_deeper(parsed, MOST_NESTED):
-        raise bad_request(f"the body nests more than {MOST_NESTED} objects and lists.", code="nested_too_deeply")
+    if text.count("[") + text.count("{") > MAX_NESTING and _nests_deeper(parsed, MAX_NESTING):
+        raise bad_request(
+            f"the body nests objects and lists more than {MAX_NESTING} deep; flatten it.", code="nested_too_deeply"
+        )
     if _SURROGATE.search(text):
         _to_json(parsed)
     return parsed
 
 
-def _nests_deeper(value: object, most: int) -> bool:
+def _nests_deeper(value: object, limit: int) -> bool:
     level = [value]
-    for _ in range(most):
+    for _ in range(limit):
         inside = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
         level = [part for parts in inside for part in parts if isinstance(part, dict | list)]
     return bool(level)
@@ -257,27 +262,29 @@ def read_call(
     default: Tier,
     tenant_floor: str | None = None,
     *,
-    may_constrain: bool = True,
+    allow_constraints: bool = True,
 ) -> Call:
     """Check a request's body and turn it into a call.
 
-    `tenant_floor` is the smallest tier to which its key's requests may fall; `may_constrain` allows answers that must follow a
+    `tenant_floor` is the smallest tier to which its key's requests may fall; `allow_constraints` allows answers that must follow a
     schema or a grammar.
 
     Raises:
         ApiError: 400, 403, 404 or 422, with what the client must change.
     """
     fields = {key: value for key, value in parse(body).items() if value is not None}
-    is_constrained = check_constraints(fields, is_allowed=may_constrain)
+    is_constrained = check_constraints(fields, is_allowed=allow_constraints)
     if kind != "tokens":
         _check_input(fields, kind)
-    ours = _validate(fields)
-    choice = choose(population, default, model=ours.model, budget=ours.budget)
-    _check_extra_arguments(ours.vllm_xargs)
+    checked = _validate(fields)
+    choice = choose(population, default, model=checked.model, budget=checked.budget)
+    _check_extra_arguments(checked.vllm_xargs)
 
-    for key in (*_OURS, "vllm_xargs", "stream_interval"):
+    for key in (*_GATEWAY_FIELDS, "vllm_xargs", "stream_interval"):
         fields.pop(key, None)
-    fields |= {key: getattr(ours, key) for key in _COUNTS if key in fields}  # the engine gets the validated counts
+    fields |= {
+        key: getattr(checked, key) for key in _COUNT_FIELDS if key in fields
+    }  # the engine gets the validated counts
     fields["model"] = population.name
     if kind == "tokens":
         extra: dict[str, JsonValue] = {}
@@ -285,72 +292,72 @@ def read_call(
             kind=kind,
             choice=choice,
             floor=choice.tier,
-            size=read_text(fields),
+            size=read_text_size(fields),
             fields=_to_json(fields),
             extra=extra,
             is_served_by_a_tier=False,
         )
-    terms = _read_terms(ours)
-    streams = bool(ours.stream)
+    time_budget = _read_time_budget(checked)
+    streams = bool(checked.stream)
     has_tools = bool(fields.get("tools") or fields.get("functions"))
     # vLLM cannot stream beam search. It parses streamed tool calls less well, and `fail` needs no partial answer: no stream then.
-    is_cut = terms.stops_at_deadline and not fields.get("use_beam_search")
-    if streams_from_engine := streams or (is_cut and (terms.on_deadline == "truncate" or not has_tools)):
+    is_cut = time_budget.stops_at_deadline and not fields.get("use_beam_search")
+    if streams_from_engine := streams or (is_cut and (time_budget.on_deadline == "truncate" or not has_tools)):
         fields["stream"] = True
     splices = kind in ("completion", "chat")
     if streams_from_engine and splices:
         # An answer that is cut short or abandoned has no last event, so its usage is counted on the way.
         fields["stream_options"] = {
-            **{key: value for key, value in (ours.stream_options or {}).items() if value is not None},
+            **{key: value for key, value in (checked.stream_options or {}).items() if value is not None},
             "include_usage": True,
             "continuous_usage_stats": True,
         }
-    wants_usage = not streams or not splices or bool((ours.stream_options or {}).get("include_usage"))
-    wants_counts = wants_usage and bool((ours.stream_options or {}).get("continuous_usage_stats"))
+    has_usage = not streams or not splices or bool((checked.stream_options or {}).get("include_usage"))
+    has_running_usage = has_usage and bool((checked.stream_options or {}).get("continuous_usage_stats"))
     return Call(
         kind=kind,
         choice=choice,
-        floor=_choose_floor(population, choice, ours, tenant_floor),
-        terms=terms,
+        floor=_choose_floor(population, choice, checked, tenant_floor),
+        time_budget=time_budget,
         size=read_size(fields, kind, population.context_length),
         fields=_to_json(fields),
-        extra={**(ours.vllm_xargs or {}), **({DECODING_ARGUMENT: ours.decoding} if ours.decoding else {})},
+        extra={**(checked.vllm_xargs or {}), **({DECODING_ARGUMENT: checked.decoding} if checked.decoding else {})},
         is_constrained=is_constrained,
         streams=streams,
         streams_from_engine=streams_from_engine,
-        tokens_per_event=_tokens_per_event(ours, terms, joins=not has_tools) if splices else 1,
-        wants_usage=wants_usage,
-        wants_counts=wants_counts,
+        tokens_per_event=_tokens_per_event(checked, time_budget, joins=not has_tools) if splices else 1,
+        has_usage=has_usage,
+        has_running_usage=has_running_usage,
         has_offsets=kind == "completion" and bool(fields.get("echo")) and "logprobs" in fields,
-        affinity=_beginning(fields, kind),
+        affinity=_prompt_prefix(fields, kind),
     )
 
 
-def _read_terms(ours: CallFields) -> Terms:
-    if ours.latency_budget_ms is None:
-        if ours.on_deadline is not None:
+def _read_time_budget(checked: CallFields) -> TimeBudget:
+    if checked.latency_budget_ms is None:
+        if checked.on_deadline is not None:
             raise bad_request(
-                f"on_deadline is {ours.on_deadline!r} but there is no deadline; give latency_budget_ms with it.",
+                f"on_deadline is {checked.on_deadline!r} but there is no deadline; set latency_budget_ms too.",
                 code="invalid_value",
                 param="on_deadline",
             )
-        return Terms()
-    return Terms(budget_s=ours.latency_budget_ms / 1000, on_deadline=ours.on_deadline or "degrade")
+        return TimeBudget()
+    return TimeBudget(budget_s=checked.latency_budget_ms / 1000, on_deadline=checked.on_deadline or "degrade")
 
 
-def _choose_floor(population: Population, choice: Choice, ours: CallFields, tenant_floor: str | None) -> Tier:
+def _choose_floor(population: Population, choice: Choice, checked: CallFields, tenant_floor: str | None) -> Tier:
     """The smallest tier that may serve it. A requested tier is kept, unless the request also has a time budget or `min_budget`."""
-    named = choice.asked != "default"
-    if ours.min_budget is not None:
-        floor = at_least(population, ours.min_budget)
+    named = choice.requested != "default"
+    if checked.min_budget is not None:
+        floor = at_least(population, checked.min_budget)
         if floor.budget > choice.tier.budget:
             raise bad_request(
-                f"min_budget {ours.min_budget!r} means tier {floor.name!r}, which is larger than the tier to serve this "
-                f"request, {choice.tier.name!r}.",
+                f"min_budget {checked.min_budget!r} means tier {floor.name!r}, which is larger than the requested "
+                f"tier {choice.tier.name!r}; lower it or raise budget.",
                 code="contradictory_budget",
                 param="min_budget",
             )
-    elif named and ours.latency_budget_ms is None:
+    elif named and checked.latency_budget_ms is None:
         return choice.tier
     else:
         floor = min(population.tiers, key=lambda tier: tier.budget)
@@ -379,21 +386,21 @@ def _validate(fields: dict[str, Any]) -> CallFields:
             "messages": "a list",
             "tools": "a list",
             "structured_outputs": "an object",
-            "n": f"a whole number of choices, from 1 to {_MOST}",
-            "best_of": f"a whole number of sequences, from 1 to {_MOST}",
-            "max_tokens": f"a whole number of tokens, from 0 to {_MOST}",
-            "max_completion_tokens": f"a whole number of tokens, from 0 to {_MOST}",
-            "max_output_tokens": f"a whole number of tokens, from 0 to {_MOST}",
+            "n": f"a whole number of choices, from 1 to {_MAX_COUNT}",
+            "best_of": f"a whole number of sequences, from 1 to {_MAX_COUNT}",
+            "max_tokens": f"a whole number of tokens, from 0 to {_MAX_COUNT}",
+            "max_completion_tokens": f"a whole number of tokens, from 0 to {_MAX_COUNT}",
+            "max_output_tokens": f"a whole number of tokens, from 0 to {_MAX_COUNT}",
         }[param]
         raise bad_request(
-            f"{param} is {_shorten(fields[param])}; {expected} is expected.", code="invalid_value", param=param
+            f"{param} is {_shorten(fields[param])}; expected {expected}.", code="invalid_value", param=param
         ) from None
 
 
 def _check_input(fields: dict[str, Any], kind: Kind) -> None:
     if kind in ("chat", "messages"):
         if not fields.get("messages"):
-            raise bad_request("messages is empty: at least one message is expected.", code="empty", param="messages")
+            raise bad_request("messages is empty; send at least one message.", code="empty", param="messages")
         return
     if kind == "responses":
         _check_response(fields)
@@ -405,18 +412,18 @@ def _check_input(fields: dict[str, Any], kind: Kind) -> None:
     are_token_ids = isinstance(parts[0], int)
     if not are_token_ids and any(part is None or part in ("", []) for part in parts):
         raise bad_request(
-            "prompt is empty: a text, a list of texts, or token ids are expected.", code="empty", param="prompt"
+            "prompt is empty; send a string, a list of strings, or token ids.", code="empty", param="prompt"
         )
 
 
 def _check_response(fields: dict[str, Any]) -> None:
     if not fields.get("input"):
-        raise bad_request("input is empty: a text or a list of items is expected.", code="empty", param="input")
+        raise bad_request("input is empty; send a string or a list of items.", code="empty", param="input")
     for name in ("previous_response_id", "conversation", "background"):
         if fields.get(name):
             raise bad_request(
-                f"{name} is {_shorten(fields[name])}: answers are not kept here, nor made in the background. Send the whole "
-                "conversation as input, and wait for the answer.",
+                f"{name} is {_shorten(fields[name])}, but answers are neither stored nor generated in the background. Send the "
+                "whole conversation as input and wait for the answer.",
                 code="not_stored",
                 param=name,
             )
@@ -425,25 +432,25 @@ def _check_response(fields: dict[str, Any]) -> None:
 def _check_extra_arguments(extra: dict[str, JsonValue] | None) -> None:
     if reserved := sorted(key for key in extra or {} if key.lower().startswith(RESERVED_PREFIX)):
         raise bad_request(
-            f"vllm_xargs holds {', '.join(reserved)}: keys that begin with {RESERVED_PREFIX!r} are the gateway's. "
-            "Choose the members that answer with budget, and the time with latency_budget_ms.",
+            f"vllm_xargs holds {', '.join(reserved)}: keys that begin with {RESERVED_PREFIX!r} are reserved. "
+            "Choose the tier with budget and the time with latency_budget_ms.",
             code="reserved_argument",
             param="vllm_xargs",
         )
 
 
-def _tokens_per_event(ours: CallFields, terms: Terms, *, joins: bool) -> int | None:
+def _tokens_per_event(checked: CallFields, time_budget: TimeBudget, *, joins: bool) -> int | None:
     """The client's choice if it made one; None if the gateway may choose.
 
     1 where joining tokens would lose something: text at a deadline, and parts of a tool's arguments, which some of vLLM's parsers
     miss in large pieces (vllm issue 31501).
     """
-    if ours.stream and ours.stream_interval is not None:
-        return min(ours.stream_interval, MOST_TOKENS_PER_EVENT)
-    return None if ours.stream and joins and not terms.stops_at_deadline else 1
+    if checked.stream and checked.stream_interval is not None:
+        return min(checked.stream_interval, MAX_TOKENS_PER_EVENT)
+    return None if checked.stream and joins and not time_budget.stops_at_deadline else 1
 
 
-def _beginning(fields: dict[str, Any], kind: Kind) -> bytes:
+def _prompt_prefix(fields: dict[str, Any], kind: Kind) -> bytes:
     """About the first kilobyte of the members' input."""
     found = fields.get(INPUTS[kind])
     if isinstance(found, list):
@@ -455,9 +462,13 @@ def _to_json(fields: dict[str, Any]) -> bytes:
     try:
         return json.dumps(fields, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:
-        raise bad_request("a string holds an unpaired surrogate, which is no text.", code="invalid_value") from None
+        raise bad_request(
+            "a string contains an unpaired surrogate; send valid Unicode.", code="invalid_value"
+        ) from None
     except ValueError:
-        raise ApiError(422, "the body is not JSON: a number in it is out of range.", code="malformed_json") from None
+        raise ApiError(
+            422, "the body is not valid JSON: it contains a number out of range.", code="malformed_json"
+        ) from None
 
 
 def _parse_int(digits: str) -> int:

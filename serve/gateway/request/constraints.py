@@ -11,14 +11,14 @@ from typing import Any
 
 from chorus.serve.gateway.request.errors import ApiError, bad_request
 
-MOST_CHARACTERS = {"regex": 4_096, "grammar": 32_768}
-MOST_RULES = 500
+MAX_CHARACTERS = {"regex": 4_096, "grammar": 32_768}
+MAX_RULES = 500
 """Most rules in a grammar."""
-MOST_REPETITIONS = 2_000
+MAX_REPETITIONS = 2_000
 """Most repetitions of any part of a regular expression or grammar; in a regular expression, nested groups multiply."""
-MOST_IN_SCHEMAS = {"properties": 2_000, "values": 5_000, "characters": 120_000, "nodes": 20_000}
+SCHEMA_LIMITS = {"properties": 2_000, "values": 5_000, "characters": 120_000, "nodes": 20_000}
 """Totals over all schemas in a field. Values are those of `enum`s, characters those of names, values and patterns."""
-_REMOVED = {f"guided_{kind}": kind for kind in ("json", "regex", "choice", "grammar")}
+_REMOVED_FIELDS = {f"guided_{kind}": kind for kind in ("json", "regex", "choice", "grammar")}
 """Fields that vLLM now ignores, and their names in `structured_outputs`."""
 _ANNOTATIONS = ("title", "description", "$comment", "examples", "default")
 _RULE = re.compile(r"::=|^\s*[?!]?[a-zA-Z_]\w*\s*:", re.MULTILINE)
@@ -31,10 +31,10 @@ def check_constraints(fields: Mapping[str, Any], *, is_allowed: bool) -> bool:
     Raises:
         ApiError: 400 if that is malformed, too large, or in a field that vLLM ignores; 403 if it is not allowed.
     """
-    for name, kind in _REMOVED.items():
+    for name, kind in _REMOVED_FIELDS.items():
         if fields.get(name) is not None:
             raise bad_request(
-                f"{name} is not supported any more; structured_outputs is, as an object: {{{kind!r}: ...}}.",
+                f"{name} is no longer supported; use structured_outputs: {{{kind!r}: ...}}.",
                 code="unsupported_field",
                 param=name,
             )
@@ -43,7 +43,7 @@ def check_constraints(fields: Mapping[str, Any], *, is_allowed: bool) -> bool:
         if not is_allowed:
             raise ApiError(
                 403,
-                f"this API key may not ask for structured output; leave out {param}.",
+                f"this API key may not use structured output; leave out {param}.",
                 code="structured_output_not_allowed",
                 param=param,
             )
@@ -66,9 +66,9 @@ def _constraints(fields: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     for param, form in forms.items():
         if isinstance(form, dict) and form.get("type") not in (None, "text"):
             yield param, "json", form
-    asked = fields.get("structured_outputs")
-    if isinstance(asked, dict):
-        for kind, value in asked.items():
+    requested = fields.get("structured_outputs")
+    if isinstance(requested, dict):
+        for kind, value in requested.items():
             if value is not None and value is not False:
                 yield "structured_outputs", kind, value
     choice = fields.get("tool_choice")
@@ -87,18 +87,18 @@ def _check(param: str, kind: str, value: Any) -> None:
         case "choice", list():
             _check_schema(param, {"enum": value})
         case "json" | "structural_tag", str():
-            _check_length(param, "schema", value, 2 * MOST_IN_SCHEMAS["characters"])
+            _check_length(param, "schema", value, 2 * SCHEMA_LIMITS["characters"])
             try:
                 _check_schema(param, json.loads(value))
             except (ValueError, RecursionError) as error:
-                raise bad_request(f"{param} holds no JSON: {error}.", code="invalid_value", param=param) from None
+                raise bad_request(f"{param} is not valid JSON: {error}.", code="invalid_value", param=param) from None
         case _:
             _check_schema(param, value)
 
 
 def _check_schema(param: str, schema: Any) -> None:
     """Bound a JSON schema, or a value that contains schemas."""
-    counts = dict.fromkeys(MOST_IN_SCHEMAS, 0)
+    counts = dict.fromkeys(SCHEMA_LIMITS, 0)
     for name, value in _nodes(schema):
         counts["nodes"] += 1
         if isinstance(value, str) and name not in _ANNOTATIONS:
@@ -116,9 +116,9 @@ def _check_schema(param: str, schema: Any) -> None:
                 _check_regex(param, value)
             case "grammar", str():
                 _check_grammar(param, value)
-        for what, most in MOST_IN_SCHEMAS.items():
-            if counts[what] > most:
-                raise _too_large(param, f"schemas hold more than {most:,} {what}")
+        for what, limit in SCHEMA_LIMITS.items():
+            if counts[what] > limit:
+                raise _too_large(param, f"its schemas have more than {limit:,} {what}")
 
 
 def _nodes(schema: Any) -> Iterator[tuple[str, Any]]:
@@ -134,26 +134,26 @@ def _nodes(schema: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _check_regex(param: str, pattern: str) -> None:
-    _check_length(param, "regular expression", pattern, MOST_CHARACTERS["regex"])
-    if (found := repetitions(pattern)) > MOST_REPETITIONS:
+    _check_length(param, "regular expression", pattern, MAX_CHARACTERS["regex"])
+    if (found := repetitions(pattern)) > MAX_REPETITIONS:
         raise _too_large(
             param,
-            f"the regular expression {pattern[:60]!r} repeats a part {found:,} times; at most {MOST_REPETITIONS:,}",
+            f"the regular expression {pattern[:60]!r} repeats a part {found:,} times; at most {MAX_REPETITIONS:,}",
         )
 
 
 def _check_grammar(param: str, grammar: str) -> None:
-    _check_length(param, "grammar", grammar, MOST_CHARACTERS["grammar"])
-    if (found := len(_RULE.findall(grammar))) > MOST_RULES:
-        raise _too_large(param, f"the grammar has {found:,} rules; at most {MOST_RULES:,}")
+    _check_length(param, "grammar", grammar, MAX_CHARACTERS["grammar"])
+    if (found := len(_RULE.findall(grammar))) > MAX_RULES:
+        raise _too_large(param, f"the grammar has {found:,} rules; at most {MAX_RULES:,}")
     for match in _QUANTIFIER.finditer(grammar):
-        if (found := _most(match)) > MOST_REPETITIONS:
-            raise _too_large(param, f"the grammar repeats a part {found:,} times; at most {MOST_REPETITIONS:,}")
+        if (found := _max_count(match)) > MAX_REPETITIONS:
+            raise _too_large(param, f"the grammar repeats a part {found:,} times; at most {MAX_REPETITIONS:,}")
 
 
-def _check_length(param: str, what: str, text: str, most: int) -> None:
-    if len(text) > most:
-        raise _too_large(param, f"the {what} has {len(text):,} characters; at most {most:,}")
+def _check_length(param: str, what: str, text: str, limit: int) -> None:
+    if len(text) > limit:
+        raise _too_large(param, f"the {what} has {len(text):,} characters; at most {limit:,}")
 
 
 def repetitions(pattern: str) -> int:
@@ -181,7 +181,7 @@ def repetitions(pattern: str) -> int:
             last = inner
             inner = max(outer.pop() if outer else 1, inner)
         elif sign == "{" and (match := _QUANTIFIER.match(pattern, at)):
-            last *= max(1, _most(match))
+            last *= max(1, _max_count(match))
             inner = max(inner, last)
             at = match.end()
             continue
@@ -191,7 +191,7 @@ def repetitions(pattern: str) -> int:
     return max([inner, *outer])
 
 
-def _most(match: re.Match[str]) -> int:
+def _max_count(match: re.Match[str]) -> int:
     return max(int(number[:12]) for number in (match[1] or "0", match[2] or "0"))
 
 

@@ -19,7 +19,7 @@ CLIENT_CLOSED_REQUEST = 499
 
 
 class ApiError(Exception):
-    """An error to answer with. Its message says what to change, or when to try again."""
+    """An error to answer with. Its message gives what to change, or when to try again."""
 
     def __init__(
         self,
@@ -91,15 +91,15 @@ def engine_error(status: int, body: bytes) -> ApiError:
     A refusal (4xx) keeps its message and parameter. A failure's message is only logged, as it may reveal internals.
     """
     if not 400 <= status < 500:
-        logger.warning("an engine answered %d: %r", status, body[:500])
+        logger.warning("an engine returned status %d: %r", status, body[:500])
         if status == 503:
-            return unavailable("the engine cannot take this request now; send it again.", retry_after_s=1)
+            return unavailable("the engine cannot accept requests right now; send the request again.", retry_after_s=1)
         return bad_gateway("the engine failed on this request.", status=500 if status == 500 else 502)
     try:
         error = json.loads(body)["error"]
         message, param = _as_text(error["message"]), error.get("param")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        message, param = phrase(status), None
+        message, param = reason_phrase(status), None
     param = _as_text(param).removeprefix("body.") if isinstance(param, str) else None
     return ApiError(status, message, code="rejected_by_engine", param=param)
 
@@ -120,12 +120,14 @@ def explain_length(error: ApiError, *, max_tokens: int | None, context_length: i
     if error.status != 400 or not (known or is_full):
         return error
     context_length = int(known[1]) if known else context_length
-    asked = 1 if max_tokens is None else max_tokens
-    rest = f"an answer of at least {asked}" if max_tokens is None else f"max_tokens, which is {asked}"
+    requested = 1 if max_tokens is None else max_tokens
+    if max_tokens is None:
+        reserved, alternative = "1 token of answer", ""
+    else:
+        reserved, alternative = f"max_tokens ({requested})", " or lower max_tokens"
     return bad_request(
-        f"the prompt is too long: it may have {max(0, context_length - asked)} tokens, as the context of {context_length} has to "
-        f"hold it and {rest}. Shorten the prompt{'' if max_tokens is None else ' or ask for fewer tokens'}; "
-        "POST /tokenize counts them.",
+        f"the prompt is too long: the context of {context_length} tokens minus {reserved} leaves "
+        f"{max(0, context_length - requested)} tokens for it. Shorten the prompt{alternative}; POST /tokenize counts its tokens.",
         code="context_length_exceeded",
         param=error.param,
     )
@@ -145,7 +147,7 @@ def _as_text(value: object) -> str:
     return str(value).encode(errors="replace").decode()
 
 
-def phrase(status: int) -> str:
+def reason_phrase(status: int) -> str:
     """The reason phrase of an HTTP status."""
     try:
         return http.HTTPStatus(status).phrase

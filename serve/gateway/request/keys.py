@@ -20,7 +20,7 @@ from chorus.serve.gateway.request.errors import ApiError
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_KEY = 512
+_MAX_KEY_CHARACTERS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class KeyFile(_Record):
         for what in ("name", "sha256"):
             values = [getattr(key, what) for key in self.keys]
             if len(set(values)) != len(values):
-                raise ValueError(f"two keys share a {what}")
+                raise ValueError(f"two keys have the same {what}")
         return self
 
 
@@ -96,7 +96,7 @@ class Keys:
             ChorusError: the keys cannot be read. The message contains none of them.
         """
         self._path = path
-        self._stamp = self._look()
+        self._stamp = self._file_stamp()
         self._keys: list[tuple[bytes, Tenant]] | None = None
         if path is not None:
             self._keys = _read(_load(path), str(path))
@@ -114,34 +114,37 @@ class Keys:
         Raises:
             ApiError: 401 if the key is missing or unknown.
         """
-        self._read_again()
+        self._reload_if_changed()
         if self._keys is None:
             return ANYONE
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise _unauthorized(
-                "an API key is expected, as `Authorization: Bearer KEY` or `x-api-key: KEY`.", code="missing_api_key"
+                "the API key is missing; send it as `Authorization: Bearer KEY` or `x-api-key: KEY`.",
+                code="missing_api_key",
             )
-        digest = hashlib.sha256(key.strip()[:_LONGEST_KEY].encode(errors="replace")).hexdigest().encode()
+        digest = hashlib.sha256(key.strip()[:_MAX_KEY_CHARACTERS].encode(errors="replace")).hexdigest().encode()
         found = None
         for known, tenant in self._keys:  # compare with all, so that the time taken reveals nothing
             if hmac.compare_digest(known, digest):
                 found = tenant
         if found is None:
-            raise _unauthorized("this API key is not known here.", code="invalid_api_key")
+            raise _unauthorized(
+                "this API key is unknown; check it, or ask the operator for a new one.", code="invalid_api_key"
+            )
         return found
 
-    def _read_again(self) -> None:
-        if self._path is None or (stamp := self._look()) == self._stamp:
+    def _reload_if_changed(self) -> None:
+        if self._path is None or (stamp := self._file_stamp()) == self._stamp:
             return
         self._stamp = stamp
         try:
             self._keys = _read(_load(self._path), str(self._path))
-            logger.info("%d API keys are in force now", len(self._keys))
+            logger.info("loaded %d API keys", len(self._keys))
         except ChorusError as error:
-            logger.error("the API keys changed and cannot be used; the ones before stay in force: %s", error)
+            logger.error("cannot use the changed API keys; keeping the previous ones: %s", error)
 
-    def _look(self) -> tuple[int, int, int]:
+    def _file_stamp(self) -> tuple[int, int, int]:
         if self._path is None:
             return (0, 0, 0)
         try:
@@ -155,9 +158,11 @@ def _load(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")  # Windows editors and shells write a byte order mark
     except UnicodeDecodeError:
-        raise ChorusError(f"the API keys in {path} cannot be read: the file is not UTF-8. Save it as UTF-8.") from None
+        raise ChorusError(f"cannot read the API keys in {path}: the file is not UTF-8. Save it as UTF-8.") from None
     except OSError as error:
-        raise ChorusError(f"the API keys in {path} cannot be read: {type(error).__name__}.") from None
+        raise ChorusError(
+            f"cannot read the API keys in {path}: {type(error).__name__}. Check the path and its permissions."
+        ) from None
 
 
 def _read(text: str, source: str) -> list[tuple[bytes, Tenant]]:
@@ -166,7 +171,9 @@ def _read(text: str, source: str) -> list[tuple[bytes, Tenant]]:
     except ValidationError as error:
         # Without the input, which may hold secrets.
         problems = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'file'}: {each['msg']}" for each in error.errors())
-        raise ChorusError(f"the API keys in {source} do not follow the schema: {problems}") from None
+        raise ChorusError(
+            f"the API keys in {source} are invalid: {problems}. See docs/gateway.md for the format."
+        ) from None
     return [(key.sha256.encode(), key.tenant()) for key in found.keys]
 
 

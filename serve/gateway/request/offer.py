@@ -27,17 +27,17 @@ class Offer:
     population_json: dict[str, bytes]
     """An answer's `population` object as JSON, by tier name."""
 
-    parts: dict[tuple[str, ...], Self] = field(default_factory=dict)
+    restricted_offers: dict[tuple[str, ...], Self] = field(default_factory=dict)
     """Cache of `restricted`: offers of some of these tiers, by their names."""
 
     def restricted(self, names: tuple[str, ...]) -> Self:
         """The same population with only the named tiers, at least one of which must exist."""
-        if names not in self.parts:
+        if names not in self.restricted_offers:
             tiers = tuple(tier for tier in self.population.tiers if tier.name in names)
             population = self.population.model_copy(update={"tiers": tiers})
             default = self.default_tier.name if self.default_tier in tiers else None
-            self.parts[names] = self.of(population, default)
-        return self.parts[names]
+            self.restricted_offers[names] = self.of(population, default)
+        return self.restricted_offers[names]
 
     @classmethod
     def of(cls, population: Population, default_tier_name: str | None) -> Self:
@@ -50,7 +50,9 @@ class Offer:
         if default_tier_name is not None:
             named = [tier for tier in population.tiers if tier.name == default_tier_name]
             if not named:
-                logger.warning("tier %s is gone; requests that ask for none get %s", default_tier_name, default.name)
+                logger.warning(
+                    "the default tier %s no longer exists; using %s instead", default_tier_name, default.name
+                )
             default = named[0] if named else default
         return cls(
             population=population,
@@ -77,21 +79,21 @@ class LiveOffer:
         self._default_tier_name = default_tier_name
         self._manifest = manifest
         self._context_length = context_length
-        self._given = population
-        self._made_of: tuple[Population, int | None] | None = None
+        self._initial_population = population
+        self._built_from: tuple[Population, int | None] | None = None
         self._offer: Offer
 
     @property
     def population(self) -> Population:
         """The population as in its manifest."""
-        return self._given if self._manifest is None else self._manifest.current()
+        return self._initial_population if self._manifest is None else self._manifest.current()
 
     def current(self) -> Offer:
         """The offer now. If nothing changed, this costs one check of the manifest's date."""
         population, length = self.population, self._context_length()
-        known = self._made_of
+        known = self._built_from
         if known is None or population is not known[0] or length != known[1]:
-            self._made_of = population, length
+            self._built_from = population, length
             shown = population if length is None else population.model_copy(update={"context_length": length})
             self._offer = Offer.of(shown, self._default_tier_name)
         return self._offer
@@ -107,7 +109,11 @@ def offer_to(tenant: Tenant, offer: Offer) -> Offer:
         return offer
     names = tuple(tier.name for tier in offer.population.tiers if tier.name in tenant.tiers)
     if not names:
-        raise ApiError(403, "this API key may use none of the tiers on offer now.", code="tier_not_allowed")
+        raise ApiError(
+            403,
+            "this API key may use none of the current tiers; ask the operator to allow one.",
+            code="tier_not_allowed",
+        )
     return offer.restricted(names)
 
 

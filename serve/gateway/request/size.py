@@ -60,7 +60,7 @@ def read_size(fields: dict[str, Any], kind: str, context_length: int) -> Size:
     characters = sum(len(text) for text in texts)
     fallback = _COMPLETION_DEFAULT_TOKENS if kind == "completion" else context_length
     names = {"chat": ("max_completion_tokens", "max_tokens"), "responses": ("max_output_tokens",)}
-    asked: int | None = next((fields[name] for name in names.get(kind, ("max_tokens",)) if name in fields), None)
+    requested: int | None = next((fields[name] for name in names.get(kind, ("max_tokens",)) if name in fields), None)
     has_choices = kind in ("completion", "chat")
     num_choices: int = fields.get("n", 1) if has_choices else 1
     return Size(
@@ -69,12 +69,12 @@ def read_size(fields: dict[str, Any], kind: str, context_length: int) -> Size:
         num_prompts=num_prompts,
         prompt_tokens=num_tokens,
         prompt_characters=characters,
-        max_tokens=min(fallback if asked is None else asked, context_length),
-        is_open=asked is None and kind != "completion",
+        max_tokens=min(fallback if requested is None else requested, context_length),
+        is_open=requested is None and kind != "completion",
     )
 
 
-def read_text(fields: dict[str, Any]) -> Size:
+def read_text_size(fields: dict[str, Any]) -> Size:
     """The size of a request to tokenize or detokenize."""
     prompt, messages, tokens = (fields.get(name) for name in ("prompt", "messages", "tokens"))
     texts = [prompt] if isinstance(prompt, str) else _texts(messages)

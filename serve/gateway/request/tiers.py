@@ -14,7 +14,7 @@ class Choice:
     """The tier that will serve a request, and what the client requested."""
 
     tier: Tier
-    asked: str
+    requested: str
     """The requested tier's name, or `default`: a bounded set, fit for a metric's label."""
     model: str
     """The model name to echo in the answer."""
@@ -41,25 +41,25 @@ def choose(population: Population, default: Tier, *, model: str | None, budget: 
     by_budget = _tier_of_budget(population, budget)
     if by_model and by_budget and by_model != by_budget:
         raise bad_request(
-            f"model {model!r} asks for tier {by_model.name!r}, budget {budget!r} for tier {by_budget.name!r}. "
-            f"Give one of them, or model {population.name!r} with the budget.",
+            f"model {model!r} means tier {by_model.name!r}, but budget {budget!r} means tier {by_budget.name!r}. "
+            f"Send only one of them, or model {population.name!r} with the budget.",
             code="contradictory_budget",
             param="budget",
         )
     tier = by_model or by_budget
     return Choice(
         tier=tier or default,
-        asked=tier.name if tier else "default",
+        requested=tier.name if tier else "default",
         model=model or population.name,
     )
 
 
-def tiers_between(population: Population, floor: Tier, asked: Tier) -> list[Tier]:
-    """Tiers that may serve a request for tier `asked`, from that tier down to `floor`.
+def tiers_between(population: Population, floor: Tier, requested: Tier) -> list[Tier]:
+    """Tiers that may serve a request for tier `requested`, from that tier down to `floor`.
 
     Each tier's members are among those of the one before, so that a running request can move down.
     """
-    found = [asked]
+    found = [requested]
     for tier in sorted(population.tiers, key=lambda tier: -tier.budget):
         is_between = floor.budget <= tier.budget < found[-1].budget
         if is_between and set(tier.members) < set(found[-1].members) and set(floor.members) <= set(tier.members):
@@ -79,8 +79,8 @@ def at_least(population: Population, budget: str | int) -> Tier:
     if budget < 1 or not fitting:
         largest = max(tier.budget for tier in population.tiers)
         raise bad_request(
-            f"min_budget {budget} is out of range: the largest tier has {largest} members, "
-            f"so it is a number from 1 to {largest}, or a tier's name.",
+            f"min_budget {budget} is out of range: the largest tier has {largest} members. "
+            f"Send a number from 1 to {largest} or a tier's name.",
             code="budget_out_of_range",
             param="min_budget",
         )
@@ -96,7 +96,7 @@ def _tier_of_model(population: Population, model: str | None) -> Tier | None:
             return tier
     raise ApiError(
         404,
-        f"there is no model {model!r}; there are {', '.join(model_names(population))}.",
+        f"model {model!r} does not exist; choose from {', '.join(model_names(population))}.",
         code="model_not_found",
         param="model",
     )
@@ -116,10 +116,10 @@ def _tier_of_name(population: Population, name: str, param: str) -> Tier:
     for tier in population.tiers:
         if tier.name == name:
             return tier
-    hint = " A number of members is given without quotes." if name.isdigit() else ""
+    hint = " Send a number of members without quotes." if name.isdigit() else ""
     raise ApiError(
         404,
-        f"there is no tier {name!r}; there are {', '.join(tier.name for tier in population.tiers)}.{hint}",
+        f"tier {name!r} does not exist; choose from {', '.join(tier.name for tier in population.tiers)}.{hint}",
         code="tier_not_found",
         param=param,
     )
@@ -129,8 +129,8 @@ def _largest_tier_within(population: Population, budget: int) -> Tier:
     num_members = len(population.members)
     if not 1 <= budget <= num_members:
         raise bad_request(
-            f"budget {budget} is out of range: {population.name!r} has {num_members} members, "
-            f"so a budget is a number from 1 to {num_members}, or a tier's name.",
+            f"budget {budget} is out of range: {population.name!r} has {num_members} members. "
+            f"Send a number from 1 to {num_members} or a tier's name.",
             code="budget_out_of_range",
             param="budget",
         )
@@ -138,7 +138,7 @@ def _largest_tier_within(population: Population, budget: int) -> Tier:
     if not fitting:
         smallest = min(population.tiers, key=lambda tier: tier.budget)
         raise bad_request(
-            f"no tier keeps to budget {budget}: the smallest, {smallest.name!r}, runs {smallest.budget} members.",
+            f"no tier fits budget {budget}: the smallest, {smallest.name!r}, runs {smallest.budget} members; raise the budget.",
             code="budget_out_of_range",
             param="budget",
         )

@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 0.5
 """Redis counts as down if a command takes longer: requests wait for it."""
-_PAUSE_S = 1.0
-_FRESH_S = 10.0
-_MODEL_S = 24 * 3600
-_MOST_BYTES = 2**24
+_RETRY_PAUSE_S = 1.0
+_TTL_S = 10.0
+_MODEL_TTL_S = 24 * 3600
+_MAX_BYTES = 2**24
 """Longest value that is read, in bytes."""
-_MOST_ENGINES = 1024
+_MAX_ENGINES = 1024
 
 # Begins the scripts below. All times are those of Redis' clock, as gateways' clocks may differ and jump.
 _NOW = """
@@ -104,7 +104,7 @@ class RedisStore:
         self._num_gateways = 1
         self._is_up = True
         self._try_again_at = 0.0
-        self._seen_engines: dict[str, float] = {}
+        self._last_found_at: dict[str, float] = {}
         """When each engine was last found in Redis, or Redis was down."""
 
     @property
@@ -115,7 +115,7 @@ class RedisStore:
     async def take(self, bucket: Bucket, amount: float) -> float:
         """See `Store`. While Redis is down: from this gateway's share."""
         amount = min(amount, bucket.burst)
-        wait_s = await self._run(self._take, f"quota:{bucket.name}", *_terms(bucket), amount, 0)
+        wait_s = await self._run(self._take, f"quota:{bucket.name}", *_rate_and_burst(bucket), amount, 0)
         if wait_s is None:
             share = self._share(bucket)
             return await self._local.take(share, min(amount, share.burst))
@@ -123,7 +123,7 @@ class RedisStore:
 
     async def settle(self, bucket: Bucket, amount: float) -> None:
         """See `Store`."""
-        if await self._run(self._take, f"quota:{bucket.name}", *_terms(bucket), amount, 1) is None:
+        if await self._run(self._take, f"quota:{bucket.name}", *_rate_and_burst(bucket), amount, 1) is None:
             await self._local.settle(self._share(bucket), amount)
 
     async def announce(self, url: str) -> None:
@@ -133,46 +133,48 @@ class RedisStore:
     async def engines(self) -> list[str]:
         """See `Store`. Known engines stay while Redis is down and, if it returns empty, until they had time to be announced again;
         health checks decide whether they are used."""
-        found = await self._run(self._list_fresh, "engines", _FRESH_S, _MOST_ENGINES)
+        found = await self._run(self._list_fresh, "engines", _TTL_S, _MAX_ENGINES)
         now = time.monotonic()
-        for url in self._seen_engines if found is None else filter(_is_address, found):
-            self._seen_engines[url] = now
-        self._seen_engines = {url: seen for url, seen in self._seen_engines.items() if now - seen < _FRESH_S}
-        return list(self._seen_engines)
+        for url in self._last_found_at if found is None else filter(_is_address, found):
+            self._last_found_at[url] = now
+        self._last_found_at = {
+            url: found_at for url, found_at in self._last_found_at.items() if now - found_at < _TTL_S
+        }
+        return list(self._last_found_at)
 
     async def save_model(self, url: str, state: dict[str, Any]) -> None:
         """See `Store`."""
         key, text = f"model:{url}", json.dumps(state)
-        await self._run(lambda keys, args: self._redis.set(keys[0], text, ex=_MODEL_S), key)
+        await self._run(lambda keys, args: self._redis.set(keys[0], text, ex=_MODEL_TTL_S), key)
 
     async def load_model(self, url: str) -> dict[str, Any] | None:
         """See `Store`."""
-        found = await self._run(lambda keys, args: self._redis.getrange(keys[0], 0, _MOST_BYTES), f"model:{url}")
+        found = await self._run(lambda keys, args: self._redis.getrange(keys[0], 0, _MAX_BYTES), f"model:{url}")
         try:
             state = json.loads(found) if found else None
         except (ValueError, RecursionError):
-            logger.warning("the saved times of engine %s are not JSON and are ignored", url)
+            logger.warning("ignoring the saved times of engine %s: not JSON", url)
             return None
         return state if isinstance(state, dict) else None
 
-    async def publish_prior(self, version: int, manifest: str, *, instead_of: str = "") -> None:
+    async def publish_prior(self, version: int, manifest: str, *, replacing: str = "") -> None:
         """See `Store`."""
-        await self._run(self._publish, "prior", version, manifest, LAST_PRIOR_VERSION, instead_of)
+        await self._run(self._publish, "prior", version, manifest, LAST_PRIOR_VERSION, replacing)
 
     async def live_prior(self) -> tuple[int, str] | None:
         """See `Store`."""
-        version, text = await self._run(self._prior, "prior", _MOST_BYTES) or (None, None)
+        version, text = await self._run(self._prior, "prior", _MAX_BYTES) or (None, None)
         if text is None or version is None or not (version.isascii() and version.isdecimal() and len(version) < 20):
             return None
         return int(version), text
 
-    async def keep(self) -> None:
+    async def run(self) -> None:
         """Announce this gateway and count all, to split the quotas among them while Redis is down."""
         while True:
             await self._run(self._renew, "gateways", self._id)
-            others = await self._run(self._list_fresh, "gateways", _FRESH_S, _MOST_ENGINES)
+            others = await self._run(self._list_fresh, "gateways", _TTL_S, _MAX_ENGINES)
             self._num_gateways = max(1, len(others)) if others is not None else self._num_gateways
-            await asyncio.sleep(_FRESH_S / 5)
+            await asyncio.sleep(_TTL_S / 5)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -184,7 +186,7 @@ class RedisStore:
         return Bucket(name=bucket.name, rate_per_s=bucket.rate_per_s / count, burst=burst)
 
     async def _run(self, command: Callable[..., Awaitable[Any]], key: str, *args: object) -> Any:
-        """Run `command` on this population's `key`. Returns its result, or None while Redis is down (retried once a second)."""
+        """Run `command` on this population's `key` and return its result; None while Redis is down (retried once a second)."""
         if time.monotonic() < self._try_again_at:
             return None
         keys = [self._prefix + key]
@@ -194,26 +196,26 @@ class RedisStore:
             except ResponseError as error:
                 if "WRONGTYPE" not in str(error):
                     raise
-                logger.warning("Redis' key %s was not written by a gateway (wrong type) and is removed", *keys)
+                logger.warning("removing Redis key %s: it has the wrong type, so no gateway wrote it", *keys)
                 await self._redis.delete(*keys)
                 found = await command(keys=keys, args=args)
         except (RedisError, OSError, TimeoutError, ValueError) as error:
-            self._try_again_at = time.monotonic() + _PAUSE_S
+            self._try_again_at = time.monotonic() + _RETRY_PAUSE_S
             if self._is_up:
                 logger.warning(
-                    "Redis is down; until it is back, this gateway grants 1/%d of each quota: %s",
+                    "Redis is down; granting 1/%d of each quota until it is up: %s",
                     self._num_gateways,
                     error,
                 )
             self._is_up = False
             return None
         if not self._is_up:
-            logger.warning("Redis is back")
+            logger.warning("Redis is up again")
         self._is_up, self._try_again_at = True, 0.0
         return found
 
 
-def _terms(bucket: Bucket) -> tuple[float, float]:
+def _rate_and_burst(bucket: Bucket) -> tuple[float, float]:
     return bucket.rate_per_s, bucket.burst
 
 

@@ -39,13 +39,13 @@ class Store(Protocol):
     async def load_model(self, url: str) -> dict[str, Any] | None:
         """The state that any gateway saved last for this engine; None if there is none."""
 
-    async def publish_prior(self, version: int, manifest: str, *, instead_of: str = "") -> None:
-        """Make `manifest` the live one if its prior is newer, or if the live one is `instead_of`, which is unusable."""
+    async def publish_prior(self, version: int, manifest: str, *, replacing: str = "") -> None:
+        """Make `manifest` the live one if its prior is newer, or if the live one is `replacing`, which is unusable."""
 
     async def live_prior(self) -> tuple[int, str] | None:
         """The live prior's version and manifest; None if none was published."""
 
-    async def keep(self) -> None:
+    async def run(self) -> None:
         """Background work, to be run beside the gateway until cancelled."""
 
     async def close(self) -> None:
@@ -94,16 +94,16 @@ class MemoryStore:
         """See `Store`."""
         return self._models.get(url)
 
-    async def publish_prior(self, version: int, manifest: str, *, instead_of: str = "") -> None:
+    async def publish_prior(self, version: int, manifest: str, *, replacing: str = "") -> None:
         """See `Store`."""
-        if self._prior is None or version > self._prior[0] or self._prior[1] == instead_of:
+        if self._prior is None or version > self._prior[0] or self._prior[1] == replacing:
             self._prior = (version, manifest)
 
     async def live_prior(self) -> tuple[int, str] | None:
         """See `Store`."""
         return self._prior
 
-    async def keep(self) -> None:
+    async def run(self) -> None:
         """Nothing to do."""
 
     async def close(self) -> None:

@@ -16,9 +16,9 @@ _EITHER_HEADER = 32 + zlib.MAX_WBITS
 class Bodies:
     """Reads bodies. When the bodies still arriving hold too much together, the one that began first is given up."""
 
-    def __init__(self, *, max_bytes: int, max_bytes_together: int, timeout_s: float) -> None:
+    def __init__(self, *, max_bytes: int, max_total_bytes: int, timeout_s: float) -> None:
         self._max_bytes = max_bytes
-        self._max_bytes_together = max_bytes_together
+        self._max_total_bytes = max_total_bytes
         self._timeout_s = timeout_s
         self._held_bytes = 0
         self._reading: dict[asyncio.Timeout, int] = {}
@@ -39,7 +39,7 @@ class Bodies:
         if coding not in (*_IDENTITY, *_ZLIB):
             raise ApiError(
                 415,
-                f"the body's content-encoding is {coding[:40]!r}; gzip, deflate or none is expected.",
+                f"content-encoding {coding[:40]!r} is not supported; use gzip, deflate or none.",
                 code="unsupported_content_encoding",
                 headers={"Accept-Encoding": "gzip, deflate"},
             )
@@ -49,27 +49,27 @@ class Bodies:
     async def _collect(self, request: Request, max_bytes: int) -> bytes:
         parts, length = [], 0
         try:
-            async with asyncio.timeout(self._timeout_s) as patience:
-                self._reading[patience] = 0
+            async with asyncio.timeout(self._timeout_s) as timeout:
+                self._reading[timeout] = 0
                 try:
                     async for part in request.stream():
                         parts.append(part)
                         length += len(part)
                         if length > max_bytes:
                             raise _too_long(max_bytes)
-                        if patience in self._reading:
-                            self._reading[patience] += len(part)
+                        if timeout in self._reading:
+                            self._reading[timeout] += len(part)
                             self._held_bytes += len(part)
-                        while self._held_bytes > self._max_bytes_together:
-                            self._give_up_oldest()
+                        while self._held_bytes > self._max_total_bytes:
+                            self._cancel_oldest()
                 finally:
-                    self._held_bytes -= self._reading.pop(patience, 0)
+                    self._held_bytes -= self._reading.pop(timeout, 0)
         except TimeoutError:
-            message = f"the body did not come within {self._timeout_s:g} s, or had to make room for others; send the request again."
+            message = f"the body did not arrive within {self._timeout_s:g} s, or memory for bodies ran out; send the request again."
             raise ApiError(408, message, code="body_timeout", headers={"Connection": "close"}) from None
         return b"".join(parts)
 
-    def _give_up_oldest(self) -> None:
+    def _cancel_oldest(self) -> None:
         oldest = next(iter(self._reading))
         self._held_bytes -= self._reading.pop(oldest)
         if not oldest.expired():
@@ -81,14 +81,14 @@ def _decode(body: bytes, coding: str, max_bytes: int) -> bytes:
     try:
         decoded = decoder.decompress(body, max_bytes + 1)
     except zlib.error as error:
-        raise bad_request(f"the body is not {coding}: {error}.", code="malformed_encoding") from None
+        raise bad_request(f"the body is not valid {coding}: {error}.", code="malformed_encoding") from None
     if len(decoded) > max_bytes:
         raise _too_long(max_bytes)
     if not decoder.eof or decoder.unused_data:
-        what = "goes on after its end" if decoder.eof else "ends too early"
+        what = "has data after its end" if decoder.eof else "is truncated"
         raise bad_request(f"the body's {coding} stream {what}.", code="malformed_encoding")
     return decoded
 
 
 def _too_long(max_bytes: int) -> ApiError:
-    return ApiError(413, f"the body is longer than {max_bytes} bytes, the most that is accepted.", code="body_too_long")
+    return ApiError(413, f"the body exceeds the limit of {max_bytes} bytes; send a smaller one.", code="body_too_long")

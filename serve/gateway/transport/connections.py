@@ -50,7 +50,7 @@ class ConnectionLimits:
     """Connections from one IPv4 address or IPv6 /64 network; None for a quarter of all."""
     idle_timeout_s: int = 75
     """Longest time between two requests on a connection."""
-    max_dropped_bytes: int = 2 * 2**20
+    max_discarded_bytes: int = 2 * 2**20
     """How much of the rest of a refused body is read and discarded before the connection closes."""
     trusted_proxies: tuple[str, ...] = ()
     """Addresses and networks whose X-Forwarded-For and X-Forwarded-Proto are trusted, and which have no limit per address."""
@@ -77,13 +77,13 @@ class ConnectionLimits:
                 soft = hard
             except (OSError, ValueError):
                 pass  # some systems allow less than their hard limit
-        most = 2**31 if soft == resource.RLIM_INFINITY else soft // 2
-        if self.max_connections is not None and self.max_connections > most:
+        limit = 2**31 if soft == resource.RLIM_INFINITY else soft // 2
+        if self.max_connections is not None and self.max_connections > limit:
             raise ChorusError(
-                f"--max-connections {self.max_connections} needs {2 * self.max_connections} open files, and this process may have "
-                f"{soft}. Raise its limit (`ulimit -n`, LimitNOFILE) or take fewer connections."
+                f"--max-connections {self.max_connections} needs {2 * self.max_connections} open files, but the limit is {soft}. "
+                "Raise the limit (`ulimit -n`, LimitNOFILE) or lower --max-connections."
             )
-        num = self.max_connections or min(4096, most)
+        num = self.max_connections or min(4096, limit)
         return num, min(num, self.max_per_address or max(1, num // 4))
 
 
@@ -91,7 +91,9 @@ def _network(text: str) -> Network:
     try:
         return ipaddress.ip_network(text, strict=False)
     except ValueError:
-        raise ChorusError(f"trusted proxy {text!r} is neither an address nor a network such as 10.0.0.0/8.") from None
+        raise ChorusError(
+            f"--trusted-proxy {text!r} is not an address or a network; use one such as 10.0.0.0/8."
+        ) from None
 
 
 def server_options(limits: ConnectionLimits) -> dict[str, Any]:
@@ -122,7 +124,7 @@ class Connections:
     def __init__(self, limits: ConnectionLimits) -> None:
         self.limits = limits
         self._networks = limits.networks
-        self._most, self._most_per_address = limits.resolved()
+        self._max_connections, self._max_per_address = limits.resolved()
         self._all: dict[Connection, str | None] = {}
         self._waiting: dict[Connection, None] = {}
         self._peers: dict[str | None, _Peer] = {}
@@ -134,19 +136,19 @@ class Connections:
         """Count a new connection, which waits for its first request. If there is no room for it, return the error."""
         address = self._address(host)
         peer = self._peers.setdefault(address, _Peer())
-        if address is not None and peer.count >= self._most_per_address and not self._evict(peer.waiting):
+        if address is not None and peer.count >= self._max_per_address and not self._evict(peer.waiting):
             return ApiError(
                 429,
-                f"there are {peer.count} connections from your address, the most that are accepted.",
+                f"your address has {peer.count} open connections, the maximum; close some or try again later.",
                 code="too_many_connections",
                 headers={"Retry-After": "1"},
             )
-        if len(self._all) >= self._most and not self._evict(self._waiting):
+        if len(self._all) >= self._max_connections and not self._evict(self._waiting):
             if not peer.count:
                 del self._peers[address]
             return ApiError(
                 503,
-                f"there are {len(self._all)} connections, the most that are accepted.",
+                f"the gateway has {len(self._all)} open connections, the maximum; try again later.",
                 code="too_many_connections",
                 headers={"Retry-After": "1"},
             )
@@ -227,11 +229,11 @@ class Connection(HttpToolsProtocol):
         """Whether the next byte belongs to a head; else to a body, its framing or its trailers."""
         self._head_began_at: float | None = None
         self._head_bytes = 0
-        self._fruitless_bytes = 0
+        self._overhead_bytes = 0
         """Bytes received since a head was complete or a body grew: parts of heads, chunk extensions, trailers."""
-        self._is_fruitful = False
+        self._made_progress = False
         self._num_trailers = 0
-        self._dropped_bytes = 0
+        self._discarded_bytes = 0
         self._error: ApiError | None = None
         """What to answer if a callback stopped the parser."""
         self._is_ending = False
@@ -267,21 +269,21 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._is_ending:
-            self._drop(len(data))
+            self._discard(len(data))
             return
         self._unset_keepalive_if_required()
         if self._reads_head and self._head_began_at is None:
             self._head_began_at = self.loop.time()
-        self._is_fruitful = False
+        self._made_progress = False
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             self._decline_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError:
-            self._refuse(self._error or ApiError(400, "this is not an HTTP/1 request.", code="malformed_http"))
+            self._refuse(self._error or ApiError(400, "the request is not valid HTTP/1.", code="malformed_http"))
         else:
-            self._fruitless_bytes = 0 if self._is_fruitful else self._fruitless_bytes + len(data)
-            if self._fruitless_bytes > MAX_HEAD_BYTES:
+            self._overhead_bytes = 0 if self._made_progress else self._overhead_bytes + len(data)
+            if self._overhead_bytes > MAX_HEAD_BYTES:
                 self._refuse(self._too_large())
 
     def check(self, now: float) -> None:
@@ -297,7 +299,13 @@ class Connection(HttpToolsProtocol):
         if self._ends_at is not None and now > self._ends_at:
             self.transport.close()
         elif self._head_began_at is not None and not self._is_answering and now - self._head_began_at > HEAD_TIMEOUT_S:
-            self._refuse(ApiError(408, f"the request's head took more than {HEAD_TIMEOUT_S:g} s.", code="head_timeout"))
+            self._refuse(
+                ApiError(
+                    408,
+                    f"the request's head did not arrive within {HEAD_TIMEOUT_S:g} s; send the request again.",
+                    code="head_timeout",
+                )
+            )
 
     # parser
 
@@ -326,26 +334,32 @@ class Connection(HttpToolsProtocol):
         version = self.parser.get_http_version()
         if version not in ("1.0", "1.1"):
             raise self._stop(
-                ApiError(505, f"HTTP/{version} is not spoken here; HTTP/1.1 is.", code="http_version_not_supported")
+                ApiError(505, f"HTTP/{version} is not supported; use HTTP/1.1.", code="http_version_not_supported")
             )
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
-                raise self._stop(ApiError(405, "CONNECT: this is not a proxy.", code="method_not_allowed"))
+                raise self._stop(
+                    ApiError(405, "CONNECT is not supported: the gateway is not a proxy.", code="method_not_allowed")
+                )
             return  # see _decline_upgrade
         if len(self.pipeline) >= MAX_PIPELINED:
             raise self._stop(
-                ApiError(429, f"more than {MAX_PIPELINED} requests wait on one connection.", code="too_many_requests")
+                ApiError(
+                    429,
+                    f"more than {MAX_PIPELINED} requests are pipelined on one connection; wait for answers.",
+                    code="too_many_requests",
+                )
             )
         super().on_headers_complete()
         self._reads_head = False
         self._head_began_at = None
-        self._is_fruitful = True
+        self._made_progress = True
         self._connections.note_busy(self)
 
     def on_body(self, body: bytes) -> None:
-        self._is_fruitful = True
+        self._made_progress = True
         if self.cycle.response_complete:
-            self._drop(len(body))
+            self._discard(len(body))
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -353,7 +367,7 @@ class Connection(HttpToolsProtocol):
             return
         super().on_message_complete()
         self._reads_head = True
-        self._dropped_bytes, self._ends_at = 0, None
+        self._discarded_bytes, self._ends_at = 0, None
         if self.cycle.response_complete:
             self._connections.note_waiting(self)
 
@@ -392,10 +406,10 @@ class Connection(HttpToolsProtocol):
 
     def _too_large(self) -> ApiError:
         if self._reads_head and not self.headers:
-            return ApiError(414, f"the request line is longer than {MAX_HEAD_BYTES} bytes.", code="uri_too_long")
+            return ApiError(414, f"the request line exceeds {MAX_HEAD_BYTES} bytes; shorten it.", code="uri_too_long")
         return ApiError(
             431,
-            f"the request's head has more than {MAX_HEAD_BYTES} bytes or {MAX_HEAD_FIELDS} fields.",
+            f"the request's head exceeds {MAX_HEAD_BYTES} bytes or {MAX_HEAD_FIELDS} fields; shorten it.",
             code="request_header_fields_too_large",
         )
 
@@ -412,9 +426,9 @@ class Connection(HttpToolsProtocol):
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self.data_received(b"".join([*head, b"\r\n", rest]))
 
-    def _drop(self, num_bytes: int) -> None:
-        self._dropped_bytes += num_bytes
-        if self._dropped_bytes > self._connections.limits.max_dropped_bytes and not self.transport.is_closing():
+    def _discard(self, num_bytes: int) -> None:
+        self._discarded_bytes += num_bytes
+        if self._discarded_bytes > self._connections.limits.max_discarded_bytes and not self.transport.is_closing():
             self._connections.note_refused("body_dropped")
             self.transport.close()
 

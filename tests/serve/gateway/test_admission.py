@@ -24,7 +24,7 @@ from tests.serve.gateway.conftest import gateway_before, known
 from tests.serve.gateway.scripted import WHOLE, ScriptedEngine
 
 
-class Door:
+class Harness:
     """An admission before one engine that is up and answers whenever the test says."""
 
     def __init__(self, population: Population, session: aiohttp.ClientSession, **limits: Any) -> None:
@@ -35,7 +35,7 @@ class Door:
     def _engines(self, call: Call, avoid: Container[Engine]) -> Sequence[Engine]:
         return [self.engine]
 
-    def ask(self, tenant: Tenant = ANYONE, **fields: Any) -> "asyncio.Task[Grant]":
+    def submit(self, tenant: Tenant = ANYONE, **fields: Any) -> "asyncio.Task[Grant]":
         import json
 
         body = json.dumps({"prompt": "a", "max_tokens": 11, **fields}).encode()
@@ -44,12 +44,12 @@ class Door:
         return asyncio.create_task(self.admission.admit(call, tenant, tiers, arrived_at=time.perf_counter()))
 
 
-def at_the_door(population: Population, story: Callable[[Door], Awaitable[None]], **limits: Any) -> None:
-    async def tell() -> None:
+def run_scenario(population: Population, scenario: Callable[[Harness], Awaitable[None]], **limits: Any) -> None:
+    async def run() -> None:
         async with aiohttp.ClientSession() as session:
-            await story(Door(population, session, **limits))
+            await scenario(Harness(population, session, **limits))
 
-    asyncio.run(tell())
+    asyncio.run(run())
 
 
 async def settle() -> None:
@@ -58,158 +58,158 @@ async def settle() -> None:
 
 
 def test_the_earliest_deadline_goes_first_and_those_without_go_last(tiny: Population) -> None:
-    async def story(door: Door) -> None:
-        first = await door.ask()
-        asks = {name: door.ask(**fields) for name, fields in
+    async def scenario(harness: Harness) -> None:
+        first = await harness.submit()
+        tasks = {name: harness.submit(**fields) for name, fields in
                 {"none": {}, "late": {"latency_budget_ms": 20_000}, "soon": {"latency_budget_ms": 9_000}}.items()}  # fmt: skip
         await settle()
         order = []
         grant = first
-        while asks:
-            door.admission.release(grant)
+        while tasks:
+            harness.admission.release(grant)
             await settle()
-            name = next(name for name, ask in asks.items() if ask.done())
-            grant = asks.pop(name).result()
+            name = next(name for name, task in tasks.items() if task.done())
+            grant = tasks.pop(name).result()
             order.append(name)
-        door.admission.release(grant)
+        harness.admission.release(grant)
         assert order == ["soon", "late", "none"]
-        assert door.admission.num_waiting == 0
-        assert door.engine.traffic.num_sequences == 0
+        assert harness.admission.num_waiting == 0
+        assert harness.engine.traffic.num_sequences == 0
 
-    at_the_door(tiny, story, max_sequences=1)
+    run_scenario(tiny, scenario, max_sequences=1)
 
 
 def test_tenants_share_an_engine_by_their_shares_whatever_they_throw_at_it(tiny: Population) -> None:
     greedy, modest = Tenant(name="greedy"), Tenant(name="modest", share=2.0)
 
-    async def story(door: Door) -> None:
-        grant = await door.ask()
-        asks = [(each.name, door.ask(each, budget=1)) for each in [greedy] * 60 + [modest] * 30]
+    async def scenario(harness: Harness) -> None:
+        grant = await harness.submit()
+        tasks = [(each.name, harness.submit(each, budget=1)) for each in [greedy] * 60 + [modest] * 30]
         await settle()
         served: Counter[str] = Counter()
         for _ in range(30):
-            door.admission.release(grant)
+            harness.admission.release(grant)
             await settle()
-            name, ask = next((name, ask) for name, ask in asks if ask.done())
-            asks.remove((name, ask))
-            grant = ask.result()
+            name, task = next((name, task) for name, task in tasks if task.done())
+            tasks.remove((name, task))
+            grant = task.result()
             served[name] += 1
         assert served["modest"] == pytest.approx(20, abs=1)
-        for _, ask in asks:
-            ask.cancel()
+        for _, task in tasks:
+            task.cancel()
 
-    at_the_door(tiny, story, max_sequences=1)
+    run_scenario(tiny, scenario, max_sequences=1)
 
 
 def test_a_full_queue_takes_the_place_from_whoever_fills_it(tiny: Population) -> None:
-    async def story(door: Door) -> None:
-        await door.ask()
-        crowd = [door.ask(Tenant(name="crowd")) for _ in range(4)]
+    async def scenario(harness: Harness) -> None:
+        await harness.submit()
+        crowd = [harness.submit(Tenant(name="crowd")) for _ in range(4)]
         await settle()
         with pytest.raises(ApiError) as refused:
-            await door.ask(Tenant(name="crowd"))
+            await harness.submit(Tenant(name="crowd"))
         assert refused.value.status == 429
         assert int(refused.value.headers["Retry-After"]) >= 1
-        other = door.ask(Tenant(name="other"))
+        other = harness.submit(Tenant(name="other"))
         await settle()
         assert not other.done()
-        assert [ask.done() for ask in crowd] == [False, False, False, True]
+        assert [task.done() for task in crowd] == [False, False, False, True]
         with pytest.raises(ApiError):
             crowd[-1].result()
-        for ask in [*crowd[:-1], other]:
-            ask.cancel()
+        for task in [*crowd[:-1], other]:
+            task.cancel()
 
-    at_the_door(tiny, story, max_sequences=1, max_queue=4)
+    run_scenario(tiny, scenario, max_sequences=1, max_queue=4)
 
 
 def test_tiers_shrink_before_anybody_is_refused_but_not_below_floors_nor_promises(tiny: Population) -> None:
     floored = Tenant(name="floored", floor="standard")
 
-    async def story(door: Door) -> None:
+    async def scenario(harness: Harness) -> None:
         filler = Tenant(name="filler")
-        first = await door.ask(filler)
+        first = await harness.submit(filler)
         assert first.tier.name == "max"
-        asks = {
-            "free": door.ask(Tenant(name="a")),
-            "promised": door.ask(Tenant(name="b"), budget="max"),
-            "tenant": door.ask(floored),
-            "floor": door.ask(Tenant(name="c"), budget="max", min_budget=2),
+        tasks = {
+            "free": harness.submit(Tenant(name="a")),
+            "promised": harness.submit(Tenant(name="b"), budget="max"),
+            "tenant": harness.submit(floored),
+            "floor": harness.submit(Tenant(name="c"), budget="max", min_budget=2),
         }
-        filling = [door.ask(filler) for _ in range(8)]  # who was served already, and comes last
+        filling = [harness.submit(filler) for _ in range(8)]  # who was served already, and comes last
         await settle()
-        door.admission.release(first)
-        for _ in asks:
+        harness.admission.release(first)
+        for _ in tasks:
             await settle()
-            for grant in [ask.result() for ask in asks.values() if ask.done()]:
-                door.admission.release(grant)
-        tiers = {name: ask.result().tier.name for name, ask in asks.items()}
+            for grant in [task.result() for task in tasks.values() if task.done()]:
+                harness.admission.release(grant)
+        tiers = {name: task.result().tier.name for name, task in tasks.items()}
         assert tiers == {"free": "economy", "promised": "max", "tenant": "standard", "floor": "standard"}
-        for ask in filling:
-            ask.cancel()
+        for task in filling:
+            task.cancel()
 
-    at_the_door(tiny, story, max_sequences=1, max_queue=12)
+    run_scenario(tiny, scenario, max_sequences=1, max_queue=12)
 
 
 def test_who_waits_too_long_is_refused_not_forgotten(tiny: Population) -> None:
-    async def story(door: Door) -> None:
-        await door.ask()
+    async def scenario(harness: Harness) -> None:
+        await harness.submit()
         with pytest.raises(ApiError) as refused:
-            await door.ask()
+            await harness.submit()
         assert (refused.value.status, refused.value.code) == (429, "overloaded")
-        assert door.admission.num_waiting == 0
+        assert harness.admission.num_waiting == 0
 
-    at_the_door(tiny, story, max_sequences=1, queue_timeout_s=0.2)
+    run_scenario(tiny, scenario, max_sequences=1, queue_timeout_s=0.2)
 
 
 @pytest.mark.parametrize(("on_deadline", "status"), [("degrade", 429), ("truncate", 429), ("fail", 504)])
 def test_a_deadline_that_passes_in_the_queue_is_answered_before_it_does(
     tiny: Population, on_deadline: str, status: int
 ) -> None:
-    async def story(door: Door) -> None:
-        door.engine.model = known()
-        await door.ask()
+    async def scenario(harness: Harness) -> None:
+        harness.engine.model = known()
+        await harness.submit()
         began_at = time.perf_counter()
         with pytest.raises(ApiError) as refused:
-            await door.ask(latency_budget_ms=1000, on_deadline=on_deadline)
+            await harness.submit(latency_budget_ms=1000, on_deadline=on_deadline)
         assert refused.value.status == status
         assert time.perf_counter() - began_at < 1.0  # an idle engine would need 0.13 s for it
 
-    at_the_door(tiny, story, max_sequences=1)
+    run_scenario(tiny, scenario, max_sequences=1)
 
 
 def test_who_leaves_the_queue_leaves_no_trace(tiny: Population) -> None:
-    async def story(door: Door) -> None:
-        grant = await door.ask()
-        waiting = [door.ask() for _ in range(3)]
+    async def scenario(harness: Harness) -> None:
+        grant = await harness.submit()
+        waiting = [harness.submit() for _ in range(3)]
         await settle()
         waiting[0].cancel()
         await settle()
-        assert door.admission.num_waiting == 2
-        door.admission.release(grant)
+        assert harness.admission.num_waiting == 2
+        harness.admission.release(grant)
         waiting[1].cancel()  # in the moment in which it is let in
         await settle()
-        door.admission.release(await waiting[2])
-        assert door.engine.traffic.num_sequences == 0
+        harness.admission.release(await waiting[2])
+        assert harness.engine.traffic.num_sequences == 0
 
-    at_the_door(tiny, story, max_sequences=1)
+    run_scenario(tiny, scenario, max_sequences=1)
 
 
 def test_the_time_to_come_back_is_how_long_the_queue_takes(tiny: Population) -> None:
-    async def story(door: Door) -> None:
-        grant = await door.ask()
-        asks = [door.ask() for _ in range(20)]
+    async def scenario(harness: Harness) -> None:
+        grant = await harness.submit()
+        tasks = [harness.submit() for _ in range(20)]
         await settle()
-        for ask in asks[:6]:
+        for task in tasks[:6]:
             await asyncio.sleep(0.2)
-            door.admission.release(grant)
+            harness.admission.release(grant)
             await settle()
-            grant = ask.result()
-        assert door.admission.num_waiting == 14
-        assert 3 <= door.admission.retry_after_s() <= 8  # 15 requests at 0.2 s each; a loaded machine takes longer
-        for ask in asks:
-            ask.cancel()
+            grant = task.result()
+        assert harness.admission.num_waiting == 14
+        assert 3 <= harness.admission.retry_after_s() <= 8  # 15 requests at 0.2 s each; a loaded machine takes longer
+        for task in tasks:
+            task.cancel()
 
-    at_the_door(tiny, story, max_sequences=1)
+    run_scenario(tiny, scenario, max_sequences=1)
 
 
 def test_ten_times_too_much_gets_429_with_a_time_and_nothing_else(tiny: Population) -> None:
@@ -217,18 +217,18 @@ def test_ten_times_too_much_gets_429_with_a_time_and_nothing_else(tiny: Populati
     engine.content_type = "application/json"
     with gateway_before(engine, tiny, limits=Limits(max_sequences=4, max_queue=8)) as pair:
 
-        def ask(idx: int) -> httpx.Response:
+        def post(idx: int) -> httpx.Response:
             return httpx.post(f"{pair.url}/v1/completions", json={"prompt": "a"}, timeout=60)
 
         with ThreadPoolExecutor(40) as threads:
-            answers = list(threads.map(ask, range(120)))
+            answers = list(threads.map(post, range(120)))
         assert {answer.status_code for answer in answers} == {200, 429}
         for answer in answers:
             if answer.status_code == 429:
                 assert 1 <= int(answer.headers["retry-after"]) <= 60
                 assert answer.json()["error"]["code"] == "overloaded"
         assert any(answer.json().get("population", {}).get("tier") == "economy" for answer in answers)
-        assert ask(0).status_code == 200
+        assert post(0).status_code == 200
         metrics = httpx.get(f"{pair.url}/metrics").text
         assert "chorus_gateway_requests_waiting 0.0" in metrics
         assert 'chorus_gateway_engine_sequences{engine="' in metrics
@@ -237,16 +237,23 @@ def test_ten_times_too_much_gets_429_with_a_time_and_nothing_else(tiny: Populati
 def test_planning_beside_a_full_engine_is_quick_enough(tiny: Population) -> None:
     """Not a measurement: only that nobody made it quadratic."""
 
-    async def story(door: Door) -> None:
-        door.engine.model = known()
+    async def scenario(harness: Harness) -> None:
+        harness.engine.model = known()
         for _ in range(200):
-            await door.ask(latency_budget_ms=80_000_000)
+            await harness.submit(latency_budget_ms=80_000_000)
         job = Job(tiers=tiny.tiers[::-1], size=read(tiny).size, finish_by=time.perf_counter() + 3600)
         began_at = time.process_time()
-        place(job, door.engine.traffic, door.engine.model, now=time.perf_counter(), probability=0.9, max_sequences=999)
+        place(
+            job,
+            harness.engine.traffic,
+            harness.engine.model,
+            now=time.perf_counter(),
+            probability=0.9,
+            max_sequences=999,
+        )
         assert time.process_time() - began_at < 0.1
 
-    at_the_door(tiny, story, max_sequences=999)
+    run_scenario(tiny, scenario, max_sequences=999)
 
 
 def read(population: Population) -> Call:
@@ -262,28 +269,32 @@ def read(population: Population) -> Call:
     ],
 )
 def test_odd_requests_do_not_change_what_others_get(tiny: Population, others: dict[str, Any]) -> None:
-    async def story(door: Door) -> None:
-        door.engine.model = known(first_s=0.001, member_s=0.0002, row_s=0.00001)
+    async def scenario(harness: Harness) -> None:
+        harness.engine.model = known(first_s=0.001, member_s=0.0002, row_s=0.00001)
         for idx in range(12):
-            task = door.ask(latency_budget_ms=1000) if idx % 2 else door.ask(**{"latency_budget_ms": 1000, **others})
+            task = (
+                harness.submit(latency_budget_ms=1000)
+                if idx % 2
+                else harness.submit(**{"latency_budget_ms": 1000, **others})
+            )
             await settle()
             grant = await task
             if idx % 2:
                 assert grant.in_flight.work.members == 4
-            door.admission.release(grant)
+            harness.admission.release(grant)
 
-    at_the_door(tiny, story)
+    run_scenario(tiny, scenario)
 
 
 def test_where_only_prompts_are_scored_the_queue_goes_on(tiny: Population) -> None:
-    async def story(door: Door) -> None:
-        door.engine.model = known(first_s=0.001, member_s=0.0002, row_s=0.00001)
+    async def scenario(harness: Harness) -> None:
+        harness.engine.model = known(first_s=0.001, member_s=0.0002, row_s=0.00001)
         score = {"max_tokens": 0, "echo": True}
-        first = await door.ask(**score)
-        second = door.ask(**score, latency_budget_ms=5000)
+        first = await harness.submit(**score)
+        second = harness.submit(**score, latency_budget_ms=5000)
         await settle()
-        assert door.admission.num_waiting == 1
-        door.admission.release(first)
+        assert harness.admission.num_waiting == 1
+        harness.admission.release(first)
         assert (await second).is_promised
 
-    at_the_door(tiny, story, max_sequences=1)
+    run_scenario(tiny, scenario, max_sequences=1)

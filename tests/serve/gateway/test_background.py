@@ -12,10 +12,10 @@ from tests.live import wait_for
 from tests.serve.gateway.conftest import Pair
 
 
-def test_one_that_fails_is_logged_and_begins_again(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_task_is_logged_and_restarted(caplog: pytest.LogCaptureFixture) -> None:
     failures: list[int] = []
 
-    async def story() -> int:
+    async def scenario() -> int:
         background, runs = Background(lambda: failures.append(1), pause_s=0.01), 0
 
         async def work() -> None:
@@ -33,14 +33,14 @@ def test_one_that_fails_is_logged_and_begins_again(caplog: pytest.LogCaptureFixt
         return runs
 
     with caplog.at_level(logging.ERROR):
-        assert asyncio.run(story()) == 3
+        assert asyncio.run(scenario()) == 3
     assert len(failures) == 2
-    assert caplog.text.count("the queue failed; it begins again") == 2
+    assert caplog.text.count("the queue failed; restarting") == 2
     assert "OverflowError: too large" in caplog.text
 
 
-def test_one_for_once_is_logged_and_left() -> None:
-    async def story() -> None:
+def test_a_one_shot_task_is_logged_and_not_restarted() -> None:
+    async def scenario() -> None:
         background, runs = Background(pause_s=0.001), 0
 
         async def work() -> None:
@@ -48,15 +48,15 @@ def test_one_for_once_is_logged_and_left() -> None:
             runs += 1
             raise ValueError
 
-        await background.begin("the calibration", work, again=False)
+        await background.begin("the calibration", work, restart=False)
         assert runs == 1
         await background.end()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_patient_one_is_cancelled_once_and_the_others_until_they_end() -> None:
-    async def story() -> list[str]:
+def test_cancel_once_tasks_are_cancelled_once_and_others_until_they_end() -> None:
+    async def scenario() -> list[str]:
         background, cancels = Background(), []
 
         async def stubborn(name: str, times: int) -> None:
@@ -69,13 +69,13 @@ def test_a_patient_one_is_cancelled_once_and_the_others_until_they_end() -> None
                 await asyncio.sleep(1.5)
                 cancels.append("ended")
 
-        background.begin("patient", lambda: stubborn("patient", 1), is_patient=True)
+        background.begin("patient", lambda: stubborn("patient", 1), cancel_once=True)
         background.begin("deaf", lambda: stubborn("deaf", 2))
         await asyncio.sleep(0)
         await background.end()
         return cancels
 
-    cancels = asyncio.run(story())
+    cancels = asyncio.run(scenario())
     assert cancels.count("deaf") == 2
     assert cancels[-1] == "ended"
     assert cancels.count("patient") == 1
@@ -88,9 +88,9 @@ def test_the_gateway_keeps_its_queue_after_a_failure(
         monkeypatch.undo()
         raise RuntimeError("unforeseen")
 
-    monkeypatch.setattr(pair.gateway.admission, "look", fails)
+    monkeypatch.setattr(pair.gateway.admission, "admit_waiting", fails)
     pair.gateway.admission._queue._length = 1
     counted = "chorus_gateway_background_failures_total 1.0"
     wait_for("the failure to be counted", lambda: counted in httpx.get(f"{pair.url}/metrics").text, timeout_s=10)
     pair.gateway.admission._queue._length = 0
-    assert {task.get_name() for task in pair.gateway.background._tasks} >= {"the queue", "the watch over an engine"}
+    assert {task.get_name() for task in pair.gateway.background._tasks} >= {"the admission queue", "engine monitoring"}

@@ -83,4 +83,4 @@ def test_whole_answers_bring_their_members_per_token(tiny: Population) -> None:
 
 def test_where_no_gateway_is_one_sentence_says_so() -> None:
     result = CliRunner().invoke(bench, ["http://127.0.0.1:9"])
-    assert "no chorus gateway" in str(result.exception)
+    assert "no Chorus gateway" in str(result.exception)

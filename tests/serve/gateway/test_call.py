@@ -64,12 +64,12 @@ def test_usage_is_always_asked_for_in_streams_and_whether_the_client_did_is_note
     streaming = call(stream=True)
     counted = {"include_usage": True, "continuous_usage_stats": True}
     assert json.loads(streaming.body())["stream_options"] == counted
-    assert not streaming.wants_counts
-    assert not streaming.wants_usage
+    assert not streaming.has_running_usage
+    assert not streaming.has_usage
     asked = call(stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True})
     assert json.loads(asked.body())["stream_options"] == counted
-    assert asked.wants_usage
-    assert asked.wants_counts
+    assert asked.has_usage
+    assert asked.has_running_usage
     assert "stream_options" not in json.loads(call(stream=False).body())
 
 

@@ -20,7 +20,7 @@ from tests.live import wait_for
 from tests.serve.gateway.conftest import Pair, gateway_before
 from tests.serve.gateway.scripted import DONE, USAGE, WHOLE, ScriptedEngine, event
 from tests.serve.gateway.test_deadlines import counted
-from tests.serve.gateway.test_keys import ALICE, ask, entry, text
+from tests.serve.gateway.test_keys import ALICE, entry, post, text
 
 PER_MIN = 600
 HEADERS = {"Authorization": f"Bearer {ALICE}"}
@@ -91,7 +91,7 @@ def test_many_sequences_beyond_the_burst_are_a_debt(metered: Pair) -> None:
     metered.engine.steps = [*steps, counted("here", 51), 30.0]
     leave(metered, b"here", prompt=["a"] * 40, max_tokens=240)
     assert is_charged(metered, 39 * 52 + 4 + 51)
-    refused = ask(metered)
+    refused = post(metered)
     assert refused.status_code == 429
     assert int(refused.headers["retry-after"]) > 100
 
@@ -120,7 +120,7 @@ def test_who_takes_nothing_of_a_stream_pays_for_all_of_it(metered: Pair) -> None
 def test_an_answer_that_fails_at_its_deadline_costs_what_was_generated_late(metered: Pair, stream: bool) -> None:
     metered.engine.steps = [counted("a", 30), counted("b", 60), 30.0]
     fields = {"max_tokens": 250, "n": 2, "latency_budget_ms": 700, "on_deadline": "fail", "stream": stream}
-    answer = ask(metered, **fields)
+    answer = post(metered, **fields)
     assert "deadline_exceeded" in answer.text
     assert is_charged(metered, 4 + 60)
 
@@ -128,13 +128,13 @@ def test_an_answer_that_fails_at_its_deadline_costs_what_was_generated_late(mete
 def test_where_an_engine_does_not_say_what_it_computed_the_charge_stays(metered: Pair) -> None:
     metered.engine.steps = [event("a"), event("b"), 30.0]
     fields = {"max_tokens": 250, "n": 2, "latency_budget_ms": 2500, "on_deadline": "fail"}
-    assert [ask(metered, **fields).status_code for _ in range(3)] == [504, 429, 429]
+    assert [post(metered, **fields).status_code for _ in range(3)] == [504, 429, 429]
 
 
 def test_an_answer_that_fails_before_its_first_token_costs_its_prompt(metered: Pair) -> None:
     metered.engine.steps = [30.0]
     fields = {"max_tokens": 250, "latency_budget_ms": 300, "on_deadline": "fail", "prompt": [1] * 50}
-    assert ask(metered, **fields).status_code == 504
+    assert post(metered, **fields).status_code == 504
     assert is_charged(metered, 50)
 
 
@@ -142,9 +142,9 @@ def test_an_answer_that_fails_before_its_first_token_costs_its_prompt(metered: P
 def test_what_is_refused_or_lost_costs_nothing(metered: Pair, stream: bool) -> None:
     metered.engine.status = 400
     metered.engine.steps = [b'{"error": {"message": "no"}}']
-    assert ask(metered, max_tokens=90, stream=stream).status_code == 400
+    assert post(metered, max_tokens=90, stream=stream).status_code == 400
     metered.engine.status, metered.engine.break_before_answer = 200, 2
-    assert ask(metered, max_tokens=90, stream=stream).status_code == 503
+    assert post(metered, max_tokens=90, stream=stream).status_code == 503
     assert is_charged(metered, 0)
 
 
@@ -153,7 +153,7 @@ def test_who_leaves_the_queue_pays_nothing(tiny: Population) -> None:
     engine.content_type = "application/json"
     keys = Keys(text=text(entry("alice", ALICE, tokens_per_min=PER_MIN)))
     with gateway_before(engine, tiny, keys=keys, limits=Limits(max_sequences=1)) as pair:
-        running = threading.Thread(target=lambda: ask(pair, max_tokens=10))
+        running = threading.Thread(target=lambda: post(pair, max_tokens=10))
         running.start()
         wait_for("it to run", lambda: bool(engine.bodies), timeout_s=10)
         with pytest.raises(httpx.ReadTimeout):
@@ -167,7 +167,7 @@ def test_who_leaves_the_queue_pays_nothing(tiny: Population) -> None:
 
 def test_counts_on_the_way_are_for_the_gateway_alone(metered: Pair) -> None:
     metered.engine.steps = [counted("a", 1), counted("b", 2), USAGE, DONE]
-    answer = ask(metered, stream=True)
+    answer = post(metered, stream=True)
     assert "usage" not in answer.text
     assert "continuous_usage_stats" in metered.engine.bodies[-1]["stream_options"]
     assert is_charged(metered, 7)
@@ -229,10 +229,10 @@ def test_an_engine_that_never_answers_is_not_waited_for_for_ever(pair: Pair, mon
 
 
 def test_a_debt_is_paid_at_the_buckets_rate() -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         store, bucket = MemoryStore(), Bucket(name="a", rate_per_s=10, burst=600)
         await store.take(bucket, 600)
         await store.settle(bucket, 1400)
         assert await store.take(bucket, 100) == pytest.approx(150, abs=1)
 
-    asyncio.run(story())
+    asyncio.run(scenario())

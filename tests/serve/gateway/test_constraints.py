@@ -1,4 +1,4 @@
-"""Structured output at the door: what is too large is refused, and so is what a key may not ask for."""
+"""Structured output at the gateway: what is too large is refused, and so is what a key may not use."""
 
 import json
 from typing import Any
@@ -10,7 +10,7 @@ from chorus.serve.gateway.request.constraints import check_constraints, repetiti
 from chorus.serve.gateway.request.errors import ApiError
 from tests.serve.gateway.conftest import gateway_before
 from tests.serve.gateway.scripted import ScriptedEngine
-from tests.serve.gateway.test_keys import ALICE, ask, entry, guarded
+from tests.serve.gateway.test_keys import ALICE, entry, guarded, post
 
 
 def form(schema: Any) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def test_what_is_usual_passes(fields: dict[str, Any], is_constrained: bool) -> N
 
 @pytest.mark.parametrize("kind", ["json", "regex", "choice", "grammar"])
 def test_fields_that_vllm_no_longer_heeds_are_refused_rather_than_ignored(kind: str) -> None:
-    with pytest.raises(ApiError, match=f"structured_outputs is, as an object: {{'{kind}'") as error:
+    with pytest.raises(ApiError, match=f"use structured_outputs: {{'{kind}'") as error:
         check_constraints({f"guided_{kind}": "a"}, is_allowed=True)
     assert error.value.status == 400
 
@@ -129,10 +129,10 @@ def test_repetitions_in_groups_multiply(regex: str, most: int) -> None:
 
 def test_a_key_may_be_kept_from_structured_output(tiny: Population) -> None:
     with guarded(tiny, entry("alice", ALICE, structured_outputs=False)) as pair:
-        refused = ask(pair, **outputs(regex="a"))
+        refused = post(pair, **outputs(regex="a"))
         assert (refused.status_code, refused.json()["error"]["code"]) == (403, "structured_output_not_allowed")
         assert not pair.engine.bodies
-        assert ask(pair).status_code == 200
+        assert post(pair).status_code == 200
 
 
 def test_an_engine_that_is_well_is_not_held_to_fail_on_grammars(tiny: Population) -> None:
@@ -140,21 +140,21 @@ def test_an_engine_that_is_well_is_not_held_to_fail_on_grammars(tiny: Population
     engine.status, engine.content_type = 500, "application/json"
     with gateway_before(engine, tiny) as pair:
         for stream in (True, False) * 3:
-            answer = ask(pair, None, stream=stream, **outputs(regex="a"))
+            answer = post(pair, None, stream=stream, **outputs(regex="a"))
             assert (answer.status_code, answer.json()["error"]["code"]) == (400, "structured_output_failed")
         engine.steps, engine.status = [b'data: {"error":{"message":"FSM","code":500}}\n\ndata: [DONE]\n\n'], 200
         engine.content_type = "text/event-stream"
-        assert ask(pair, None, stream=True, **outputs(regex="a")).status_code == 400
+        assert post(pair, None, stream=True, **outputs(regex="a")).status_code == 400
         assert pair.gateway.pool.engines[0].breaker.is_closed
         engine.status, engine.content_type = 500, "text/html"
         for _ in range(3):
-            assert ask(pair, None).status_code == 500
+            assert post(pair, None).status_code == 500
         assert not pair.gateway.pool.engines[0].breaker.is_closed
 
 
 def test_a_grammar_that_fails_on_the_way_costs_what_was_asked_for(tiny: Population) -> None:
     with guarded(tiny, entry("alice", ALICE, tokens_per_min=100)) as pair:
         pair.engine.steps, pair.engine.status = [b'{"error":{"message":"FSM","code":500}}'], 500
-        assert ask(pair, max_tokens=90).status_code == 500
-        assert ask(pair, max_tokens=90, **outputs(regex="a")).json()["error"]["code"] == "structured_output_failed"
-        assert ask(pair, max_tokens=90, **outputs(regex="a")).status_code == 429
+        assert post(pair, max_tokens=90).status_code == 500
+        assert post(pair, max_tokens=90, **outputs(regex="a")).json()["error"]["code"] == "structured_output_failed"
+        assert post(pair, max_tokens=90, **outputs(regex="a")).status_code == 429

@@ -34,11 +34,11 @@ def test_models_and_the_planner_use_the_context_that_the_engine_was_started_with
         wait_for("its length", lambda: pair.gateway.pool.context_length, timeout_s=5)
         assert shown(pair.url) == {64}
         seen = []
-        note = pair.gateway.admission._caps.note
+        note_request = pair.gateway.admission._caps.note_request
         monkeypatch.setattr(
             pair.gateway.admission._caps,
-            "note",
-            lambda job, engine: (seen.append(job.size.max_tokens), note(job, engine)),
+            "note_request",
+            lambda job, engine: (seen.append(job.size.max_tokens), note_request(job, engine)),
         )
         body = {"messages": [{"role": "user", "content": "a"}]}
         httpx.post(f"{pair.url}/v1/chat/completions", json=body).raise_for_status()

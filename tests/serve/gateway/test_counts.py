@@ -18,8 +18,8 @@ from chorus.serve.gateway.request.tiers import default_tier
 from tests.live import wait_for
 from tests.serve.gateway.conftest import Pair, gateway_before
 from tests.serve.gateway.scripted import WHOLE, ScriptedEngine
-from tests.serve.gateway.test_admission import Door, at_the_door, settle
-from tests.serve.gateway.test_keys import ALICE, BOB, ask, entry, guarded, text
+from tests.serve.gateway.test_admission import Harness, run_scenario, settle
+from tests.serve.gateway.test_keys import ALICE, BOB, entry, guarded, post, text
 
 MESSAGES = [{"role": "user", "content": "a"}]
 
@@ -79,7 +79,7 @@ def test_null_is_the_default_of_every_optional_field(tiny: Population, kind: Kin
     assert call(tiny, kind, **nothing) == call(tiny, kind)
     streaming = call(tiny, kind, stream=True, stream_options={"include_usage": None})
     assert json.loads(streaming.body())["stream_options"]["include_usage"] is True
-    assert not streaming.wants_usage
+    assert not streaming.has_usage
 
 
 @pytest.mark.parametrize(
@@ -113,10 +113,10 @@ def test_more_sequences_than_run_at_once_are_refused_and_leave_no_trace(pair: Pa
 )
 def test_a_huge_number_of_one_tenant_is_nothing_to_another(tiny: Population, body: bytes) -> None:
     with guarded(tiny, entry("alice", ALICE, tokens_per_min=600), entry("bob", BOB)) as pair:
-        assert ask(pair, BOB).status_code == 200
+        assert post(pair, BOB).status_code == 200
         headers = {"Authorization": f"Bearer {ALICE}"}
         assert httpx.post(f"{pair.url}/v1/completions", content=body, headers=headers).status_code in (400, 422)
-        assert [ask(pair, key).status_code for key in (BOB, ALICE, BOB)] == [200] * 3
+        assert [post(pair, key).status_code for key in (BOB, ALICE, BOB)] == [200] * 3
         assert 'chorus_gateway_engine_sequences{engine="' in (metrics := httpx.get(f"{pair.url}/metrics").text)
         assert all(line.endswith(" 0.0") for line in metrics.splitlines() if "engine_sequences{" in line)
 
@@ -124,79 +124,81 @@ def test_a_huge_number_of_one_tenant_is_nothing_to_another(tiny: Population, bod
 def test_a_request_that_cannot_be_planned_fails_alone(tiny: Population, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever overflows: nothing stays taken, and who waits behind it, or ends before it, notices nothing."""
 
-    async def story(door: Door) -> None:
-        charge = door.admission._queue.charge
+    async def scenario(harness: Harness) -> None:
+        charge = harness.admission._queue.charge
 
         def overflow(pending: Any, plan: Any) -> None:
             if pending.tenant.name == "poison":
                 raise OverflowError("int too large to convert to float")
             charge(pending, plan)
 
-        monkeypatch.setattr(door.admission._queue, "charge", overflow)
+        monkeypatch.setattr(harness.admission._queue, "charge", overflow)
         with pytest.raises(OverflowError):
-            await door.ask(Tenant(name="poison"))
-        assert door.engine.traffic.num_sequences == 0
-        first = await door.ask()
-        poison, behind = door.ask(Tenant(name="poison")), door.ask()
+            await harness.submit(Tenant(name="poison"))
+        assert harness.engine.traffic.num_sequences == 0
+        first = await harness.submit()
+        poison, behind = harness.submit(Tenant(name="poison")), harness.submit()
         await settle()
-        door.admission.release(first)
+        harness.admission.release(first)
         with pytest.raises(OverflowError):
             await poison
-        door.admission.release(await behind)
-        assert (door.engine.traffic.num_sequences, door.admission.num_waiting) == (0, 0)
+        harness.admission.release(await behind)
+        assert (harness.engine.traffic.num_sequences, harness.admission.num_waiting) == (0, 0)
 
-    at_the_door(tiny, story, max_sequences=1)
+    run_scenario(tiny, scenario, max_sequences=1)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, asyncio.CancelledError])
 def test_leave_is_given_back_however_a_request_ends(tiny: Population, error: type[BaseException]) -> None:
-    async def story(door: Door) -> None:
+    async def scenario(harness: Harness) -> None:
         found = call(tiny)
         with pytest.raises(error):  # noqa: PT012
-            async with door.admission.admitted(found, Tenant(name="a"), [found.choice.tier], arrived_at=0.0) as grant:
+            async with harness.admission.admitted(
+                found, Tenant(name="a"), [found.choice.tier], arrived_at=0.0
+            ) as grant:
                 assert grant.engine.traffic.num_sequences == 1
                 raise error
-        assert door.engine.traffic.num_sequences == 0
+        assert harness.engine.traffic.num_sequences == 0
 
-    at_the_door(tiny, story)
+    run_scenario(tiny, scenario)
 
 
 def test_what_an_engine_refuses_does_not_count_for_whose_turn_it_is(tiny: Population) -> None:
     refused, modest = Tenant(name="refused"), Tenant(name="modest")
 
-    async def story(door: Door) -> None:
+    async def scenario(harness: Harness) -> None:
         for _ in range(10):
-            grant = await door.ask(refused, n=4, max_tokens=250)
+            grant = await harness.submit(refused, n=4, max_tokens=250)
             grant.in_flight.num_generated = 0
-            door.admission.release(grant)
-        grant = await door.ask(modest, max_tokens=20)
-        asks = {each.name: door.ask(each, n=4) for each in (modest, refused)}
+            harness.admission.release(grant)
+        grant = await harness.submit(modest, max_tokens=20)
+        asks = {each.name: harness.submit(each, n=4) for each in (modest, refused)}
         await settle()
-        door.admission.release(grant)
+        harness.admission.release(grant)
         await settle()
         assert asks["refused"].done()
         assert not asks["modest"].done()
         asks["modest"].cancel()
 
-    at_the_door(tiny, story, max_sequences=4)
+    run_scenario(tiny, scenario, max_sequences=4)
 
 
 def test_the_places_of_sequences_that_ended_are_free_before_the_others_end(tiny: Population) -> None:
-    async def story(door: Door) -> None:
-        batch = await door.ask(n=4)
-        waiting = door.ask(n=2)
+    async def scenario(harness: Harness) -> None:
+        batch = await harness.submit(n=4)
+        waiting = harness.submit(n=2)
         await settle()
-        door.admission.end_sequences(batch, 1)
+        harness.admission.end_sequences(batch, 1)
         await settle()
         assert not waiting.done()
-        door.admission.end_sequences(batch, 1)
+        harness.admission.end_sequences(batch, 1)
         grant = await waiting
-        assert door.engine.traffic.num_sequences == 4
+        assert harness.engine.traffic.num_sequences == 4
         for each in (batch, grant):
-            door.admission.release(each)
-        assert (door.engine.traffic.num_sequences, door.engine.traffic.load().rows) == (0, 0)
+            harness.admission.release(each)
+        assert (harness.engine.traffic.num_sequences, harness.engine.traffic.load().rows) == (0, 0)
 
-    at_the_door(tiny, story, max_sequences=4)
+    run_scenario(tiny, scenario, max_sequences=4)
 
 
 def test_a_batch_waits_for_places_like_as_many_requests(tiny: Population) -> None:
@@ -232,7 +234,7 @@ def test_rates_of_keys_are_bounded(rights: dict[str, float]) -> None:
 
 def test_the_smallest_rate_says_when_to_come_back(tiny: Population) -> None:
     with guarded(tiny, entry("alice", ALICE, requests_per_s=1e-5)) as pair:
-        assert ask(pair).status_code == 200
-        refused = ask(pair)
+        assert post(pair).status_code == 200
+        refused = post(pair)
         assert refused.status_code == 429
         assert 3600 < int(refused.headers["retry-after"]) <= 86_400

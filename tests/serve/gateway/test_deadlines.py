@@ -17,7 +17,7 @@ from tests.serve.gateway.conftest import Pair, gateway_before, known
 from tests.serve.gateway.scripted import DONE, USAGE, WHOLE, ScriptedEngine, event
 
 
-def ask(pair: Pair, **fields: Any) -> httpx.Response:
+def post(pair: Pair, **fields: Any) -> httpx.Response:
     return httpx.post(f"{pair.url}/v1/completions", json={"prompt": "a", "max_tokens": 9, **fields}, timeout=20)
 
 
@@ -32,7 +32,7 @@ def events(answer: httpx.Response) -> list[dict[str, Any]]:
 
 def test_the_remaining_budget_and_the_floor_travel_to_the_engine(pair: Pair) -> None:
     pair.engine.steps, pair.engine.content_type = [WHOLE], "application/json"
-    answer = ask(pair, latency_budget_ms=5000, min_budget=2, model="tiny:max").json()
+    answer = post(pair, latency_budget_ms=5000, min_budget=2, model="tiny:max").json()
     sent = pair.engine.bodies[-1]
     extra = sent["vllm_xargs"]
     assert (extra["chorus_tier"], extra["chorus_floor"]) == ("max", "standard")
@@ -49,13 +49,13 @@ def test_a_number_between_two_tiers_is_told_to_the_engine_and_reported(pair: Pai
     drops = {"members_per_token": [[3, 9]], "drops": [{"member": "t0-c00", "at_token": 0, "reason": "start"}]}
     whole = json.dumps({**json.loads(WHOLE), "kv_transfer_params": drops}).encode()
     pair.engine.steps, pair.engine.content_type = [whole], "application/json"
-    found = ask(pair, latency_budget_ms=330).json()["population"]  # 4 members would need 0.37 s
+    found = post(pair, latency_budget_ms=330).json()["population"]  # 4 members would need 0.37 s
     extra = pair.engine.bodies[-1]["vllm_xargs"]
     assert (extra["chorus_tier"], extra["chorus_most_members"]) == ("max", 3)
     assert (found["tier"], found["most_members"], found["members_per_token"]) == ("max", 3, [[3, 9]])
     metrics = httpx.get(f"{pair.url}/metrics").text
     assert not re.search(r"^chorus_gateway_member_drops_total.* [1-9]", metrics, re.MULTILINE), "none left on the way"
-    ask(pair, latency_budget_ms=9000)
+    post(pair, latency_budget_ms=9000)
     assert "chorus_most_members" not in pair.engine.bodies[-1]["vllm_xargs"]
 
 
@@ -63,7 +63,7 @@ def test_the_engines_drops_are_reported_in_the_population_object(pair: Pair) -> 
     drops = {"members_per_token": [[4, 2], [3, 1]], "drops": [{"member": "t0-c00", "at_token": 2, "reason": "late"}]}
     whole = json.dumps({**json.loads(WHOLE), "kv_transfer_params": drops, "metrics": None}).encode()
     pair.engine.steps, pair.engine.content_type = [whole], "application/json"
-    answer = ask(pair, latency_budget_ms=5000).json()
+    answer = post(pair, latency_budget_ms=5000).json()
     assert answer["population"]["drops"] == drops["drops"]
     assert answer["population"]["members_per_token"] == drops["members_per_token"]
     assert answer["kv_transfer_params"] is None
@@ -75,11 +75,11 @@ DECODING = {"passes_per_token": 1.2, "drafts": 0, "accepted": 0, "caught_up_rows
 def test_what_an_answer_took_is_reported_without_a_time_budget(pair: Pair) -> None:
     whole = json.dumps({**json.loads(WHOLE), "kv_transfer_params": {"decoding": DECODING}}).encode()
     pair.engine.steps, pair.engine.content_type = [whole], "application/json"
-    answer = ask(pair).json()
+    answer = post(pair).json()
     assert pair.engine.bodies[-1]["vllm_xargs"]["chorus_report_in_stop_reason"] == ""
     assert answer["population"]["decoding"] == DECODING
     assert answer["kv_transfer_params"] is None
-    ask(pair, n=2)
+    post(pair, n=2)
     assert "chorus_report_in_stop_reason" not in pair.engine.bodies[-1]["vllm_xargs"], "one field, two choices"
 
 
@@ -87,12 +87,12 @@ def test_each_choice_of_a_stream_reports_what_it_took(pair: Pair, mark: str) -> 
     other = {**DECODING, "passes_per_token": 4.0}
     pair.engine.steps = [
         event("a"),
-        told(mark, {"decoding": DECODING, "stop_reason": None}),
-        told(mark, {"decoding": other, "stop_reason": "end"}, index=1),
+        report_event(mark, {"decoding": DECODING, "stop_reason": None}),
+        report_event(mark, {"decoding": other, "stop_reason": "end"}, index=1),
         USAGE,
         DONE,
     ]
-    _, first, second = events(ask(pair, stream=True, n=2))
+    _, first, second = events(post(pair, stream=True, n=2))
     assert (first["population"]["decoding"], first["choices"][0]["stop_reason"]) == (DECODING, None)
     assert (second["population"]["decoding"], second["choices"][0]["stop_reason"]) == (other, "end")
 
@@ -104,7 +104,7 @@ def test_an_answer_that_one_member_gave_has_the_name_of_a_tier_with_one(pair: Pa
     }
     whole = json.dumps({**json.loads(WHOLE), "kv_transfer_params": drops}).encode()
     pair.engine.steps, pair.engine.content_type = [whole], "application/json"
-    answer = ask(pair, latency_budget_ms=5000)
+    answer = post(pair, latency_budget_ms=5000)
     assert pair.engine.bodies[-1]["vllm_xargs"]["chorus_tier"] == "max"
     found = answer.json()["population"]
     assert (found["tier"], found["tier_asked"], len(found["members"])) == ("economy", "default", 1)
@@ -115,8 +115,8 @@ def test_an_answer_that_one_member_gave_has_the_name_of_a_tier_with_one(pair: Pa
 
 def test_a_stream_whose_members_left_says_so_at_its_end(pair: Pair, mark: str) -> None:
     report = {"members_per_token": [[1, 9]], "drops": [{"member": "t0-c00", "at_token": 0, "reason": "start"}] * 3}
-    pair.engine.steps = [event("a"), told(mark, {**report, "stop_reason": None}), USAGE, DONE]
-    first, last = events(ask(pair, stream=True, latency_budget_ms=5000))
+    pair.engine.steps = [event("a"), report_event(mark, {**report, "stop_reason": None}), USAGE, DONE]
+    first, last = events(post(pair, stream=True, latency_budget_ms=5000))
     assert (first["population"]["tier"], last["population"]["tier"]) == ("max", "economy")
     counted = re.compile(r'^chorus_gateway_requests_total.*tier_served="economy"', re.MULTILINE)
     wait_for("the count", lambda: counted.search(httpx.get(f"{pair.url}/metrics").text), timeout_s=10)
@@ -125,14 +125,14 @@ def test_a_stream_whose_members_left_says_so_at_its_end(pair: Pair, mark: str) -
 def test_a_stream_says_at_its_end_whether_the_deadline_was_met(pair: Pair) -> None:
     end = event("c", choices=[{"index": 0, "text": "c", "logprobs": None, "finish_reason": "stop"}])
     pair.engine.steps = [event("a"), event('"finish_reason":"x"'), end, USAGE, DONE]
-    first, middle, last = events(ask(pair, stream=True, latency_budget_ms=5000))
+    first, middle, last = events(post(pair, stream=True, latency_budget_ms=5000))
     assert first["population"]["latency_budget_ms"] == 5000
     assert "deadline" not in first["population"]
     assert "population" not in middle
     assert last["population"]["deadline"] == "met"
 
 
-def told(mark: str, report: dict[str, Any], *, index: int = 0) -> bytes:
+def report_event(mark: str, report: dict[str, Any], *, index: int = 0) -> bytes:
     """The event in which a choice ends, with a report as its stop reason."""
     stop_reason = mark + json.dumps(report)
     return event("c", choices=[{"index": index, "text": "c", "finish_reason": "stop", "stop_reason": stop_reason}])
@@ -156,8 +156,8 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_the_engines_drops_come_out_of_a_streams_stop_reason(
     pair: Pair, mark: str, fields: dict[str, Any], stop_reason: Any
 ) -> None:
-    pair.engine.steps = [event("a"), told(mark, {**DROPS, "stop_reason": stop_reason}), USAGE, DONE]
-    answer = ask(pair, latency_budget_ms=5000, **fields)
+    pair.engine.steps = [event("a"), report_event(mark, {**DROPS, "stop_reason": stop_reason}), USAGE, DONE]
+    answer = post(pair, latency_budget_ms=5000, **fields)
     last = events(answer)[-1] if "stream" in fields else answer.json()
     assert pair.engine.bodies[-1]["vllm_xargs"]["chorus_report_in_stop_reason"] == mark
     assert last["population"] | DROPS == last["population"]
@@ -172,16 +172,16 @@ def test_the_engines_drops_come_out_of_a_streams_stop_reason(
 def test_a_stop_text_of_the_client_is_no_report(pair: Pair, text: str) -> None:
     end = event("c", choices=[{"index": 0, "text": "c", "finish_reason": "stop", "stop_reason": text}])
     pair.engine.steps = [event("a"), end, USAGE, DONE]
-    last = events(ask(pair, latency_budget_ms=5000, stream=True, stop=text))[-1]
+    last = events(post(pair, latency_budget_ms=5000, stream=True, stop=text))[-1]
     assert last["choices"][0]["stop_reason"] == text
     assert "drops" not in last["population"]
 
 
 def test_each_choice_has_its_own_report(pair: Pair, mark: str) -> None:
-    first = told(mark, {**DROPS, "stop_reason": None})
+    first = report_event(mark, {**DROPS, "stop_reason": None})
     second = event("d", choices=[{"index": 1, "text": "d", "finish_reason": "stop", "stop_reason": "d"}])
     pair.engine.steps = [event("a"), first, second, USAGE, DONE]
-    found = events(ask(pair, latency_budget_ms=5000, stream=True, n=2))
+    found = events(post(pair, latency_budget_ms=5000, stream=True, n=2))
     assert found[1]["population"]["drops"] == DROPS["drops"]
     assert "drops" not in found[2]["population"]
 
@@ -192,7 +192,7 @@ SLOW = [event("a"), event("b"), 30.0]
 def test_a_stream_is_cut_at_the_deadline_and_ends_as_if_its_length_were_reached(pair: Pair) -> None:
     pair.engine.steps = SLOW
     began_at = time.monotonic()
-    answer = ask(pair, stream=True, latency_budget_ms=700, on_deadline="truncate")
+    answer = post(pair, stream=True, latency_budget_ms=700, on_deadline="truncate")
     assert time.monotonic() - began_at < 10
     found = events(answer)
     assert [each["choices"][0]["text"] for each in found] == ["a", "b", ""]
@@ -205,7 +205,7 @@ def test_a_stream_is_cut_at_the_deadline_and_ends_as_if_its_length_were_reached(
 
 def test_a_whole_answer_is_cut_at_the_deadline_too(pair: Pair) -> None:
     pair.engine.steps = SLOW
-    answer = ask(pair, latency_budget_ms=700, on_deadline="truncate")
+    answer = post(pair, latency_budget_ms=700, on_deadline="truncate")
     body = answer.json()
     assert body["choices"][0]["text"] == "ab"
     assert body["choices"][0]["finish_reason"] == "length"
@@ -217,7 +217,7 @@ def test_a_whole_answer_is_cut_at_the_deadline_too(pair: Pair) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_with_nothing_at_the_deadline_an_empty_answer_is_returned(pair: Pair, stream: bool) -> None:
     pair.engine.steps = [30.0]
-    answer = ask(pair, stream=stream, latency_budget_ms=300, on_deadline="truncate", n=2)
+    answer = post(pair, stream=stream, latency_budget_ms=300, on_deadline="truncate", n=2)
     assert answer.status_code == 200
     choices = events(answer)[-1]["choices"] if stream else answer.json()["choices"]
     assert [(each["text"], each["finish_reason"]) for each in choices] == [("", "length")] * 2
@@ -226,7 +226,7 @@ def test_with_nothing_at_the_deadline_an_empty_answer_is_returned(pair: Pair, st
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_request_that_would_rather_fail_gets_504_at_the_deadline(pair: Pair, stream: bool) -> None:
     pair.engine.steps = [30.0]
-    answer = ask(pair, stream=stream, latency_budget_ms=300, on_deadline="fail")
+    answer = post(pair, stream=stream, latency_budget_ms=300, on_deadline="fail")
     assert answer.status_code == 504
     assert answer.json()["error"]["code"] == "deadline_exceeded"
     assert pair.engine.client_left.wait(5)
@@ -234,13 +234,13 @@ def test_a_request_that_would_rather_fail_gets_504_at_the_deadline(pair: Pair, s
 
 def test_a_stream_that_has_begun_fails_with_an_event(pair: Pair) -> None:
     pair.engine.steps = SLOW
-    last = events(ask(pair, stream=True, latency_budget_ms=700, on_deadline="fail"))[-1]
+    last = events(post(pair, stream=True, latency_budget_ms=700, on_deadline="fail"))[-1]
     assert last["error"]["code"] == "deadline_exceeded"
 
 
 def test_an_assembled_answer_is_what_the_engine_would_have_answered_whole(pair: Pair) -> None:
     pair.engine.steps = [event("a"), event("bc"), USAGE, DONE]
-    body = ask(pair, latency_budget_ms=5000, on_deadline="truncate").json()
+    body = post(pair, latency_budget_ms=5000, on_deadline="truncate").json()
     assert body["choices"][0]["text"] == "abc"
     assert body["usage"]["completion_tokens"] == 3
     assert body["population"]["truncated"] is False
@@ -283,7 +283,7 @@ COUNTED = [counted("a", 1), counted("b", 2), 30.0]
 
 def test_a_whole_answer_that_is_cut_has_the_usage_so_far(pair: Pair) -> None:
     pair.engine.steps = COUNTED
-    assert ask(pair, latency_budget_ms=700, on_deadline="truncate").json()["usage"] == used(4, 2)
+    assert post(pair, latency_budget_ms=700, on_deadline="truncate").json()["usage"] == used(4, 2)
     assert pair.engine.bodies[-1]["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
     metrics = httpx.get(f"{pair.url}/metrics").text
     assert re.search(r"^chorus_gateway_completion_tokens_total.* 2.0", metrics, re.MULTILINE)
@@ -299,7 +299,7 @@ def test_the_usage_of_a_cut_answer_counts_every_choice_and_each_prompt_once(pair
         30.0,
     ]
     num = 2 if isinstance(prompt, list) else 3
-    found = ask(pair, prompt=prompt, n=num, latency_budget_ms=700, on_deadline="truncate").json()
+    found = post(pair, prompt=prompt, n=num, latency_budget_ms=700, on_deadline="truncate").json()
     assert found["usage"] == used(4 if isinstance(prompt, str) else 10, 7)
 
 
@@ -323,7 +323,7 @@ def test_a_stream_that_is_cut_ends_with_the_usage_for_clients_that_want_it(pair:
 def test_counts_on_the_way_pass_to_clients_that_want_them(pair: Pair) -> None:
     pair.engine.steps = [*COUNTED[:2], USAGE, DONE]
     options = {"include_usage": True, "continuous_usage_stats": True}
-    answer = ask(pair, stream=True, stream_options=options, latency_budget_ms=5000, on_deadline="truncate")
+    answer = post(pair, stream=True, stream_options=options, latency_budget_ms=5000, on_deadline="truncate")
     assert [each["usage"]["completion_tokens"] for each in events(answer)] == [1, 2, 3]
 
 
@@ -331,7 +331,7 @@ def test_counts_on_the_way_pass_to_clients_that_want_them(pair: Pair) -> None:
 def test_an_answer_cut_before_its_first_token_has_used_its_prompt(pair: Pair, stream: bool) -> None:
     pair.engine.steps = [30.0]
     options = {"stream_options": {"include_usage": True}} if stream else {}
-    answer = ask(pair, prompt=[5, 6, 7], stream=stream, latency_budget_ms=300, on_deadline="truncate", **options)
+    answer = post(pair, prompt=[5, 6, 7], stream=stream, latency_budget_ms=300, on_deadline="truncate", **options)
     found = events(answer)[-1] if stream else answer.json()
     assert found["usage"] == used(3, 0)
 
@@ -346,11 +346,11 @@ def slow_pair(tiny: Population) -> Iterator[Pair]:
 
 
 def test_a_budget_that_no_engine_could_keep_is_served_at_the_floor_or_refused_at_once(slow_pair: Pair) -> None:
-    served = ask(slow_pair, latency_budget_ms=2000)
+    served = post(slow_pair, latency_budget_ms=2000)
     assert served.status_code == 200
     assert served.json()["population"]["tier"] == "economy"
     assert served.json()["population"]["tier_asked"] == "default"
-    refused = ask(slow_pair, latency_budget_ms=2000, on_deadline="fail")
+    refused = post(slow_pair, latency_budget_ms=2000, on_deadline="fail")
     assert refused.status_code == 504
     assert "economy" in refused.json()["error"]["message"]
     assert len(slow_pair.engine.bodies) == 1
@@ -359,8 +359,8 @@ def test_a_budget_that_no_engine_could_keep_is_served_at_the_floor_or_refused_at
 def test_the_budget_chooses_the_tier_and_the_floor_bounds_it(slow_pair: Pair) -> None:
     asks = {"economy": 15_000, "standard": 25_000, "max": 90_000}
     for tier, budget_ms in asks.items():
-        assert ask(slow_pair, latency_budget_ms=budget_ms).json()["population"]["tier"] == tier
-    floored = ask(slow_pair, latency_budget_ms=15_000, min_budget="standard").json()["population"]
+        assert post(slow_pair, latency_budget_ms=budget_ms).json()["population"]["tier"] == tier
+    floored = post(slow_pair, latency_budget_ms=15_000, min_budget="standard").json()["population"]
     assert floored["tier"] == "standard"
     text = httpx.get(f"{slow_pair.url}/metrics").text
     assert 'chorus_gateway_deadlines_total{outcome="met",tier_served="max"} 1.0' in text
@@ -382,13 +382,13 @@ def test_the_budget_chooses_the_tier_and_the_floor_bounds_it(slow_pair: Pair) ->
         ({"min_budget": "max", "budget": 1}, "contradictory_budget", "min_budget"),
     ],
 )
-def test_terms_that_make_no_sense_are_refused(pair: Pair, fields: dict[str, Any], code: str, param: str) -> None:
-    answer = ask(pair, **fields)
+def test_invalid_time_budgets_are_refused(pair: Pair, fields: dict[str, Any], code: str, param: str) -> None:
+    answer = post(pair, **fields)
     assert answer.status_code == 400
     assert (answer.json()["error"]["code"], answer.json()["error"]["param"]) == (code, param)
 
 
-def test_the_openapi_document_describes_the_terms(pair: Pair) -> None:
+def test_the_openapi_document_describes_time_budgets(pair: Pair) -> None:
     document = httpx.get(f"{pair.url}/openapi.json").json()
     for route in ("/v1/completions", "/v1/chat/completions"):
         schema = document["paths"][route]["post"]["requestBody"]["content"]["application/json"]["schema"]

@@ -120,7 +120,7 @@ def complete(route: str) -> list[Any]:
     return [*BEGIN[route], *PARTS[route], *END[route]]
 
 
-def ask(pair: Pair, route: str, *, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
+def post(pair: Pair, route: str, *, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
     return httpx.post(f"{pair.url}/v1/{route}", json={**BODIES[route], **fields}, headers=headers, timeout=20)
 
 
@@ -143,7 +143,7 @@ def metric(pair: Pair, sample: str) -> float:
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(
-    ("asked", "tier"),
+    ("requested", "tier"),
     [
         ({"budget": "economy"}, "economy"),
         ({"budget": 2}, "standard"),
@@ -152,14 +152,16 @@ def metric(pair: Pair, sample: str) -> float:
         ({}, "max"),
     ],
 )
-def test_the_tier_travels_to_the_engine_and_is_told(pair: Pair, route: str, asked: dict[str, Any], tier: str) -> None:
+def test_the_tier_travels_to_the_engine_and_is_told(
+    pair: Pair, route: str, requested: dict[str, Any], tier: str
+) -> None:
     whole(pair, route)
-    answer = ask(pair, route, **asked)
+    answer = post(pair, route, **requested)
     sent, body = pair.engine.bodies[-1], answer.json()
     assert sent["vllm_xargs"] == {"chorus_tier": tier}
     assert (sent["model"], "budget" in sent) == ("tiny", False)
     assert body["population"]["tier"] == answer.headers["x-chorus-tier"] == tier
-    assert body["model"] == asked.get("model", "tiny")
+    assert body["model"] == requested.get("model", "tiny")
     changed = {**body, "model": "tiny"}
     del changed["population"]
     assert changed == WHOLE[route], (
@@ -172,7 +174,7 @@ def test_the_tier_travels_to_the_engine_and_is_told(pair: Pair, route: str, aske
 @pytest.mark.parametrize("route", ROUTES)
 def test_streams_keep_the_events_of_their_api(pair: Pair, route: str) -> None:
     pair.engine.steps = complete(route)
-    answer = ask(pair, route, stream=True, model="tiny:standard")
+    answer = post(pair, route, stream=True, model="tiny:standard")
     found, sent = events(answer), [json.loads(each.split(b"data: ")[1]) for each in complete(route)]
     assert [name for name, _ in found] == [each["type"] for each in sent]
     assert all(fields["type"] == name for name, fields in found)
@@ -193,7 +195,7 @@ def test_streams_keep_the_events_of_their_api(pair: Pair, route: str) -> None:
 def test_events_cut_anywhere_arrive_whole(pair: Pair, route: str, size: int) -> None:
     data = b"".join(complete(route))
     pair.engine.steps = [data[start : start + size] for start in range(0, len(data), size)]
-    found = events(ask(pair, route, stream=True))
+    found = events(post(pair, route, stream=True))
     deltas = [
         fields["delta"] for name, fields in found if name in ("response.output_text.delta", "content_block_delta")
     ]
@@ -203,7 +205,7 @@ def test_events_cut_anywhere_arrive_whole(pair: Pair, route: str, size: int) -> 
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_time_budget_travels_and_the_end_says_what_became_of_it(pair: Pair, route: str) -> None:
     pair.engine.steps = complete(route)
-    name, last = events(ask(pair, route, stream=True, latency_budget_ms=5000, min_budget=2))[
+    name, last = events(post(pair, route, stream=True, latency_budget_ms=5000, min_budget=2))[
         -1 if route == "responses" else -2
     ]
     population = last["response"]["population"] if route == "responses" else last["population"]
@@ -213,14 +215,14 @@ def test_a_time_budget_travels_and_the_end_says_what_became_of_it(pair: Pair, ro
     assert extra["chorus_floor"] == "standard"
     assert "chorus_report_in_stop_reason" not in extra, "Messages would show it as a stop sequence"
     whole(pair, route)
-    assert ask(pair, route, latency_budget_ms=5000).json()["population"]["deadline"] == "met"
+    assert post(pair, route, latency_budget_ms=5000).json()["population"]["deadline"] == "met"
 
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_answer_is_cut_at_its_deadline_as_if_its_length_were_reached(pair: Pair, route: str, stream: bool) -> None:
     pair.engine.steps = [*BEGIN[route], *PARTS[route], 30.0]
-    answer = ask(pair, route, stream=stream, latency_budget_ms=900, on_deadline="truncate", model="tiny:max")
+    answer = post(pair, route, stream=stream, latency_budget_ms=900, on_deadline="truncate", model="tiny:max")
     assert answer.status_code == 200
     assert pair.engine.client_left.wait(5)
     if route == "responses":
@@ -249,7 +251,7 @@ def test_an_answer_is_cut_at_its_deadline_as_if_its_length_were_reached(pair: Pa
 @pytest.mark.parametrize("stream", [True, False])
 def test_with_nothing_at_the_deadline_an_empty_answer_is_returned(pair: Pair, route: str, stream: bool) -> None:
     pair.engine.steps = [30.0]
-    answer = ask(pair, route, stream=stream, latency_budget_ms=300, on_deadline="truncate")
+    answer = post(pair, route, stream=stream, latency_budget_ms=300, on_deadline="truncate")
     assert answer.status_code == 200
     if stream:
         names = [name for name, _ in events(answer)]
@@ -266,7 +268,7 @@ def test_with_nothing_at_the_deadline_an_empty_answer_is_returned(pair: Pair, ro
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_whole_answer_that_ends_in_time_is_put_together_from_its_stream(pair: Pair, route: str) -> None:
     pair.engine.steps = complete(route)
-    body = ask(pair, route, latency_budget_ms=5000, on_deadline="truncate").json()
+    body = post(pair, route, latency_budget_ms=5000, on_deadline="truncate").json()
     parts = body["output"][0]["content"] if route == "responses" else body["content"]
     assert [part["text"] for part in parts] == [TEXT]
     assert body["population"]["truncated"] is False
@@ -282,27 +284,27 @@ def test_a_tools_call_that_is_cut_short_is_not_handed_on(pair: Pair) -> None:
         return named("content_block_delta", index=0, delta={"type": "input_json_delta", "partial_json": text})
 
     pair.engine.steps = [*BEGIN["messages"], tool, part('{"a": '), 30.0]
-    body = ask(pair, "messages", latency_budget_ms=700, on_deadline="truncate").json()
+    body = post(pair, "messages", latency_budget_ms=700, on_deadline="truncate").json()
     assert body["content"] == [{"type": "text", "text": ""}]
     pair.engine.steps = [*BEGIN["messages"], tool, part('{"a": '), part("1}"), *END["messages"]]
-    body = ask(pair, "messages", latency_budget_ms=5000, on_deadline="truncate").json()
+    body = post(pair, "messages", latency_budget_ms=5000, on_deadline="truncate").json()
     assert body["content"] == [{"type": "tool_use", "id": "t", "name": "f", "input": {"a": 1}}]
 
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_an_engine_lost_after_it_announced_an_answer_and_made_none_is_tried_again(pair: Pair, route: str) -> None:
     pair.engine.steps, pair.engine.then_break = [*BEGIN[route]], True
-    assert ask(pair, route, stream=True).status_code == 503
+    assert post(pair, route, stream=True).status_code == 503
     assert len(pair.engine.bodies) == 2
 
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_stream_that_breaks_ends_with_an_error_event_of_its_api(pair: Pair, route: str) -> None:
     pair.engine.steps, pair.engine.then_break = [*BEGIN[route], *PARTS[route]], True
-    name, fields = events(ask(pair, route, stream=True))[-1]
+    name, fields = events(post(pair, route, stream=True))[-1]
     assert (name, fields["type"]) == ("error", "error")
     found = fields if route == "responses" else fields["error"]
-    assert "engine went away" in found["message"]
+    assert "connection to the engine was lost" in found["message"]
     assert found.get("code" if route == "responses" else "type") in ("stream_broken", "overloaded_error")
 
 
@@ -313,7 +315,7 @@ def test_an_engines_error_before_the_first_token_is_answered_with_its_status(pai
     if not stream:
         pair.engine.steps, pair.engine.status = [json.dumps(error).encode()], 400
         pair.engine.content_type = "application/json"
-    answer = ask(pair, "messages", stream=stream)
+    answer = post(pair, "messages", stream=stream)
     assert answer.status_code == (500 if stream else 400)
     assert answer.json()["error"]["message"] == ("the engine failed on this request." if stream else "oops")
 
@@ -322,7 +324,7 @@ def test_an_engines_error_before_the_first_token_is_answered_with_its_status(pai
 def test_an_engines_failure_in_a_stream_passes_without_its_words(pair: Pair, route: str) -> None:
     error = {"type": "error", "error": {"type": "internal_error", "message": "/root/x.py"}}
     pair.engine.steps = [*BEGIN[route], *PARTS[route], b"event: error\ndata: " + json.dumps(error).encode() + b"\n\n"]
-    answer = ask(pair, route, stream=True)
+    answer = post(pair, route, stream=True)
     assert events(answer)[-1][0] == "error"
     assert "the engine failed on this request." in answer.text
     assert "/root/x.py" not in answer.text
@@ -337,7 +339,7 @@ def test_garbage_from_an_engine_is_a_bad_gateway(pair: Pair, route: str, stream:
         pair.engine.steps = [b"event: " + name + b"\ndata: " + garbage + b"\n\n"]
     else:
         pair.engine.steps, pair.engine.content_type = [garbage], "application/json"
-    answer = ask(pair, route, stream=stream)
+    answer = post(pair, route, stream=stream)
     assert answer.status_code in ((200, 502, 503) if stream else (502,))
     if answer.status_code == 200:
         assert not stream or events(answer)[-1][0] == "error"
@@ -355,22 +357,22 @@ def guarded(tiny: Population) -> Iterator[Pair]:
 def test_keys_come_in_the_header_of_either_api(guarded: Pair, route: str, header: str) -> None:
     whole(guarded, route)
     value = ALICE if header == "x-api-key" else f"Bearer {ALICE}"
-    assert ask(guarded, route, headers={header: value}, budget="economy").status_code == 200
+    assert post(guarded, route, headers={header: value}, budget="economy").status_code == 200
     assert ALICE not in json.dumps(guarded.engine.headers[-1])
     models = httpx.get(f"{guarded.url}/v1/models", headers={header: value}).json()["data"]
     assert {card["id"] for card in models} == {"tiny", "tiny:economy"}
-    assert ask(guarded, route, headers={header: value + "x"}).status_code == 401
-    assert ask(guarded, route).status_code == 401
+    assert post(guarded, route, headers={header: value + "x"}).status_code == 401
+    assert post(guarded, route).status_code == 401
 
 
 def test_a_keys_tokens_are_counted_over_all_routes(guarded: Pair) -> None:
     headers = {"x-api-key": BOB}
     for route in ROUTES:
         whole(guarded, route)
-        assert ask(guarded, route, headers=headers).status_code == 200
+        assert post(guarded, route, headers=headers).status_code == 200
     long = {"responses": {"max_output_tokens": 200}, "messages": {"max_tokens": 200}}
     for route in ROUTES:
-        answer = ask(guarded, route, headers=headers, **long[route])
+        answer = post(guarded, route, headers=headers, **long[route])
         assert answer.status_code == 429, "a burst of sixty, of which fourteen are used"
         assert int(answer.headers["retry-after"]) >= 1
 
@@ -385,7 +387,7 @@ def test_a_keys_tokens_are_counted_over_all_routes(guarded: Pair) -> None:
     ],
 )
 def test_errors_of_messages_have_anthropics_shape(pair: Pair, fields: dict[str, Any], status: int, kind: str) -> None:
-    answer = ask(pair, "messages", **fields)
+    answer = post(pair, "messages", **fields)
     assert answer.status_code == status
     assert answer.json().keys() == {"type", "error"}
     assert (answer.json()["type"], answer.json()["error"]["type"]) == ("error", kind)
@@ -407,7 +409,7 @@ def test_errors_of_messages_have_anthropics_shape(pair: Pair, fields: dict[str, 
 def test_errors_of_responses_have_openais_shape(
     pair: Pair, fields: dict[str, Any], status: int, code: str, param: str
 ) -> None:
-    answer = ask(pair, "responses", **fields)
+    answer = post(pair, "responses", **fields)
     assert answer.status_code == status
     error = answer.json()["error"]
     assert (error["code"], error["param"]) == (code, param)
@@ -448,17 +450,18 @@ def test_the_openai_client_reads_responses_whole_and_streamed(pair: Pair) -> Non
 
 def test_anthropics_client_reads_messages_whole_and_streamed_and_raises_on_errors(pair: Pair) -> None:
     client = anthropic.Anthropic(base_url=pair.url, api_key="none", max_retries=0)
-    ask: dict[str, Any] = {"model": "tiny", "max_tokens": 8, "messages": [{"role": "user", "content": "hi"}]}
+    request: dict[str, Any] = {"model": "tiny", "max_tokens": 8, "messages": [{"role": "user", "content": "hi"}]}
     whole(pair, "messages")
-    assert client.messages.create(**ask).content[0].text == "abc"  # type: ignore[union-attr]
+    assert client.messages.create(**request).content[0].text == "abc"  # type: ignore[union-attr]
     pair.engine.steps, pair.engine.content_type = complete("messages"), "text/event-stream"
-    with client.messages.stream(**ask) as stream:
+    with client.messages.stream(**request) as stream:
         final = stream.get_final_message()
     assert (final.content[0].text, final.usage.output_tokens) == (TEXT, 3)  # type: ignore[union-attr]
-    with pytest.raises(anthropic.NotFoundError, match="there is no model"):
-        client.messages.create(**{**ask, "model": "other"})
+    with pytest.raises(anthropic.NotFoundError, match="does not exist"):
+        client.messages.create(**{**request, "model": "other"})
     pair.engine.steps, pair.engine.then_break = [*BEGIN["messages"], *PARTS["messages"]], True
-    with pytest.raises(anthropic.APIStatusError, match="engine went away"), client.messages.stream(**ask) as stream:
+    lost = "connection to the engine was lost"
+    with pytest.raises(anthropic.APIStatusError, match=lost), client.messages.stream(**request) as stream:
         stream.get_final_message()
 
 
@@ -504,14 +507,14 @@ def test_a_route_that_nobody_knows_is_just_not_found(pair: Pair) -> None:
 )
 def test_a_real_engine_answers_responses_by_the_members_asked_for(gateway_url: str, terms: dict[str, Any]) -> None:
     client = openai.OpenAI(base_url=f"{gateway_url}/v1", api_key="none", max_retries=0)
-    ask: dict[str, Any] = {"model": "tiny:standard", "input": "def main(", "max_output_tokens": 8, "temperature": 0}
-    found = client.responses.create(**ask, extra_body=terms)
+    request: dict[str, Any] = {"model": "tiny:standard", "input": "def main(", "max_output_tokens": 8, "temperature": 0}
+    found = client.responses.create(**request, extra_body=terms)
     assert found.population["members"] == ["t0-c00", "t0-c01"]  # type: ignore[attr-defined]
     assert found.usage is not None
     assert found.usage.output_tokens == 8
-    with client.responses.stream(**ask, extra_body=terms) as stream:
+    with client.responses.stream(**request, extra_body=terms) as stream:
         assert stream.get_final_response().output_text == found.output_text
-    others = client.responses.create(**{**ask, "model": "tiny:max"})
+    others = client.responses.create(**{**request, "model": "tiny:max"})
     assert others.output_text != found.output_text, "other members say something else"
 
 
@@ -521,16 +524,16 @@ def test_a_real_engine_answers_responses_by_the_members_asked_for(gateway_url: s
 def test_a_real_engine_answers_messages_by_the_members_asked_for(gateway_url: str, terms: dict[str, Any]) -> None:
     client = anthropic.Anthropic(base_url=gateway_url, api_key="none", max_retries=0)
     messages: Any = [{"role": "user", "content": "def main("}]
-    ask: dict[str, Any] = {"model": "tiny:standard", "max_tokens": 8, "messages": messages}
-    found = client.messages.create(**ask, extra_body={"temperature": 0, **terms})
+    request: dict[str, Any] = {"model": "tiny:standard", "max_tokens": 8, "messages": messages}
+    found = client.messages.create(**request, extra_body={"temperature": 0, **terms})
     assert found.population["members"] == ["t0-c00", "t0-c01"]  # type: ignore[attr-defined]
     assert (found.usage.output_tokens, found.stop_reason) == (8, "max_tokens")
-    with client.messages.stream(**ask, extra_body={"temperature": 0, **terms}) as stream:
+    with client.messages.stream(**request, extra_body={"temperature": 0, **terms}) as stream:
         streamed = [part.text for part in stream.get_final_message().content]
     assert streamed == [part.text for part in found.content]
     counted = client.messages.count_tokens(model="tiny", messages=messages)
     assert counted.input_tokens == found.usage.input_tokens
-    others = client.messages.create(**{**ask, "model": "tiny:max"}, extra_body={"temperature": 0})
+    others = client.messages.create(**{**request, "model": "tiny:max"}, extra_body={"temperature": 0})
     assert others.content != found.content
 
 

@@ -268,11 +268,11 @@ def test_a_trusted_proxy_has_no_limit_of_its_own(tiny: Population) -> None:
 
 
 def test_addresses_are_counted_as_their_networks() -> None:
-    door = connections.Connections(ConnectionLimits(trusted_proxies=("10.0.0.0/8", "fd00::/8")))
-    assert door._address("192.0.2.7") == "192.0.2.7"
-    assert door._address("::ffff:192.0.2.7") == "192.0.2.7"
-    assert door._address("2001:db8:1:2::9") == door._address("2001:db8:1:2:ffff::1") == "2001:db8:1:2::/64"
-    assert door._address("10.1.2.3") is door._address("::ffff:10.1.2.3") is door._address("fd00::1") is None
+    harness = connections.Connections(ConnectionLimits(trusted_proxies=("10.0.0.0/8", "fd00::/8")))
+    assert harness._address("192.0.2.7") == "192.0.2.7"
+    assert harness._address("::ffff:192.0.2.7") == "192.0.2.7"
+    assert harness._address("2001:db8:1:2::9") == harness._address("2001:db8:1:2:ffff::1") == "2001:db8:1:2::/64"
+    assert harness._address("10.1.2.3") is harness._address("::ffff:10.1.2.3") is harness._address("fd00::1") is None
 
 
 def test_more_connections_than_open_files_allow_are_refused_at_the_start() -> None:
@@ -289,7 +289,7 @@ def test_more_connections_than_open_files_allow_are_refused_at_the_start() -> No
 
 @pytest.mark.parametrize("is_declared", [True, False])
 def test_a_refused_body_is_not_swallowed(tiny: Population, is_declared: bool) -> None:
-    limits = ConnectionLimits(max_dropped_bytes=200_000)
+    limits = ConnectionLimits(max_discarded_bytes=200_000)
     with gateway_before(ScriptedEngine(), tiny, connections=limits, max_body_bytes=100_000) as pair:
         head = b"Content-Length: 1000000000" if is_declared else b"Transfer-Encoding: chunked"
         part = b"a" * 2**16 if is_declared else b"10000\r\n" + b"a" * 2**16 + b"\r\n"

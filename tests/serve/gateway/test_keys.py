@@ -27,7 +27,7 @@ def text(*entries: dict[str, Any]) -> str:
     return json.dumps({"keys": entries})
 
 
-def ask(pair: Pair, key: str | None = ALICE, **fields: Any) -> httpx.Response:
+def post(pair: Pair, key: str | None = ALICE, **fields: Any) -> httpx.Response:
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     return httpx.post(f"{pair.url}/v1/completions", json={"prompt": "a", **fields}, headers=headers, timeout=20)
 
@@ -41,7 +41,7 @@ def guarded(tiny: Population, *entries: dict[str, Any]) -> Any:
 def test_without_a_known_key_nothing_is_served_and_nothing_reaches_the_engine(tiny: Population) -> None:
     with guarded(tiny, entry("alice", ALICE)) as pair:
         for key, code in ((None, "missing_api_key"), ("wrong", "invalid_api_key"), ("Basic x", "invalid_api_key")):
-            refused = ask(pair, key)
+            refused = post(pair, key)
             assert (refused.status_code, refused.json()["error"]["code"]) == (401, code)
             assert refused.headers["www-authenticate"] == "Bearer"
         for path in ("/v1/models", "/v1/models/tiny"):
@@ -49,7 +49,7 @@ def test_without_a_known_key_nothing_is_served_and_nothing_reaches_the_engine(ti
         for path in ("/tokenize", "/v1/chat/completions"):
             assert httpx.post(pair.url + path, content=b"no JSON").status_code == 401
         assert not pair.engine.bodies
-        assert ask(pair).status_code == 200
+        assert post(pair).status_code == 200
         assert "authorization" not in pair.engine.headers[-1]
         for path in ("/health", "/ready", "/metrics", "/openapi.json"):
             assert httpx.get(pair.url + path).status_code == 200
@@ -58,13 +58,13 @@ def test_without_a_known_key_nothing_is_served_and_nothing_reaches_the_engine(ti
 def test_a_key_opens_its_own_tiers_only(tiny: Population) -> None:
     rights = entry("alice", ALICE, tiers=["economy", "standard"])
     with guarded(tiny, rights, entry("bob", BOB)) as pair:
-        assert ask(pair).json()["population"]["tier"] == "standard"
-        assert ask(pair, budget=4).json()["population"]["tier"] == "standard"
+        assert post(pair).json()["population"]["tier"] == "standard"
+        assert post(pair, budget=4).json()["population"]["tier"] == "standard"
         for fields in ({"budget": "max"}, {"model": "tiny:max"}, {"min_budget": "max"}):
-            refused = ask(pair, **fields)
+            refused = post(pair, **fields)
             assert (refused.status_code, refused.json()["error"]["code"]) == (403, "tier_not_allowed")
-        assert ask(pair, budget="gold").status_code == 404
-        assert ask(pair, BOB, budget="max").json()["population"]["tier"] == "max"
+        assert post(pair, budget="gold").status_code == 404
+        assert post(pair, BOB, budget="max").json()["population"]["tier"] == "max"
         listed = httpx.get(f"{pair.url}/v1/models", headers={"Authorization": f"Bearer {ALICE}"}).json()["data"]
         assert [card["id"] for card in listed] == ["tiny", "tiny:economy", "tiny:standard"]
         assert httpx.get(
@@ -74,23 +74,23 @@ def test_a_key_opens_its_own_tiers_only(tiny: Population) -> None:
 
 def test_a_rate_of_requests_is_kept_and_says_when_to_come_back(tiny: Population) -> None:
     with guarded(tiny, entry("alice", ALICE, requests_per_s=0.5), entry("bob", BOB)) as pair:
-        assert ask(pair).status_code == 200
-        refused = ask(pair)
+        assert post(pair).status_code == 200
+        refused = post(pair)
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
         assert 1 <= int(refused.headers["retry-after"]) <= 2
-        assert ask(pair, BOB).status_code == 200
-        wait_for("the next turn", lambda: ask(pair).status_code == 200, timeout_s=10)
+        assert post(pair, BOB).status_code == 200
+        wait_for("the next turn", lambda: post(pair).status_code == 200, timeout_s=10)
 
 
 def test_tokens_are_charged_as_asked_and_settled_as_used(tiny: Population) -> None:
     with guarded(tiny, entry("alice", ALICE, tokens_per_min=100)) as pair:
         for _ in range(5):  # 50 asked and 7 used, each time
-            assert ask(pair, max_tokens=50).status_code == 200
-        refused = ask(pair, max_tokens=90)
+            assert post(pair, max_tokens=50).status_code == 200
+        refused = post(pair, max_tokens=90)
         assert refused.status_code == 429
         assert 1 <= int(refused.headers["retry-after"]) <= 40
         pair.engine.steps, pair.engine.content_type = [event("a"), USAGE, DONE], "text/event-stream"
-        assert ask(pair, max_tokens=40, stream=True).status_code == 200
+        assert post(pair, max_tokens=40, stream=True).status_code == 200
         used = 'chorus_gateway_tenant_tokens_total{tenant="alice"} 42.0'
         assert used in httpx.get(f"{pair.url}/metrics").text
 
@@ -99,7 +99,7 @@ def test_what_the_engine_refuses_costs_nothing(tiny: Population) -> None:
     with guarded(tiny, entry("alice", ALICE, tokens_per_min=100)) as pair:
         pair.engine.status = 400
         for _ in range(5):
-            assert ask(pair, max_tokens=90).status_code == 400
+            assert post(pair, max_tokens=90).status_code == 400
 
 
 def test_keys_change_while_the_gateway_runs_and_a_broken_file_changes_nothing(
@@ -110,15 +110,15 @@ def test_keys_change_while_the_gateway_runs_and_a_broken_file_changes_nothing(
     engine = ScriptedEngine([WHOLE])
     engine.content_type = "application/json"
     with gateway_before(engine, tiny, keys=Keys(path=file)) as pair:
-        assert ask(pair).status_code == 200
+        assert post(pair).status_code == 200
         replacement = tmp_path / "new.json"
         replacement.write_text(text(entry("bob", BOB)))
         replacement.replace(file)
-        assert (ask(pair, ALICE).status_code, ask(pair, BOB).status_code) == (401, 200)
+        assert (post(pair, ALICE).status_code, post(pair, BOB).status_code) == (401, 200)
         file.write_text('{"keys": [{"name": "eve", "sha256": "ck-not-a-digest"}]}')
-        assert (ask(pair, ALICE).status_code, ask(pair, BOB).status_code) == (401, 200)
+        assert (post(pair, ALICE).status_code, post(pair, BOB).status_code) == (401, 200)
         file.unlink()
-        assert ask(pair, BOB).status_code == 200
+        assert post(pair, BOB).status_code == 200
         assert "ck-not-a-digest" not in caplog.text
 
 
@@ -144,9 +144,9 @@ def test_keys_that_make_no_sense_are_refused_at_start_without_showing_them(broke
 
 def test_no_key_is_logged_or_measured(tiny: Population, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG), guarded(tiny, entry("alice", ALICE)) as pair:
-        ask(pair)
-        ask(pair, "ck-somebody-elses")
-        ask(pair, model="nothing")
+        post(pair)
+        post(pair, "ck-somebody-elses")
+        post(pair, model="nothing")
         shown = caplog.text + httpx.get(f"{pair.url}/metrics").text + httpx.get(f"{pair.url}/openapi.json").text
     assert ALICE not in shown
     assert "ck-somebody-elses" not in shown

@@ -29,7 +29,7 @@ def learned(*lengths: int, tenant: str = "a") -> AnswerLengths:
     return found
 
 
-def test_where_nothing_is_known_the_prior_is_planned_with_within_the_context() -> None:
+def test_without_observations_the_prior_length_is_used_up_to_the_context() -> None:
     assert AnswerLengths().planned(OPEN, "a").max_tokens == PRIOR_TOKENS
     assert AnswerLengths().planned(Size(max_tokens=128, is_open=True), "a").max_tokens == 128
 
@@ -64,25 +64,27 @@ def test_answers_that_were_cut_do_not_make_the_expectation_shorter_and_shorter()
     assert lengths.expected("a") == 100
 
 
-def test_the_last_answers_count() -> None:
+def test_only_recent_answers_count() -> None:
     assert learned(*[2000] * 300, *[50] * 200).expected("a") == 50
 
 
-def members(monkeypatch: pytest.MonkeyPatch, population: Population, lengths: list[int], **ask: Any) -> list[Outcome]:
+def members(
+    monkeypatch: pytest.MonkeyPatch, population: Population, lengths: list[int], **request: Any
+) -> list[Outcome]:
     """Open chats one after the other, with thirty seconds for each."""
 
-    async def story() -> list[Outcome]:
+    async def scenario() -> list[Outcome]:
         world = World(population, costs=SLOW, limits=Limits())
         working = world.working()
-        await world.crowd(1, 30, budget_s=None, tier="max")
-        await world.crowd(1, 30, budget_s=None, tier="economy")
-        found = [await world.ask(budget_s=30, max_tokens=length, is_open=True, **ask) for length in lengths]
+        await world.closed_loop(1, 30, budget_s=None, tier="max")
+        await world.closed_loop(1, 30, budget_s=None, tier="economy")
+        found = [await world.send(budget_s=30, max_tokens=length, is_open=True, **request) for length in lengths]
         for task in working:
             task.cancel()
         await asyncio.gather(*working, return_exceptions=True)
         return found
 
-    found: list[Outcome] = in_virtual_time(monkeypatch, story())
+    found: list[Outcome] = in_virtual_time(monkeypatch, scenario())
     return found
 
 
@@ -112,22 +114,22 @@ def test_a_tenant_of_long_answers_takes_no_members_from_others(
 ) -> None:
     wide = tiny.model_copy(update={"context_length": 8192})
 
-    async def story() -> float:
+    async def scenario() -> float:
         world = World(wide, costs=SLOW, limits=Limits())
         working = world.working()
-        await world.crowd(1, 30, budget_s=None, tier="max")
-        await world.crowd(1, 30, budget_s=None, tier="economy")
+        await world.closed_loop(1, 30, budget_s=None, tier="max")
+        await world.closed_loop(1, 30, budget_s=None, tier="economy")
         short, long = Tenant(name="short"), Tenant(name="long")
         for _ in range(15):
-            await world.ask(budget_s=30, max_tokens=40, is_open=True, tenant=short)
-            await world.ask(budget_s=30, max_tokens=2000, is_open=True, tenant=long)
-        found = [await world.ask(budget_s=30, max_tokens=40, is_open=True, tenant=short) for _ in range(5)]
+            await world.send(budget_s=30, max_tokens=40, is_open=True, tenant=short)
+            await world.send(budget_s=30, max_tokens=2000, is_open=True, tenant=long)
+        found = [await world.send(budget_s=30, max_tokens=40, is_open=True, tenant=short) for _ in range(5)]
         for task in working:
             task.cancel()
         await asyncio.gather(*working, return_exceptions=True)
         return statistics.fmean(each.members for each in found)
 
-    assert in_virtual_time(monkeypatch, story()) == 4
+    assert in_virtual_time(monkeypatch, scenario()) == 4
 
 
 def test_lengths_are_learned_from_answers_and_told_to_the_engine(pair: Pair) -> None:
@@ -135,12 +137,12 @@ def test_lengths_are_learned_from_answers_and_told_to_the_engine(pair: Pair) -> 
     usage = {"prompt_tokens": 4, "total_tokens": 34, "completion_tokens": 30}
     whole = event("a", usage=usage)[6:-2]
     pair.engine.steps, pair.engine.content_type = [whole], "application/json"
-    told = []
+    sent = []
     for _ in range(11):
         ask_chat(pair, latency_budget_ms=20_000)
-        told.append(pair.engine.bodies[-1]["vllm_xargs"][EXPECTED_TOKENS_ARGUMENT])
+        sent.append(pair.engine.bodies[-1]["vllm_xargs"][EXPECTED_TOKENS_ARGUMENT])
         assert "max_tokens" not in pair.engine.bodies[-1]
-    assert (told[0], told[-1]) == (256, 30), "at first the whole of this small context"
+    assert (sent[0], sent[-1]) == (256, 30), "at first the whole of this small context"
     ask_chat(pair, latency_budget_ms=20_000, max_tokens=100)
     assert EXPECTED_TOKENS_ARGUMENT not in pair.engine.bodies[-1]["vllm_xargs"]
     ask_chat(pair)

@@ -28,7 +28,7 @@ class Clock:
         processes = SimpleNamespace(core_s=self._used_s.copy, server_s=self._used_s.copy) if is_ours else None
         life = Life("http://e", stall_timeout_s=STALL_S, processes=cast(Processes, processes))
         if has_worked:
-            life.heard()
+            life.note_output()
         return life
 
     def passes(self, seconds: float) -> None:
@@ -45,7 +45,7 @@ class Clock:
         async def look() -> float:
             while self.now - began < 10_000:
                 self.passes(1)
-                life.counted(count())
+                life.note_progress(count())
                 if await life.is_stuck(expected_s):
                     break
             return self.now - began
@@ -103,13 +103,13 @@ def test_an_engine_of_others_that_shows_no_counters_cannot_be_judged(clock: Cloc
     assert clock.stuck_after(clock.life(), count=lambda: None) == pytest.approx(STALL_S, abs=3)
 
 
-def test_a_gateway_that_was_stopped_itself_blames_nobody(clock: Clock) -> None:
+def test_a_paused_gateway_does_not_count_its_pause_as_silence(clock: Clock) -> None:
     life = clock.life()
 
     async def look() -> bool:
         await life.is_stuck(0)
         clock.passes(3600)
-        return await life.is_stuck(0) or await life.is_deaf()
+        return await life.is_stuck(0) or await life.is_unresponsive()
 
     assert not asyncio.run(look())
     assert clock.stuck_after(life) == pytest.approx(STALL_S * 2 / 3, abs=3)
@@ -120,7 +120,7 @@ def test_a_server_that_answers_nothing_is_given_up_sooner_when_it_computes_nothi
         life, began = clock.life(), clock.now
 
         async def look() -> None:
-            while not await life.is_deaf():
+            while not await life.is_unresponsive():
                 clock.passes(15)
 
         asyncio.run(look())
@@ -131,7 +131,9 @@ def test_a_server_that_answers_nothing_is_given_up_sooner_when_it_computes_nothi
     assert deaf_after() == pytest.approx(10 * STALL_S, abs=31)
 
 
-def test_a_stream_may_be_silent_as_long_as_its_engine_may_but_not_beside_others_that_are_heard(clock: Clock) -> None:
+def test_a_stream_may_be_silent_for_longer_only_if_the_whole_engine_is_silent(
+    clock: Clock,
+) -> None:
     life = clock.life()
     assert life.longest_silence_s(20.0) == STALL_S
     clock.passes(31)
@@ -145,5 +147,5 @@ def test_a_stream_may_be_silent_as_long_as_its_engine_may_but_not_beside_others_
 async def _looks(clock: Clock, life: Life, seconds: int) -> None:
     for _ in range(seconds):
         clock.passes(1)
-        life.counted(7.0)
+        life.note_progress(7.0)
         assert not await life.is_stuck(0.0)

@@ -45,7 +45,7 @@ def demand(rate: float, *, budget_s: float = 1.0, prompt_tokens: float = 0.0, nu
 @pytest.mark.parametrize("prompt_tokens", [0.0, 20.0])
 @pytest.mark.parametrize("rate", [5, 20, 60])
 @pytest.mark.parametrize("members", [1, 2, 4])
-def test_what_is_served_is_what_steps_allow(rate: float, members: int, prompt_tokens: float) -> None:
+def test_the_forecast_matches_the_step_costs(rate: float, members: int, prompt_tokens: float) -> None:
     asked = demand(rate, prompt_tokens=prompt_tokens)
     found = forecast(asked, supply(), members)
     # Step by step: with n sequences at a time, each step gives n tokens; prompts take their part of the time.
@@ -70,7 +70,7 @@ def test_rates_are_those_of_the_last_seconds() -> None:
     assert found.budget_s == pytest.approx(0.5)
 
 
-def test_at_first_they_are_those_since_anybody_asked() -> None:
+def test_early_rates_cover_the_time_since_the_first_request() -> None:
     asked, began_at = Demand(), time.perf_counter()
     for beginning in (began_at, began_at + 3600):
         for idx in range(120):
@@ -87,13 +87,13 @@ def test_one_long_request_is_no_flood() -> None:
     found = asked.rates(now)
     assert found is not None
     assert found.tokens < 4000 / 15
-    assert MemberCap().update(found, supply(), most=6, backlog=0) == 6
+    assert MemberCap().update(found, supply(), max_members=6, backlog=0) == 6
 
 
 @pytest.mark.parametrize("costs", [COSTS, replace(COSTS, member=0.0001, row=0.0003), None])
-def test_the_more_comes_the_fewer_members_and_the_more_engines_the_more(costs: StepCosts | None) -> None:
+def test_the_cap_falls_with_demand_and_rises_with_engines(costs: StepCosts | None) -> None:
     def chosen(rate: float, num_engines: int) -> int:
-        return MemberCap().update(demand(rate), supply(costs, num_engines=num_engines), most=6, backlog=1)
+        return MemberCap().update(demand(rate), supply(costs, num_engines=num_engines), max_members=6, backlog=1)
 
     found = [chosen(rate, 1) for rate in (0.5, 5, 10, 20, 40, 80, 400)]
     assert found == sorted(found, reverse=True)
@@ -102,8 +102,8 @@ def test_the_more_comes_the_fewer_members_and_the_more_engines_the_more(costs: S
     assert any(chosen(rate, 2) > chosen(rate, 1) for rate in (5, 10, 20, 40, 80))
 
 
-def test_where_nobody_asks_all_members_may_run() -> None:
-    assert MemberCap().update(None, supply(), most=6, backlog=0) == 6
+def test_without_demand_the_cap_is_all_members() -> None:
+    assert MemberCap().update(None, supply(), max_members=6, backlog=0) == 6
 
 
 def test_the_larger_number_runs_while_the_queue_fills_and_the_smaller_one_while_it_drains() -> None:
@@ -111,7 +111,7 @@ def test_the_larger_number_runs_while_the_queue_fills_and_the_smaller_one_while_
     assert forecast(each, ours, 2).excess < 0 < forecast(each, ours, 3).excess
 
     def at(waiting: float) -> int:
-        return cap.update(each, ours, most=6, backlog=waiting * TOKENS, losses=EQUAL_GAINS)
+        return cap.update(each, ours, max_members=6, backlog=waiting * TOKENS, losses=EQUAL_GAINS)
 
     assert at(0) == 3, "one more than can be kept up"
     assert at(3) == 3, "and while there is room in the queue"
@@ -146,11 +146,11 @@ def test_more_than_can_be_kept_up_runs_only_where_that_is_worth_its_risk(
 ) -> None:
     ours, each, cap = supply(replace(COSTS, step=0.001, member=0.002)), demand(47.0), MemberCap()
     assert 0.5 < forecast(each, ours, 2).probability_sustained(1.0) < 0.75
-    assert cap.update(each, ours, most=6, backlog=0, losses=losses) == expected
-    least = cap.update(demand(5.0), ours, most=6, backlog=0, losses=losses)
+    assert cap.update(each, ours, max_members=6, backlog=0, losses=losses) == expected
+    least = cap.update(demand(5.0), ours, max_members=6, backlog=0, losses=losses)
     assert least == 6, "where all can be kept up, all run"
-    again = cap.update(each, ours, most=6, backlog=0, losses=losses)
-    assert again == expected, "and nobody waits for a queue to become full"
+    restart = cap.update(each, ours, max_members=6, backlog=0, losses=losses)
+    assert restart == expected, "and nobody waits for a queue to become full"
 
 
 def test_a_request_that_is_served_by_all_members_makes_steps_longer_for_everybody() -> None:
@@ -164,5 +164,5 @@ def test_a_request_that_is_served_by_all_members_makes_steps_longer_for_everybod
 
 def test_budgets_too_short_for_many_members_give_few() -> None:
     long, short = demand(4.0, budget_s=1.0), demand(4.0, budget_s=0.2)
-    assert MemberCap().update(long, supply(), most=6, backlog=0) == 6
-    assert MemberCap().update(short, supply(), most=6, backlog=0) == 1
+    assert MemberCap().update(long, supply(), max_members=6, backlog=0) == 6
+    assert MemberCap().update(short, supply(), max_members=6, backlog=0) == 1

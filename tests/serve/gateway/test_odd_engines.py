@@ -12,7 +12,8 @@ from chorus.population.manifest import Population
 from tests.live import wait_for
 from tests.serve.gateway.conftest import Pair, gateway_before
 from tests.serve.gateway.scripted import DONE, USAGE, WHOLE, ScriptedEngine, event
-from tests.serve.gateway.test_keys import ALICE, ask, entry, guarded
+from tests.serve.gateway.test_keys import ALICE, entry, guarded
+from tests.serve.gateway.test_keys import post as post_with_key
 
 STREAM, JSON, HTML = "text/event-stream", "application/json", "text/html"
 BUDGET = {"latency_budget_ms": 20_000, "on_deadline": "truncate"}
@@ -27,7 +28,7 @@ def post(pair: Pair, path: str = "/v1/completions", **fields: Any) -> httpx.Resp
     "body", [b"\xff\xfegarbage", b"{}", b"[1,2]", b"", b"{not json", b'{"choices":' + b"[" * 10_000]
 )
 @pytest.mark.parametrize("fields", [{}, BUDGET])
-def test_a_whole_answer_that_is_none_is_a_502(pair: Pair, body: bytes, fields: dict[str, Any]) -> None:
+def test_an_invalid_whole_answer_is_a_502(pair: Pair, body: bytes, fields: dict[str, Any]) -> None:
     pair.engine.steps, pair.engine.content_type = [body], JSON
     for path in ("/v1/completions", "/tokenize"):
         answer = post(pair, path, **fields)
@@ -48,7 +49,7 @@ def test_a_whole_answer_that_is_none_is_a_502(pair: Pair, body: bytes, fields: d
     ],
 )
 @pytest.mark.parametrize("fields", [{"stream": True}, BUDGET, {"stream": True, **BUDGET}])
-def test_a_stream_that_is_none_is_a_502(pair: Pair, steps: list[bytes], fields: dict[str, Any]) -> None:
+def test_an_invalid_stream_is_a_502(pair: Pair, steps: list[bytes], fields: dict[str, Any]) -> None:
     pair.engine.steps = steps
     answer = post(pair, **fields)
     assert (answer.status_code, answer.json()["error"]["code"]) == (502, "engine_error")
@@ -101,7 +102,7 @@ def test_redirects_of_an_engine_are_not_followed(tiny: Population) -> None:
     assert "/secret" not in paths
 
 
-def test_answers_of_members_that_are_none_are_a_502_and_no_number_is_beyond_json(pair: Pair) -> None:
+def test_invalid_member_answers_are_a_502_and_infinities_are_clamped(pair: Pair) -> None:
     fields = {"prompt": [1, 2, 3], "budget": "standard"}
     for odd in ([None, "a"], [[], 1], [1]):
         pair.engine.member_logprobs = dict.fromkeys(("t0-c00", "t0-c01"), odd)  # type: ignore[arg-type]
@@ -180,9 +181,9 @@ def test_whole_characters_and_bodies_of_a_usual_depth_pass(pair: Pair) -> None:
 def test_no_answer_to_a_restricted_key_names_other_tiers(tiny: Population) -> None:
     with guarded(tiny, entry("alice", ALICE, tiers=["economy"])) as pair:
         for fields in ({"budget": "gold"}, {"min_budget": "gold"}, {"model": "tiny:gold"}, {"model": "other"}):
-            refused = ask(pair, **fields)
+            refused = post_with_key(pair, **fields)
             assert refused.status_code == 404
             assert "economy" in refused.text
             assert "standard" not in refused.text
             assert "max" not in refused.json()["error"]["message"]
-        assert ask(pair, budget="standard").status_code == 403
+        assert post_with_key(pair, budget="standard").status_code == 403

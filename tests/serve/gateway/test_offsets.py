@@ -8,7 +8,7 @@ import pytest
 from chorus.serve.gateway.relay.offsets import Offsets
 from tests.serve.gateway.conftest import Pair
 from tests.serve.gateway.scripted import DONE, USAGE, event
-from tests.serve.gateway.test_deadlines import ask, events
+from tests.serve.gateway.test_deadlines import events, post
 
 
 def choice(text: str, tokens: list[str], *, start: int = 0, index: int = 0) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def choice(text: str, tokens: list[str], *, start: int = 0, index: int = 0) -> d
 )
 def test_offsets_point_into_the_text(text: str, tokens: list[str], offsets: list[int]) -> None:
     body = json.dumps({"choices": [choice(text, tokens)]}).encode()
-    (found,) = json.loads(Offsets().mend(body))["choices"]
+    (found,) = json.loads(Offsets().correct(body))["choices"]
     assert found["logprobs"]["text_offset"] == offsets
     assert found | {"logprobs": None} == choice(text, tokens) | {"logprobs": None}
 
@@ -48,7 +48,7 @@ def test_an_echoed_prompt_has_its_offsets_in_streams_too(pair: Pair, stream: boo
         whole = choice("def f(x)", ["<|bos|>", "def", " f", "(", "x", ")"])
         pair.engine.steps = [json.dumps({"choices": [whole], "model": "tiny"}).encode()]
         pair.engine.content_type = "application/json"
-    answer = ask(pair, stream=stream, echo=True, logprobs=1)
+    answer = post(pair, stream=stream, echo=True, logprobs=1)
     found = [each["choices"][0]["logprobs"]["text_offset"] for each in (events(answer) if stream else [answer.json()])]
     assert found == ([[0, 0, 3, 5], [6, 7], [0, 1]] if stream else [[0, 0, 3, 5, 6, 7]])
 
@@ -56,4 +56,4 @@ def test_an_echoed_prompt_has_its_offsets_in_streams_too(pair: Pair, stream: boo
 def test_without_an_echo_nothing_is_parsed(pair: Pair) -> None:
     sent = event("", choices=[choice("x", ["<|bos|>", "x"])])
     pair.engine.steps = [event("a"), sent, USAGE, DONE]
-    assert sent.decode() in ask(pair, stream=True, logprobs=1).text
+    assert sent.decode() in post(pair, stream=True, logprobs=1).text

@@ -73,10 +73,10 @@ class Page:
         raise TimeoutError(f"{script}: {self.problems}, {await self.evaluate('document.body.innerText')}")
 
 
-def in_browser(url: str, profile: Path, story: Any, *, ready: str = "document.getElementById('tier')") -> None:
-    """Open `url` and let `story` act on the page, once it is loaded and `ready` is there."""
+def in_browser(url: str, profile: Path, scenario: Any, *, ready: str = "document.getElementById('tier')") -> None:
+    """Open `url` and let `scenario` act on the page, once it is loaded and `ready` is there."""
 
-    async def tell(address: str) -> None:
+    async def run(address: str) -> None:
         target = httpx.put(f"{address}/json/new?about:blank", timeout=30).json()["webSocketDebuggerUrl"]
         async with aiohttp.ClientSession() as session, session.ws_connect(target, max_msg_size=0) as socket:
             page = Page(socket)
@@ -84,11 +84,11 @@ def in_browser(url: str, profile: Path, story: Any, *, ready: str = "document.ge
                 await page.call(f"{domain}.enable")
             await page.call("Page.navigate", url=url)
             await page.until(f"document.readyState === 'complete' && {ready} !== null")
-            await story(page)
+            await scenario(page)
             assert not page.problems
 
     with chromium(profile) as address:
-        asyncio.run(tell(address))
+        asyncio.run(run(address))
 
 
 def token(word: str, logprob: float, finish: str | None = None) -> bytes:
@@ -105,7 +105,7 @@ def test_the_page_streams_an_answer_tinted_by_disagreement_with_its_members_and_
         # They agree about the prompt's second token and the first of the answer, then less and less.
         pair.engine.member_logprobs = {"t0-c00": [-1.0, -0.5, -2.0, -9.0], "t0-c01": [-1.0, -0.5, -1.0, -1.0]}
 
-        async def story(page: Page) -> None:
+        async def scenario(page: Page) -> None:
             await page.until("document.getElementById('offer').textContent.includes('API key')")
             assert "401" in page.problems[0]  # the browser shows every refusal; it is the one that was expected
             page.problems.clear()
@@ -131,7 +131,7 @@ def test_the_page_streams_an_answer_tinted_by_disagreement_with_its_members_and_
             assert float(await page.evaluate("speed.textContent")) > 0
             assert await page.evaluate("members.innerText.includes('t0-c01')")
 
-        in_browser(pair.url, tmp_path / "profile", story)
+        in_browser(pair.url, tmp_path / "profile", scenario)
         sent, *alone = [body for body in pair.engine.bodies if "prompt" in body]
         assert [body["vllm_xargs"] for body in alone] == [{"chorus_member": "t0-c00"}, {"chorus_member": "t0-c01"}]
         assert alone[0]["prompt"] == [1, 2, 7, 7]
@@ -160,7 +160,7 @@ def test_the_documentation_lists_every_route_with_its_fields(tiny: Population, t
     with gateway_before(ScriptedEngine(), tiny) as pair:
         paths = set(httpx.get(f"{pair.url}/openapi.json").json()["paths"])
 
-        async def story(page: Page) -> None:
+        async def scenario(page: Page) -> None:
             await page.until("document.querySelectorAll('details').length > 5")
             shown = await page.evaluate("[...document.querySelectorAll('summary code')].map(each => each.textContent)")
             assert set(shown) == paths
@@ -170,4 +170,4 @@ def test_the_documentation_lists_every_route_with_its_fields(tiny: Population, t
             assert {"prompt", "budget", "max_tokens", "200", "429"} <= set(await page.evaluate(fields))
             assert "chorus: tiny" in await page.evaluate("document.body.textContent")
 
-        in_browser(f"{pair.url}/docs", tmp_path / "profile", story, ready="document.getElementById('routes')")
+        in_browser(f"{pair.url}/docs", tmp_path / "profile", scenario, ready="document.getElementById('routes')")

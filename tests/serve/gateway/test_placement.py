@@ -261,6 +261,6 @@ def test_on_an_idle_engine_nobody_waits_for_better_odds(tiny: Population) -> Non
 def test_the_squeeze_settles_where_few_are_late(needed: float) -> None:
     reserve, late = Reserve(misses=0.02), []
     for _ in range(4000):
-        late.append(reserve.part < needed)
+        late.append(reserve.share < needed)
         reserve.observe(late=late[-1])
     assert sum(late[2000:]) / 2000 <= 0.04

@@ -41,18 +41,20 @@ class Setting:
 
     costs: Costs
     max_sequences: int = 64
-    tells_costs: bool = True
+    reports_costs: bool = True
 
     async def under_load(
         self, population: Population, factor: float, tier: str | None, *, seed: int = SEED
     ) -> list[Outcome]:
         """Poisson arrivals at a multiple of the largest tier's capacity, each with twice the time that it takes alone."""
         limits = Limits(max_sequences=self.max_sequences)
-        world = World(population, costs=self.costs, limits=limits, tells_costs=self.tells_costs, seed=seed)
+        world = World(population, costs=self.costs, limits=limits, reports_costs=self.reports_costs, seed=seed)
         working = world.working()
-        alone_s = statistics.median(each.seconds for each in await world.crowd(1, 3, budget_s=None, tier="max"))
-        capacity = len(await world.crowd(16, 10, budget_s=None, tier="max")) / 10
-        outcomes = await world.arrivals(factor * capacity, 20, budget_s=2 * alone_s, tier=tier, told=tier is None)
+        alone_s = statistics.median(each.seconds for each in await world.closed_loop(1, 3, budget_s=None, tier="max"))
+        capacity = len(await world.closed_loop(16, 10, budget_s=None, tier="max")) / 10
+        outcomes = await world.arrivals(
+            factor * capacity, 20, budget_s=2 * alone_s, tier=tier, with_budget=tier is None
+        )
         for task in working:
             task.cancel()
         await asyncio.gather(*working, return_exceptions=True)
@@ -65,7 +67,7 @@ ROWS = Costs(step_s=0.0005, member_s=0.0007, row_s=0.00016, prompt_row_s=0.00002
 BOTH = Costs(step_s=0.0019, member_s=0.0011, row_s=0.00004, prompt_row_s=0.000005, prompt_s=0.002)
 MEMBERS = Costs(step_s=0.003, member_s=0.005, row_s=0.00002, prompt_row_s=0.000004)
 SETTINGS = {
-    "rows cost most, and the engine does not say so": Setting(costs=ROWS, tells_costs=False),
+    "rows cost most, and the engine does not say so": Setting(costs=ROWS, reports_costs=False),
     "members and rows": Setting(costs=BOTH, max_sequences=16),
     "members cost most": Setting(costs=MEMBERS, max_sequences=16),
 }
@@ -96,19 +98,19 @@ def test_what_happens_in_virtual_time_happens_again(tiny: Population, monkeypatc
 
 
 def test_who_has_time_takes_no_members_from_who_has_not(tiny: Population, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def story() -> Outcome:
+    async def scenario() -> Outcome:
         world = World(tiny, costs=BOTH, limits=Limits(max_sequences=1), seed=SEED)
         working = world.working()
-        await world.crowd(1, 3, budget_s=None)
-        waiting = [asyncio.create_task(world.ask(budget_s=None, max_tokens=3000)) for _ in range(20)]
+        await world.closed_loop(1, 3, budget_s=None)
+        waiting = [asyncio.create_task(world.send(budget_s=None, max_tokens=3000)) for _ in range(20)]
         await asyncio.sleep(15)
-        outcome = await world.ask(budget_s=10)
+        outcome = await world.send(budget_s=10)
         for task in [*working, *waiting]:
             task.cancel()
         await asyncio.gather(*working, *waiting, return_exceptions=True)
         return outcome
 
-    outcome = in_virtual_time(monkeypatch, story())
+    outcome = in_virtual_time(monkeypatch, scenario())
     assert outcome.is_in_time
     assert outcome.members == 4, "a queue of requests without a time budget is nobody's deadline"
 

@@ -35,7 +35,7 @@ class Cluster:
     gateway: Gateway
     engines: tuple[ScriptedEngine, ScriptedEngine]
 
-    def ask(self, **fields: Any) -> httpx.Response:
+    def post(self, **fields: Any) -> httpx.Response:
         return httpx.post(f"{self.url}/v1/completions", json={**BODY, **fields}, timeout=20)
 
     def counts(self) -> list[int]:
@@ -71,25 +71,25 @@ def test_requests_side_by_side_are_spread_over_the_engines(cluster: Cluster) -> 
     for engine in cluster.engines:
         engine.steps = [0.5, WHOLE]
     with ThreadPoolExecutor(8) as threads:
-        answers = list(threads.map(lambda idx: cluster.ask(prompt=f"p{idx}"), range(8)))
+        answers = list(threads.map(lambda idx: cluster.post(prompt=f"p{idx}"), range(8)))
     assert {answer.status_code for answer in answers} == {200}
     assert min(cluster.counts()) >= 2
 
 
 def test_what_begins_alike_goes_where_it_went_before(cluster: Cluster) -> None:
     for idx in range(6):
-        cluster.ask(prompt="the same long beginning " * 20 + str(idx))
+        cluster.post(prompt="the same long beginning " * 20 + str(idx))
     assert sorted(cluster.counts()) == [0, 6]
 
 
 def test_a_request_that_was_not_begun_is_tried_on_the_other_engine(cluster: Cluster) -> None:
-    cluster.ask()
+    cluster.post()
     known, other = cluster.busy()
     known.break_before_answer = 1
-    assert cluster.ask().status_code == 200
+    assert cluster.post().status_code == 200
     assert (len(known.bodies), len(other.bodies)) == (2, 1)
     known.break_before_answer = other.break_before_answer = 1
-    refused = cluster.ask()
+    refused = cluster.post()
     assert refused.status_code == 503
     assert int(refused.headers["retry-after"]) >= 1
     assert sum(cluster.counts()) == 5  # one try each, and no third
@@ -98,16 +98,16 @@ def test_a_request_that_was_not_begun_is_tried_on_the_other_engine(cluster: Clus
 def test_a_stream_that_has_begun_is_never_begun_again(cluster: Cluster) -> None:
     for engine in cluster.engines:
         engine.steps, engine.content_type, engine.then_break = [event("a")], "text/event-stream", True
-    answer = cluster.ask(stream=True)
+    answer = cluster.post(stream=True)
     assert '"code":"stream_broken"' in answer.text
     assert sum(cluster.counts()) == 1
 
 
 def test_an_engine_that_keeps_failing_gets_nothing_for_a_while(cluster: Cluster) -> None:
-    cluster.ask()
+    cluster.post()
     bad, good = cluster.busy()
     bad.status, bad.steps = 500, [b"oops"]
-    codes = [cluster.ask().status_code for _ in range(12)]
+    codes = [cluster.post().status_code for _ in range(12)]
     assert codes.count(500) in {3, 4}  # until the circuit opens; one more if the pause was over meanwhile
     assert len(good.bodies) >= 7
     assert 'circuit_open{engine="' in httpx.get(f"{cluster.url}/metrics").text
@@ -116,7 +116,7 @@ def test_an_engine_that_keeps_failing_gets_nothing_for_a_while(cluster: Cluster)
     prompts = (str(idx) for idx in range(10_000))
     wait_for(
         "another try",
-        lambda: cluster.ask(prompt=next(prompts)).status_code == 200 and len(bad.bodies) > before + 1,
+        lambda: cluster.post(prompt=next(prompts)).status_code == 200 and len(bad.bodies) > before + 1,
         timeout_s=15,
     )
 
@@ -127,18 +127,18 @@ def test_the_breaker_opens_after_failures_in_a_row_and_closes_after_a_success(mo
     breaker = Breaker()
     for _ in range(2):
         breaker.note_failure()
-        assert breaker.lets_pass()
+        assert breaker.allows_request()
     breaker.note_failure()
-    assert not breaker.lets_pass()
+    assert not breaker.allows_request()
     now[0] = 1.0
-    assert breaker.lets_pass()
-    breaker.note_try()
-    assert not breaker.lets_pass()  # one tries, the others wait for how it fares
+    assert breaker.allows_request()
+    breaker.note_attempt()
+    assert not breaker.allows_request()  # one tries, the others wait for how it fares
     breaker.note_failure()
     now[0] = 2.5
-    assert not breaker.lets_pass()  # the pause has doubled
+    assert not breaker.allows_request()  # the pause has doubled
     now[0] = 3.0
-    assert breaker.lets_pass()
+    assert breaker.allows_request()
     breaker.note_success()
     assert breaker.is_closed
 
@@ -155,7 +155,7 @@ def test_an_engine_that_freezes_is_left_and_its_streams_end_loudly(tiny: Populat
             frozen.is_frozen = True
             text += "".join(parts)
         assert '"code":"stream_broken"' in text
-        assert cluster.ask(stream=True).text.endswith("[DONE]\n\n")
+        assert cluster.post(stream=True).text.endswith("[DONE]\n\n")
         frozen.is_frozen = False
         wait_for("both again", lambda: all(engine.is_up for engine in cluster.gateway.engines), timeout_s=10)
 
@@ -163,11 +163,11 @@ def test_an_engine_that_freezes_is_left_and_its_streams_end_loudly(tiny: Populat
 def test_what_a_frozen_engine_was_asked_is_asked_elsewhere_as_soon_as_it_is_given_up(tiny: Population) -> None:
     probe_timeout_s = 2.0
     with cluster_of_two(tiny, probe_timeout_s=probe_timeout_s, stall_timeout_s=60.0) as cluster:
-        cluster.ask()
+        cluster.post()
         frozen, other = cluster.busy()
         frozen.is_frozen = True
         asked_at = time.monotonic()
-        assert cluster.ask(max_tokens=5).status_code == 200
+        assert cluster.post(max_tokens=5).status_code == 200
         assert other.bodies[-1]["max_tokens"] == 5
         assert time.monotonic() - asked_at < 2 * probe_timeout_s, "it was looked at once more, in vain"
         frozen.is_frozen = False
@@ -175,10 +175,10 @@ def test_what_a_frozen_engine_was_asked_is_asked_elsewhere_as_soon_as_it_is_give
 
 def test_an_engine_that_says_it_is_well_and_computes_nothing_is_left_until_it_works_again(tiny: Population) -> None:
     with cluster_of_two(tiny, probe_timeout_s=0.5, stall_timeout_s=1.0) as cluster:
-        cluster.ask()
+        cluster.post()
         stuck, other = cluster.busy()
         stuck.is_stuck = True
-        assert cluster.ask(max_tokens=5).status_code == 200  # whole, tried on the other engine
+        assert cluster.post(max_tokens=5).status_code == 200  # whole, tried on the other engine
         assert other.bodies[-1]["max_tokens"] == 5
         assert sum(engine.is_up for engine in cluster.gateway.engines) == 1
         stuck.is_stuck = False
@@ -199,7 +199,7 @@ def test_an_engine_that_computes_for_long_in_silence_is_not_left(tiny: Populatio
         thread = threading.Thread(target=count)
         thread.start()
         try:
-            assert cluster.ask().status_code == 200
+            assert cluster.post().status_code == 200
         finally:
             counting.set()
             thread.join()
@@ -210,31 +210,31 @@ def test_a_stream_that_stalls_ends_loudly(tiny: Population) -> None:
     with cluster_of_two(tiny, stall_timeout_s=0.5) as cluster:
         for engine in cluster.engines:
             engine.steps, engine.content_type = [event("a"), 30.0], "text/event-stream"
-        assert "sent nothing for too long" in cluster.ask(stream=True).text
+        assert "sent nothing for too long" in cluster.post(stream=True).text
 
 
 def test_answers_are_never_mixed_up_between_requests(cluster: Cluster) -> None:
     for engine in cluster.engines:
         engine.echo = True
 
-    def ask(idx: int) -> tuple[str, str, str]:
+    def post(idx: int) -> tuple[str, str, str]:
         name = f"prompt-{idx}"
-        answer = cluster.ask(prompt=name, stream=idx % 2 == 0)
+        answer = cluster.post(prompt=name, stream=idx % 2 == 0)
         return name, answer.text, answer.headers["x-request-id"]
 
     with ThreadPoolExecutor(16) as threads:
-        answers = list(threads.map(ask, range(120)))
+        answers = list(threads.map(post, range(120)))
     for name, text, _ in answers:
         assert f'"text":"{name}"' in text
     assert len({request_id for *_, request_id in answers}) == len(answers)
 
 
-def look(*sources: str) -> list[str]:
-    return asyncio.run(Discovery(sources, MemoryStore()).look())
+def find(*sources: str) -> list[str]:
+    return asyncio.run(Discovery(sources, MemoryStore()).find())
 
 
 def test_engines_are_found_behind_a_name() -> None:
-    found = look("dns+http://localhost:1234", "http://other:1/")
+    found = find("dns+http://localhost:1234", "http://other:1/")
     assert "http://127.0.0.1:1234" in found
     assert found[-1] == "http://other:1"
 
@@ -244,7 +244,7 @@ NAMELESS = ("no-such-name.invalid", "a" * 64, "a..b", "\u00e4" * 300, "x:9999999
 
 @pytest.mark.parametrize("name", NAMELESS)
 def test_a_name_that_cannot_be_resolved_holds_up_no_other_source(name: str) -> None:
-    assert look(f"dns+http://{name}", "http://other:1") == ["http://other:1"]
+    assert find(f"dns+http://{name}", "http://other:1") == ["http://other:1"]
 
 
 def test_engines_stay_known_while_their_name_cannot_be_resolved(
@@ -262,10 +262,10 @@ def test_engines_stay_known_while_their_name_cannot_be_resolved(
 
     async def looks() -> list[list[str]]:
         discovery = Discovery(("dns+http://engines:1",), MemoryStore())
-        return [await discovery.look() for _ in range(5)]
+        return [await discovery.find() for _ in range(5)]
 
     assert asyncio.run(looks()) == [["http://a:1"]] * 4 + [[]]
-    assert len([record for record in caplog.records if "resolved" in record.message]) == 2  # its loss and its return
+    assert len([record for record in caplog.records if "resolve" in record.message]) == 2  # its loss and its return
 
 
 def test_engines_that_come_and_go_are_followed(tiny: Population, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ def test_an_engine_that_dies_mid_stream_leaves_an_error_event(pair: Pair, steps:
     first, last = events(answer.text)
     assert first["choices"][0]["text"] == "a"
     assert last["error"]["code"] == "stream_broken"
-    assert "engine went away" in last["error"]["message"]
+    assert "connection to the engine was lost" in last["error"]["message"]
     assert answer.text.endswith("}\n\n")
     assert "[DONE]" not in answer.text
     assert metric(pair, "chorus_gateway_broken_streams_total") == 1
@@ -137,7 +137,7 @@ def test_the_openai_client_raises_on_a_stream_that_broke(pair: Pair) -> None:
     client = openai.OpenAI(base_url=f"{pair.url}/v1", api_key="none", max_retries=0)
     with client.completions.create(model="tiny", prompt="a", stream=True) as stream:
         assert next(stream).choices[0].text == "a"
-        with pytest.raises(openai.APIError, match="engine went away"):
+        with pytest.raises(openai.APIError, match="connection to the engine was lost"):
             next(stream)
 
 
@@ -228,9 +228,9 @@ LONG = (
 @pytest.mark.parametrize(
     ("message", "fields", "parts"),
     [
-        (LONG, {"max_tokens": 16}, ("it may have 184 tokens", "context of 200", "max_tokens, which is 16")),
-        ("max_tokens must be at least 1, got 0.", {}, ("it may have 240 tokens", "context of 256", "which is 16")),
-        ("max_tokens must be at least 1, got 0.", {"max_tokens": 256}, ("it may have 255 tokens", "at least 1.")),
+        (LONG, {"max_tokens": 16}, ("leaves 184 tokens", "context of 200", "max_tokens (16)")),
+        ("max_tokens must be at least 1, got 0.", {}, ("leaves 240 tokens", "context of 256", "max_tokens (16)")),
+        ("max_tokens must be at least 1, got 0.", {"max_tokens": 256}, ("leaves 255 tokens", "1 token of answer")),
     ],
 )
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_with_what_has_to_fit(
@@ -315,7 +315,7 @@ def test_streams_running_when_the_gateway_has_waited_long_enough_end_with_an_err
             began_at = time.monotonic()
             pair.server.begin_to_stop()
             text += "".join(parts)
-        assert "gateway was stopped" in events(text)[-1]["error"]["message"]
+        assert "gateway shut down" in events(text)[-1]["error"]["message"]
         assert time.monotonic() - began_at < 5
 
 

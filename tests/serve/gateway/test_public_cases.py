@@ -268,12 +268,12 @@ def tool_choice_none_needs_no_tools(server: Server) -> None:
 
 @reported("vllm-project/vllm", 10583)
 def two_requests_may_have_one_id(server: Server) -> None:
-    def ask(idx: int) -> httpx.Response:
+    def post(idx: int) -> httpx.Response:
         given = {"request_id": "same"} if idx % 2 else {}
         return server.post("completions", {"x-request-id": "same"}, prompt=PROMPT, **{**GREEDY, **given})
 
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(ask, range(8)))
+        found = list(pool.map(post, range(8)))
     assert [answer.status_code for answer in found] == [200] * 8
     assert {answer.headers["x-request-id"] for answer in found} == {"same"}
     assert len({answer.json()["choices"][0]["text"] for answer in found}) == 1

@@ -28,7 +28,7 @@ from chorus.serve.gateway.request.keys import Keys
 from chorus.serve.gateway.settings import Settings
 from chorus.serve.gateway.shared.redis_store import RedisStore
 from chorus.serve.gateway.shared.store import Bucket, MemoryStore
-from chorus.serve.gateway.sync import _agree_on_prior, seed
+from chorus.serve.gateway.sync import _sync_prior, seed
 from tests.live import Served, free_port, serving, wait_for
 from tests.serve.gateway.conftest import known
 from tests.serve.gateway.scripted import WHOLE, ScriptedEngine
@@ -77,11 +77,11 @@ PATIENT_S = 20.0
 """A timeout that Redis meets on a busy machine too."""
 
 
-def in_redis(redis: RedisServer, story: Any, name: str = "tiny", *, timeout_s: float = PATIENT_S) -> Any:
+def in_redis(redis: RedisServer, scenario: Any, name: str = "tiny", *, timeout_s: float = PATIENT_S) -> Any:
     async def run() -> Any:
         store = RedisStore(redis.url, name, timeout_s=timeout_s)
         try:
-            return await story(store)
+            return await scenario(store)
         finally:
             await store.close()
 
@@ -98,7 +98,7 @@ def test_buckets_in_redis_and_in_memory_say_the_same(
 ) -> None:
     bucket = Bucket(name=f"b{salt}-{time.monotonic_ns()}", rate_per_s=0.01, burst=10)
 
-    async def story(store: RedisStore) -> None:
+    async def scenario(store: RedisStore) -> None:
         memory = MemoryStore()
         for amount, forced in steps:
             if forced:
@@ -108,11 +108,11 @@ def test_buckets_in_redis_and_in_memory_say_the_same(
                 assert await store.take(bucket, amount) == pytest.approx(await memory.take(bucket, amount), abs=5)
         assert store.is_up
 
-    in_redis(redis, story)
+    in_redis(redis, scenario)
 
 
 def test_gateways_that_take_at_once_never_take_more_than_there_is(redis: RedisServer) -> None:
-    async def story(store: RedisStore) -> int:
+    async def scenario(store: RedisStore) -> int:
         bucket = Bucket(name="at-once", rate_per_s=0.01, burst=10)
         others = [RedisStore(redis.url, "tiny", timeout_s=PATIENT_S) for _ in range(4)]
         waits = await asyncio.gather(*(each.take(bucket, 1.0) for each in others for _ in range(25)))
@@ -120,18 +120,18 @@ def test_gateways_that_take_at_once_never_take_more_than_there_is(redis: RedisSe
             await each.close()
         return waits.count(0.0)
 
-    assert in_redis(redis, story) == 10
+    assert in_redis(redis, scenario) == 10
 
 
 def test_without_redis_a_quota_is_the_gateways_share_and_with_it_again_the_whole(redis: RedisServer) -> None:
-    async def story(store: RedisStore) -> None:
+    async def scenario(store: RedisStore) -> None:
         others = [RedisStore(redis.url, "tiny", timeout_s=PATIENT_S) for _ in range(2)]
-        keeping = [asyncio.create_task(each.keep()) for each in [*others, store]]
+        keeping = [asyncio.create_task(each.run()) for each in [*others, store]]
         await asyncio.sleep(0.5)
         for task in keeping:
             task.cancel()
         await asyncio.gather(*keeping, return_exceptions=True)
-        keeper = asyncio.create_task(store.keep())
+        keeper = asyncio.create_task(store.run())
         await asyncio.sleep(0.5)
         redis.kill()
         bucket = Bucket(name="c", rate_per_s=0.01, burst=9)
@@ -147,13 +147,13 @@ def test_without_redis_a_quota_is_the_gateways_share_and_with_it_again_the_whole
         for each in others:
             await each.close()
 
-    in_redis(redis, story)
+    in_redis(redis, scenario)
 
 
 @pytest.mark.parametrize("level", ["nan", "inf", "-inf", "abc", "1e308", "-1e308", "0x10"])
 @pytest.mark.parametrize("at", ["nan", "inf", "-1e308", "1e308", "1"])
 def test_a_bucket_with_garbage_in_it_counts_as_full(redis: RedisServer, level: str, at: str) -> None:
-    async def story(store: RedisStore) -> None:
+    async def scenario(store: RedisStore) -> None:
         bucket = Bucket(name="g", rate_per_s=0.01, burst=3)
         await store._redis.hset("chorus:tiny:quota:g", mapping={"level": level, "at": at})
         waits = [await store.take(bucket, 1.0) for _ in range(4)]
@@ -164,15 +164,15 @@ def test_a_bucket_with_garbage_in_it_counts_as_full(redis: RedisServer, level: s
         assert await store.take(bucket, 1.0) == 0.0
         assert store.is_up
 
-    in_redis(redis, story)
+    in_redis(redis, scenario)
 
 
 def test_engines_are_known_on_while_redis_is_away_and_until_they_had_time_to_announce_themselves(
     redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("chorus.serve.gateway.shared.redis_store._FRESH_S", 3.0)
+    monkeypatch.setattr("chorus.serve.gateway.shared.redis_store._TTL_S", 3.0)
 
-    async def story(store: RedisStore) -> None:
+    async def scenario(store: RedisStore) -> None:
         await store.announce("http://e:80")
         assert await store.engines() == ["http://e:80"]
         redis.kill()
@@ -183,11 +183,11 @@ def test_engines_are_known_on_while_redis_is_away_and_until_they_had_time_to_ann
         await asyncio.sleep(3.5)
         assert await store.engines() == []
 
-    in_redis(redis, story)
+    in_redis(redis, scenario)
 
 
 def test_a_frozen_redis_holds_nothing_up_for_long(redis: RedisServer) -> None:
-    async def story(store: RedisStore) -> None:
+    async def scenario(store: RedisStore) -> None:
         await store.take(BUCKET, 1.0)
         assert redis.process is not None
         redis.process.send_signal(signal.SIGSTOP)
@@ -197,11 +197,11 @@ def test_a_frozen_redis_holds_nothing_up_for_long(redis: RedisServer) -> None:
         assert time.monotonic() - began_at < 10
         redis.process.send_signal(signal.SIGCONT)
 
-    in_redis(redis, story, timeout_s=0.5)
+    in_redis(redis, scenario, timeout_s=0.5)
 
 
 def test_what_one_gateway_learned_another_begins_with(redis: RedisServer) -> None:
-    async def story(store: RedisStore) -> None:
+    async def scenario(store: RedisStore) -> None:
         model = known()
         await store.save_model("http://e", model.state())
         found = await store.load_model("http://e")
@@ -213,7 +213,7 @@ def test_what_one_gateway_learned_another_begins_with(redis: RedisServer) -> Non
         await store.announce("http://e:80")
         assert await store.engines() == ["http://e:80"]
 
-    in_redis(redis, story)
+    in_redis(redis, scenario)
 
 
 @contextmanager
@@ -224,7 +224,7 @@ def gateway(tiny: Population, redis: RedisServer, **options: Any) -> Iterator[tu
         yield server, made
 
 
-def ask(server: Served, **fields: Any) -> httpx.Response:
+def post(server: Served, **fields: Any) -> httpx.Response:
     headers = {"Authorization": f"Bearer {ALICE}"}
     return httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", **fields}, headers=headers, timeout=20)
 
@@ -245,24 +245,24 @@ def test_two_gateways_keep_one_quota_and_survive_the_loss_of_redis(tiny: Populat
         options = {"engine": engine.url, "keys": Keys(text=keys)}
         with gateway(tiny, redis, **options) as (one, first), gateway(tiny, redis, **options) as (two, second):
             wait_for("both", lambda: first.pool.is_ready and second.pool.is_ready, timeout_s=10)
-            codes = [ask(server, max_tokens=18).status_code for server in (one, two, one, two, one, two)]
+            codes = [post(server, max_tokens=18).status_code for server in (one, two, one, two, one, two)]
             assert codes[:2] == [200, 200]
             assert 429 in codes  # 7 tokens each, 19 asked: the fifth finds too few
             assert shows_redis(one, up=True)
             redis.kill()
-            assert ask(one, max_tokens=5).status_code == 200
+            assert post(one, max_tokens=5).status_code == 200
             assert httpx.get(f"{one.url}/ready").status_code == 200
             assert shows_redis(one, up=False)
             redis.start()
             wait_for("Redis to be back", lambda: shows_redis(one, up=True), timeout_s=20)
-            assert ask(two, max_tokens=5).status_code == 200
+            assert post(two, max_tokens=5).status_code == 200
 
 
 def test_engines_announced_in_redis_are_found(tiny: Population, redis: RedisServer) -> None:
     with serving(answering()) as engine, gateway(tiny, redis, engine="redis") as (server, _):
-        assert ask(server).status_code == 503
+        assert post(server).status_code == 503
         in_redis(redis, lambda store: store.announce(engine.url))
-        wait_for("the engine", lambda: ask(server).status_code == 200, timeout_s=10)
+        wait_for("the engine", lambda: post(server).status_code == 200, timeout_s=10)
 
 
 def test_a_prior_fitted_for_one_gateway_becomes_live_in_all(
@@ -284,7 +284,7 @@ def test_a_prior_fitted_for_one_gateway_becomes_live_in_all(
                 return int(httpx.get(f"{server.url}/version").json()["prior_version"])
 
             wait_for("both at version 7", lambda: version(one) == version(two) == 7, timeout_s=20)
-            assert ask(two, budget=2).json()["population"]["weights"] == [0.9, 0.1]
+            assert post(two, budget=2).json()["population"]["weights"] == [0.9, 0.1]
             assert manifest.load(copies[1]).prior_version == 7
             assert "chorus_gateway_prior_version 7.0" in httpx.get(f"{two.url}/metrics").text
 
@@ -302,7 +302,7 @@ KEYS = ("quota:b", "engines", "gateways", "model:http://e", "prior")
 def test_keys_of_the_wrong_type_are_mended_and_redis_is_not_away(
     redis: RedisServer, wrong: tuple[str | bytes, ...]
 ) -> None:
-    async def story(store: RedisStore) -> None:
+    async def scenario(store: RedisStore) -> None:
         for key in KEYS:
             await _set(redis, wrong[0], f"chorus:tiny:{key}", *wrong[1:])
         assert [await store.take(BUCKET, 5.0) for _ in range(3)] == [0.0, 0.0, pytest.approx(500, abs=5)]
@@ -312,19 +312,19 @@ def test_keys_of_the_wrong_type_are_mended_and_redis_is_not_away(
         assert await store.live_prior() is None
         await store.publish_prior(3, "{}")
         assert await store.live_prior() == (3, "{}")
-        keeper = asyncio.create_task(store.keep())
+        keeper = asyncio.create_task(store.run())
         await asyncio.sleep(0.3)
         assert not keeper.done()
         keeper.cancel()
         assert store.is_up
 
-    in_redis(redis, story)
+    in_redis(redis, scenario)
 
 
 @pytest.mark.parametrize("field", ["level", "at"])
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "abc", "1e308", "-1e308", "0x10", ""])
 def test_no_number_in_a_bucket_counts_as_redis_being_away(redis: RedisServer, field: str, value: str) -> None:
-    async def story(store: RedisStore) -> None:
+    async def scenario(store: RedisStore) -> None:
         await _set(redis, "HSET", "chorus:tiny:quota:b", "level", "5", "at", str(time.time()))
         await _set(redis, "HSET", "chorus:tiny:quota:b", field, value)
         waits = [await store.take(BUCKET, 5.0) for _ in range(3)]
@@ -332,32 +332,32 @@ def test_no_number_in_a_bucket_counts_as_redis_being_away(redis: RedisServer, fi
         assert waits[0] == 0.0
         assert 0 < waits[2] < 1001
 
-    in_redis(redis, story)
+    in_redis(redis, scenario)
 
 
 @pytest.mark.parametrize("version", ["abc", "", "nan", "inf", "-5", "1e400", "9" * 30, str(2**31), "3.5"])
-def test_a_published_version_that_is_none_is_replaced(redis: RedisServer, version: str) -> None:
-    async def story(store: RedisStore) -> None:
+def test_an_invalid_published_version_is_replaced(redis: RedisServer, version: str) -> None:
+    async def scenario(store: RedisStore) -> None:
         await _set(redis, "HSET", "chorus:tiny:prior", "version", version, "manifest", "{}")
         await store.live_prior()
-        await store.publish_prior(4, "{}", instead_of="{}")
+        await store.publish_prior(4, "{}", replacing="{}")
         assert await store.live_prior() == (4, "{}")
 
-    in_redis(redis, story)
+    in_redis(redis, scenario)
 
 
 def test_clocks_of_gateways_may_jump(redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def story(store: RedisStore) -> None:
+    async def scenario(store: RedisStore) -> None:
         for offset_s in (-1e6, 1e6):
             monkeypatch.setattr(time, "time", lambda offset_s=offset_s: 1.7e9 + offset_s)
             await store.announce("http://e:1")
             assert await store.engines() == ["http://e:1"]
 
-    in_redis(redis, story)
+    in_redis(redis, scenario)
 
 
 def test_what_is_dated_in_the_future_does_not_stay_and_what_is_no_address_is_left_aside(redis: RedisServer) -> None:
-    async def story(store: RedisStore) -> None:
+    async def scenario(store: RedisStore) -> None:
         now = time.time()
         for score, url in (
             (now + 1e6, "http://future:1"),
@@ -369,17 +369,17 @@ def test_what_is_dated_in_the_future_does_not_stay_and_what_is_no_address_is_lef
         await store.announce("http://e:1")
         assert await store.engines() == ["http://e:1"]
 
-    in_redis(redis, story)
+    in_redis(redis, scenario)
 
 
 @pytest.mark.parametrize("poison", ["{broken", "[" * 100_000, "[1]", '{"first": {}}', "null"])
 def test_garbage_about_an_engine_teaches_nothing(redis: RedisServer, poison: str) -> None:
-    async def story(store: RedisStore) -> None:
+    async def scenario(store: RedisStore) -> None:
         engine = Engine(Mock(), url="http://e", is_supervised=False, probe_interval_s=1.0, probe_timeout_s=1.0)
         await _set(redis, "SET", "chorus:tiny:model:http://e", poison)
         assert not await seed(store, engine)
 
-    in_redis(redis, story)
+    in_redis(redis, scenario)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300, -1e300])
@@ -400,7 +400,7 @@ def test_poisoned_numbers_about_an_engine_teach_nothing(value: float) -> None:
         assert not model.is_seeded
 
 
-def test_who_can_write_in_redis_cannot_change_what_is_on_disk_but_the_prior(
+def test_a_writer_to_redis_can_change_only_the_prior_on_disk(
     tiny: Population, tmp_path: Path, redis: RedisServer
 ) -> None:
     manifest.save(tiny, tmp_path)
@@ -418,12 +418,12 @@ def test_who_can_write_in_redis_cannot_change_what_is_on_disk_but_the_prior(
     async def publish(store: RedisStore, version: int, text: str) -> None:
         await _set(redis, "HSET", f"chorus:{tiny.name}:prior", "version", str(version), "manifest", text)
 
-    async def tell(store: RedisStore) -> None:
+    async def run(store: RedisStore) -> None:
         for name, update in forged.items():
             theirs = tiny.model_copy(update={"prior_version": tiny.prior_version + 1, **update})
             for version in (theirs.prior_version, theirs.prior_version + 1):  # its own, and another
                 await publish(store, version, theirs.model_dump_json())
-                await _agree_on_prior(store, tiny, tmp_path)
+                await _sync_prior(store, tiny, tmp_path)
                 assert (tmp_path / manifest.MANIFEST).read_text() == before, name
                 assert await store.live_prior() == (tiny.prior_version, tiny.model_dump_json()), name
         fitted = tiny.model_copy(update={"prior_version": tiny.prior_version + 1, "tiers": tiny.tiers[:2]})
@@ -431,10 +431,10 @@ def test_who_can_write_in_redis_cannot_change_what_is_on_disk_but_the_prior(
         await publish(
             store, fitted.prior_version, fitted.model_copy(update={"provenance": elsewhere}).model_dump_json()
         )
-        await _agree_on_prior(store, tiny, tmp_path)
+        await _sync_prior(store, tiny, tmp_path)
         assert manifest.load(tmp_path) == fitted
 
-    in_redis(redis, tell, tiny.name)
+    in_redis(redis, run, tiny.name)
 
 
 def test_sharing_goes_on_after_garbage(tiny: Population, redis: RedisServer) -> None:

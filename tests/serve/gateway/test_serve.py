@@ -82,7 +82,7 @@ def test_tiers_asked_for_at_once_are_each_exact_down_to_the_log_probabilities(
 ) -> None:
     from tests.reference import mixture_log_probs
 
-    def ask(tier: str) -> dict[str, Any]:
+    def complete(tier: str) -> dict[str, Any]:
         answer = post(gateway_url, **GREEDY, budget=tier, logprobs=1, echo=True, return_token_ids=True)
         choice = answer.json()["choices"][0]
         assert isinstance(choice, dict)
@@ -90,7 +90,7 @@ def test_tiers_asked_for_at_once_are_each_exact_down_to_the_log_probabilities(
 
     tiers = [*TIERS, *TIERS]
     with concurrent.futures.ThreadPoolExecutor(len(tiers)) as pool:
-        choices = list(pool.map(ask, tiers))
+        choices = list(pool.map(complete, tiers))
     for tier, choice in zip(tiers, choices, strict=True):
         ids = choice["prompt_token_ids"] + choice["token_ids"][-GREEDY["max_tokens"] :]
         log_p_TV = mixture_log_probs(tiny_population, tier, ids)

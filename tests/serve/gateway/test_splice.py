@@ -40,7 +40,7 @@ def objects(stream: bytes) -> list[dict[str, Any]]:
 
 
 @given(texts, st.lists(st.integers(0, 10_000), max_size=40), st.sampled_from([None, "tiny:max"]), st.booleans())
-def test_any_cuts_give_what_parsing_every_event_gives(
+def test_splicing_equals_parsing_for_any_chunk_boundaries(
     words: list[str], places: list[int], model: str | None, keep_usage: bool
 ) -> None:
     events = [event(word) for word in words]
@@ -103,7 +103,7 @@ def test_counts_are_taken_out_of_events_and_never_out_of_text(text: str) -> None
         "completion_tokens": 1,
         "prompt_tokens_details": {"cached_tokens": 0},
     }
-    splicer = EventSplicer(additions(None), keep_usage=False, counts=True)
+    splicer = EventSplicer(additions(None), keep_usage=False, has_running_usage=True)
     found = objects(splicer.feed(event(text, usage=usage)))
     assert [each["choices"][0]["text"] for each in found] == [text]
     assert "usage" not in found[0]

@@ -166,7 +166,7 @@ def slow_engine(directory: Path, *, first_s: float, then_s: float, core: str) ->
 STALL = {"stall_timeout_s": 1.5, "probe_timeout_s": 1.0}
 
 
-def test_a_first_request_that_takes_its_time_ends_no_life(
+def test_a_slow_first_request_does_not_restart_the_engine(
     tiny: Population, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = slow_engine(tmp_path, first_s=4.0, then_s=0.01, core="time.sleep(9)")
@@ -227,7 +227,7 @@ def test_retry_after_is_how_long_the_last_start_took(
     assert took_s == pytest.approx(promised_s, abs=3)
 
 
-def test_an_engine_that_is_later_than_its_last_start_is_asked_for_less_and_less_often(
+def test_retry_after_grows_when_a_start_takes_longer_than_the_last(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = Engine(Mock(), url="http://engine", is_supervised=True, probe_interval_s=1.0, probe_timeout_s=1.0)
@@ -267,7 +267,7 @@ def test_an_engine_that_fails_again_and_again_is_given_up(
         assert "failed 2 times in a row" in watched.failures[0]
 
 
-def test_an_engine_that_ignores_being_told_to_stop_is_killed(
+def test_an_engine_that_ignores_a_stop_signal_is_killed(
     tiny: Population, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stubborn = tmp_path / "stubborn.py"

@@ -10,7 +10,7 @@ from chorus.serve.gateway.request.tiers import choose, default_tier, model_names
 
 def pick(population: Population, model: str | None = None, budget: str | int | None = None) -> tuple[str, str, str]:
     choice = choose(population, default_tier(population), model=model, budget=budget)
-    return choice.tier.name, choice.asked, choice.model
+    return choice.tier.name, choice.requested, choice.model
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_the_tier_asked_for_is_chosen(
         ("tiny:economy", 4, 400, "contradictory_budget", "'max'"),
     ],
 )
-def test_what_cannot_be_had_is_refused_and_says_what_can(
+def test_unknown_models_and_budgets_are_refused_with_the_alternatives(
     tiny: Population, model: str | None, budget: str | int | None, status: int, code: str, says: str
 ) -> None:
     with pytest.raises(ApiError) as error:
@@ -67,7 +67,7 @@ def test_a_budget_below_the_smallest_tier_is_refused(tiny: Population) -> None:
         pick(without_economy, budget=1)
 
 
-def test_of_two_tiers_of_one_size_the_dearer_is_chosen(tiny: Population) -> None:
+def test_the_more_expensive_of_two_equally_large_tiers_is_chosen(tiny: Population) -> None:
     dearer = tiny.tiers[1].model_copy(update={"name": "dearer"})
     population = tiny.model_copy(update={"tiers": (*tiny.tiers[:2], dearer)})
     assert pick(population, budget=2)[0] == "dearer"

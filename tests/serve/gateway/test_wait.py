@@ -42,24 +42,24 @@ async def why(tiny: Population, *, deadline_s: float | None, stall_s: float, ear
     try:
         async with Wait(engine, in_flight(tiny), deadline=deadline, stall_s=stall_s) as wait:
             wait.note_events(1)
-            (timeout,) = engine.waiting
+            (timeout,) = engine.output_timeouts
             if early_s:
                 when = timeout.when()
                 assert when is not None
                 timeout.reschedule(when - early_s)
             await asyncio.sleep(10)
     except StoppedError as stopped:
-        return stopped.why
+        return stopped.reason
     raise AssertionError("the wait did not end")
 
 
 @pytest.mark.parametrize("early_s", [0.0, 0.02])
-def test_a_deadline_is_a_deadline_though_uvloops_timers_end_a_little_early(tiny: Population, early_s: float) -> None:
+def test_an_early_timer_still_counts_as_the_deadline(tiny: Population, early_s: float) -> None:
     assert asyncio.run(why(tiny, deadline_s=LEAD_S + 0.03, stall_s=5, early_s=early_s)) is Stop.DEADLINE
 
 
 @pytest.mark.parametrize("deadline_s", [30, None])
-def test_silence_is_a_stall_though_a_deadline_lies_ahead(tiny: Population, deadline_s: float | None) -> None:
+def test_silence_before_the_deadline_counts_as_a_stall(tiny: Population, deadline_s: float | None) -> None:
     assert asyncio.run(why(tiny, deadline_s=deadline_s, stall_s=0.05)) is Stop.STALLED
 
 
@@ -76,6 +76,8 @@ def test_tokens_are_counted_where_several_come_in_an_event(
 @pytest.mark.parametrize(
     ("token_s", "tokens"), [(0.0, 1), (1e-9, 16), (0.003, 11), (0.0101, 3), (0.016, 2), (0.017, 1), (5.0, 1)]
 )
-def test_a_token_waits_a_thirtieth_of_a_second_at_most(tiny: Population, token_s: float, tokens: int) -> None:
+def test_automatic_events_delay_a_token_by_at_most_a_thirtieth_of_a_second(
+    tiny: Population, token_s: float, tokens: int
+) -> None:
     call = read_call(b'{"prompt": "a", "stream": true}', "completion", tiny, default_tier(tiny))
     assert call.event_size(token_s) == tokens

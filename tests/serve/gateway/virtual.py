@@ -37,7 +37,7 @@ class _Idle(selectors.SelectSelector):
         self.now = 1000.0
 
     def select(self, timeout: float | None = None) -> list[Any]:
-        assert timeout is not None, "everybody waits for somebody else"
+        assert timeout is not None, "deadlock: every task waits for another"
         self.now += max(0.0, timeout)
         return []
 
@@ -51,15 +51,15 @@ class _Loop(asyncio.SelectorEventLoop):
         return self._idle.now
 
 
-def in_virtual_time(monkeypatch: pytest.MonkeyPatch, story: Awaitable[Any]) -> Any:
-    """Run `story` to its end in virtual time."""
+def in_virtual_time(monkeypatch: pytest.MonkeyPatch, scenario: Awaitable[Any]) -> Any:
+    """Run `scenario` to its end in virtual time."""
     idle = _Idle()
     loop = _Loop(idle)
     with monkeypatch.context() as patch:
         for name in ("perf_counter", "monotonic", "thread_time"):
             patch.setattr(time, name, lambda: idle.now)
         try:
-            return loop.run_until_complete(story)
+            return loop.run_until_complete(scenario)
         finally:
             loop.close()
 
@@ -115,10 +115,10 @@ class Run:
 class VirtualEngine:
     """An engine whose steps take `costs` in virtual time. It learns and reports these costs as a real one does."""
 
-    def __init__(self, costs: Costs, dice: random.Random) -> None:
+    def __init__(self, costs: Costs, rng: random.Random) -> None:
         self._learned = StepCost()
         self._costs = costs
-        self._dice = dice
+        self._rng = rng
         self._running: list[Run] = []
         self._work = asyncio.Event()
 
@@ -137,9 +137,9 @@ class VirtualEngine:
             seconds = (
                 self._costs.of(self._load()) + self._costs.prompt_row_s * prompts + self._costs.prompt_s * (prompts > 0)
             )
-            seconds *= self._dice.lognormvariate(0, self._costs.scatter)
+            seconds *= self._rng.lognormvariate(0, self._costs.scatter)
             self._learned.observe(self._load(prompts), seconds, members_s=seconds - self._costs.step_s)
-            await asyncio.sleep(seconds + 0.05 * (self._dice.random() < self._costs.hiccup))
+            await asyncio.sleep(seconds + 0.05 * (self._rng.random() < self._costs.hiccup))
             for run in batch:
                 run.members_per_token.append(run.members)
                 if not run.tokens_left:
@@ -173,7 +173,7 @@ class VirtualEngine:
         load = tally.load()
         return replace(load, member_rows=load.member_rows + prompt_rows)
 
-    def told(self) -> StepCosts | None:
+    def reported_costs(self) -> StepCosts | None:
         """The step costs that it reports, as learned so far."""
         return self._learned.parts()
 
@@ -197,36 +197,36 @@ class World:
     """A gateway's admission in front of one virtual engine."""
 
     def __init__(
-        self, population: Population, *, costs: Costs, limits: Limits, tells_costs: bool = True, seed: int = 0
+        self, population: Population, *, costs: Costs, limits: Limits, reports_costs: bool = True, seed: int = 0
     ) -> None:
         self._population = population
-        self.dice = random.Random(seed)
-        self.engine = VirtualEngine(costs, self.dice)
+        self.rng = random.Random(seed)
+        self.engine = VirtualEngine(costs, self.rng)
         session: Any = None
         self.known = Engine(session, url="virtual", is_supervised=False, probe_interval_s=1, probe_timeout_s=1)
         self.known.mark_up()
-        self._tells_costs = tells_costs
+        self._reports_costs = reports_costs
         self.admission = Admission(limits, lambda call, avoid: [self.known])
 
-    async def ask(
+    async def send(
         self,
         *,
         budget_s: float | None,
         tier: str | None = None,
         max_tokens: int = 48,
-        told: bool = True,
+        with_budget: bool = True,
         is_open: bool = False,
         tenant: Tenant = ANYONE,
     ) -> Outcome:
-        """Send one request, as the relay would. `told`: it carries its time budget; `is_open`: a chat without `max_tokens`."""
+        """Send one request, as the relay would. With `is_open` it is a chat without `max_tokens`."""
         now = time.perf_counter
-        prompt = "def x " * self.dice.randint(8, 16)
+        prompt = "def x " * self.rng.randint(8, 16)
         fields: dict[str, Any] = {"prompt": prompt, "max_tokens": max_tokens}
         if is_open:
             fields = {"messages": [{"role": "user", "content": prompt}]}
         if tier is not None:
             fields["budget"] = tier
-        if budget_s is not None and told:
+        if budget_s is not None and with_budget:
             fields["latency_budget_ms"] = 1000 * budget_s
         population = self._population
         kind: Kind = "chat" if is_open else "completion"
@@ -269,33 +269,31 @@ class World:
         usage = Usage(prompt_tokens=run.prompt_tokens, completion_tokens=run.max_tokens)
         self.known.learn(grant.in_flight, usage, streamed=False, prompt_characters=2 * run.prompt_tokens)
 
-    async def crowd(self, num_streams: int, seconds: float, **ask: Any) -> list[Outcome]:
+    async def closed_loop(self, num_streams: int, seconds: float, **request: Any) -> list[Outcome]:
         """A closed loop of `num_streams` streams for `seconds`, each sending one request after another."""
         end_at, found = time.perf_counter() + seconds, list[Outcome]()
 
         async def stream() -> None:
             while time.perf_counter() < end_at:
-                found.append(await self.ask(**ask))
+                found.append(await self.send(**request))
 
         await asyncio.gather(*(stream() for _ in range(num_streams)))
         return found
 
-    async def arrivals(self, rate_per_s: float, seconds: float, **ask: Any) -> list[Outcome]:
+    async def arrivals(self, rate_per_s: float, seconds: float, **request: Any) -> list[Outcome]:
         """Poisson arrivals for `seconds`."""
         end_at, tasks = time.perf_counter() + seconds, []
         while True:
-            await asyncio.sleep(self.dice.expovariate(rate_per_s))
+            await asyncio.sleep(self.rng.expovariate(rate_per_s))
             if time.perf_counter() >= end_at:
                 return list(await asyncio.gather(*tasks))
-            tasks.append(asyncio.create_task(self.ask(**ask)))
+            tasks.append(asyncio.create_task(self.send(**request)))
 
     def working(self) -> list["asyncio.Task[None]"]:
         """Start the background tasks: the engine's steps, the queue, and the polling of step costs."""
-        return [
-            asyncio.create_task(each) for each in (self.engine.steps(), self.admission.keep(), self._ask_for_costs())
-        ]
+        return [asyncio.create_task(each) for each in (self.engine.steps(), self.admission.run(), self._poll_costs())]
 
-    async def _ask_for_costs(self) -> None:
-        while self._tells_costs:
+    async def _poll_costs(self) -> None:
+        while self._reports_costs:
             await asyncio.sleep(2.0)
-            self.known.costs = self.engine.told()
+            self.known.costs = self.engine.reported_costs()

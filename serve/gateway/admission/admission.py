@@ -1,7 +1,7 @@
 """Admission: when a request is sent, to which engine, and with how many members; which requests wait, and which are refused.
 
 Tenants take turns in proportion to their shares; within a tenant the earliest deadline goes first (`queue`). `placement` decides
-how a request begins on an engine, `member_cap` how many members it may have. Requests that may shrink do so while others wait. One
+how a request begins on an engine, `caps` how many members it may have. Requests that may shrink do so while others wait. One
 is refused only if the queue is full or its deadline can no longer be met, with a time to come back.
 """
 
@@ -13,13 +13,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Container, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from weakref import WeakKeyDictionary
 
 from chorus.population.manifest import Tier
-from chorus.serve.gateway.admission.demand import Demand
+from chorus.serve.gateway.admission.caps import MemberCaps
 from chorus.serve.gateway.admission.lengths import AnswerLengths
-from chorus.serve.gateway.admission.member_cap import MemberCap, Supply
-from chorus.serve.gateway.admission.placement import Blocked, Job, Plan, alone_s, at_floor, min_s, place
+from chorus.serve.gateway.admission.placement import Blocked, Job, Plan, at_floor, min_s, place
 from chorus.serve.gateway.admission.queue import FairQueue, Grant, Pending
 from chorus.serve.gateway.engines.engine import Engine
 from chorus.serve.gateway.engines.traffic import InFlight
@@ -30,7 +28,7 @@ from chorus.serve.gateway.request.keys import Tenant
 logger = logging.getLogger(__name__)
 
 _TICK_S = 0.02
-"""Time between two passes over the queue, and for which a member cap is kept."""
+"""Time between two passes over the queue."""
 _LONG_PASS_S, _PAUSE_FACTOR = 0.002, 4.0
 """A pass over the queue that took longer is followed by a pause of that many times as long, so that others can run."""
 
@@ -57,7 +55,9 @@ class Admission:
         self.lengths = AnswerLengths()
         self._candidates = candidates
         self._queue = FairQueue(limits.max_queue)
-        self._caps = _MemberCaps(limits)
+        self._caps = MemberCaps(
+            max_sequences=limits.max_sequences, probability=limits.probability, queue_timeout_s=limits.queue_timeout_s
+        )
         self._ended_at: deque[float] = deque(maxlen=32)
         self._next_pass_at = 0.0
         self._next_pass: asyncio.TimerHandle | None = None
@@ -301,57 +301,6 @@ class Admission:
             code="overloaded",
             headers={"Retry-After": str(retry_after_s)},
         )
-
-
-class _MemberCaps:
-    """The member cap of every engine, updated once per tick from demand, backlog and the tiers' losses."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self._demand = Demand()
-        self._caps: WeakKeyDictionary[Engine, MemberCap] = WeakKeyDictionary()
-        self._updated: WeakKeyDictionary[Engine, tuple[float, int]] = WeakKeyDictionary()
-        self._max_members = 1
-        self._losses: dict[int, float] = {}
-        """Of the tiers that were requested, by their number of members."""
-
-    def note_request(self, job: Job, engine: Engine) -> None:
-        """A request came. `engine` is one that may serve it."""
-        now, size, tiers, model = time.perf_counter(), job.size, job.tiers, engine.model
-        prompt_tokens = model.prompt_tokens(tokens=size.prompt_tokens, characters=size.prompt_characters)
-        self._max_members = max(self._max_members, len(tiers[0].members))
-        self._losses |= {tier.budget: tier.test_loss.nats for tier in tiers if tier.test_loss is not None}
-        if not job.is_flexible or job.finish_by is None:
-            members = len(tiers[-1 if job.is_unattainable else 0].members)
-            self._demand.note_fixed(size, prompt_tokens=prompt_tokens, members=members, now=now)
-            return
-        # No request waits longer than this, however long its budget.
-        longest_s = alone_s(tiers[0], job, model) + self._limits.queue_timeout_s
-        budget_s = min(longest_s, max(0.0, job.finish_by - now))
-        self._demand.note_flexible(size, prompt_tokens=prompt_tokens, budget_s=budget_s, now=now)
-
-    def of(self, engine: Engine, num_engines: int, queue: FairQueue, now: float) -> int:
-        """The cap of an engine, one of `num_engines` that share the demand; all members until its times are known."""
-        if not engine.model.is_seeded:
-            return self._max_members
-        updated_at, cap = self._updated.get(engine, (-math.inf, 0))
-        if now - updated_at >= _TICK_S:
-            supply = Supply(
-                model=engine.model,
-                costs=engine.costs,
-                num_engines=num_engines,
-                max_sequences=self._limits.max_sequences,
-                probability=self._limits.probability,
-            )
-            cap = self._caps.setdefault(engine, MemberCap()).update(
-                self._demand.rates(now),
-                supply,
-                max_members=self._max_members,
-                backlog=sum(each.job.size.total_tokens for each in queue if each.job.finish_by is not None),
-                losses=self._losses,
-            )
-            self._updated[engine] = now, cap
-        return cap
 
 
 def deadline_exceeded(message: str) -> ApiError:

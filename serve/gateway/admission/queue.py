@@ -86,6 +86,11 @@ class FairQueue:
         """From 0 to 1, which is reached at half of the length: requests that may shrink are then at their floors."""
         return min(1.0, 2 * self._length / max(1, self._max_length))
 
+    @property
+    def backlog(self) -> int:
+        """Tokens that the waiting requests with a deadline may generate."""
+        return sum(pending.job.size.total_tokens for pending in self if pending.job.finish_by is not None)
+
     def in_turn(self) -> list[Pending]:
         """The first requests of each tenant, the one that used least of its share first."""
         tenants = sorted(self._waiting, key=lambda name: max(self._used.get(name, 0.0), self._clock))

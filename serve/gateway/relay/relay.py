@@ -45,7 +45,7 @@ class Relay(Response):
         """What engines computed for it; None if that is unknown."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply = Reply(send, self._record, FORMS[self._call.kind])
+        reply = Reply(send, self._record, FORMS[self._call.kind], stall_s=self._context.stall_timeout_s)
         answering = asyncio.create_task(self._answer(reply))
         leaving = asyncio.create_task(disconnected(receive))
         try:
@@ -101,10 +101,10 @@ class Relay(Response):
             async with attempt.wait:
                 try:
                     body = await attempt.run()
-                    outcome.note_complete(attempt)
-                    await self._complete(attempt, reply, body)
                 finally:
                     attempt.settle()
+            outcome.note_complete(attempt)
+            await self._complete(attempt, reply, body)
         except StoppedError as stopped:
             await self._stop(attempt, reply, stopped.reason)
         except upstream.CONNECTION_ERRORS:

@@ -1,5 +1,7 @@
 """The client's side of a request: the head, events or body of its answer, and how that ends."""
 
+import asyncio
+
 from starlette.types import Send
 
 from chorus.serve.gateway.observe.record import Record
@@ -13,8 +15,10 @@ EVENT_STREAM = "text/event-stream"
 class Reply:
     """What was sent to the client so far. Errors can have their own status until it `has_begun`, and are events from then on."""
 
-    def __init__(self, send: Send, record: Record, form: Form) -> None:
+    def __init__(self, send: Send, record: Record, form: Form, *, stall_s: float) -> None:
+        """`stall_s`: longest time, in seconds, that a client may take for the end of its answer."""
         self._send = send
+        self._stall_s = stall_s
         self._record = record
         self._form = form
         self.has_begun = False
@@ -36,9 +40,13 @@ class Reply:
         await self.end(body)
 
     async def end(self, body: bytes = b"") -> None:
-        """Send the last of it."""
+        """Send the last of it. If the client does not take it, the answer is cut off: the server then closes the connection."""
         self.is_complete = True
-        await self._send({"type": "http.response.body", "body": body})
+        try:
+            async with asyncio.timeout(self._stall_s):
+                await self._send({"type": "http.response.body", "body": body})
+        except TimeoutError:
+            self._record.is_broken = True
 
     async def fail(self, error: ApiError) -> None:
         """End a stream that has begun with an error event.

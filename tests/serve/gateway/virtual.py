@@ -18,7 +18,8 @@ import pytest
 
 from chorus.population.manifest import Population
 from chorus.population.wire import StepCosts
-from chorus.serve.engine.deadline import Deadline, Runner, StepCost, StepLoad, StepTally, choose_drops
+from chorus.serve.engine.deadline import Deadline, Scheduled, StepCost, StepLoad, StepTally, keep_deadlines, way_down
+from chorus.serve.engine.mixture import Mixture
 from chorus.serve.gateway.admission.admission import Admission, Limits
 from chorus.serve.gateway.admission.queue import Grant
 from chorus.serve.gateway.engines.engine import Engine
@@ -88,28 +89,36 @@ class Costs:
 class Run:
     """One request on the engine."""
 
-    members: int
-    floor: int
+    mixture: Mixture
     prompt_tokens: int
     max_tokens: int
     """Tokens that it generates."""
-    expected_tokens: int | None = None
-    finish_at: float | None
+    token_limit: int
+    """Tokens that it may generate at most: when an answer ends is unknown to the engine."""
+    deadline: Deadline | None
     members_per_token: list[int] = field(default_factory=list)
     done: asyncio.Event = field(default_factory=asyncio.Event)
-
-    most_tokens: int
-    """Tokens that it may generate at most."""
 
     @property
     def tokens_left(self) -> int:
         return self.max_tokens - len(self.members_per_token)
 
-    @property
-    def tokens_expected(self) -> int:
-        """The engine's estimate of the tokens left: when an answer ends is unknown to it."""
-        deadline = Deadline(finish_at=self.finish_at or 0.0, way_down=(), expected_tokens=self.expected_tokens)
-        return deadline.tokens_left(len(self.members_per_token), self.most_tokens)
+    def scheduled(self) -> Scheduled:
+        """The request as `keep_deadlines` takes it."""
+        return Scheduled(
+            members=self.mixture.members,
+            context=0,
+            deadline=self.deadline,
+            num_tokens=len(self.members_per_token),
+            max_tokens=self.token_limit,
+        )
+
+
+def _first_members(num_members: int) -> Mixture:
+    """A mixture whose weights fall, so that its last member is dropped first."""
+    total = num_members * (num_members + 1) / 2
+    weights = tuple((num_members - idx) / total for idx in range(num_members))
+    return Mixture(tier="any", members=tuple(range(num_members)), weights=weights, pool="linear", temperature=1.0)
 
 
 class VirtualEngine:
@@ -133,7 +142,7 @@ class VirtualEngine:
             await self._work.wait()
             self._keep_deadlines(loop.time())
             batch = list(self._running)
-            prompts = sum(run.prompt_tokens * run.members for run in batch if not run.members_per_token)
+            prompts = sum(run.prompt_tokens * len(run.mixture.members) for run in batch if not run.members_per_token)
             seconds = (
                 self._costs.of(self._load()) + self._costs.prompt_row_s * prompts + self._costs.prompt_s * (prompts > 0)
             )
@@ -141,7 +150,7 @@ class VirtualEngine:
             self._learned.observe(self._load(prompts), seconds, members_s=seconds - self._costs.step_s)
             await asyncio.sleep(seconds + 0.05 * (self._rng.random() < self._costs.hiccup))
             for run in batch:
-                run.members_per_token.append(run.members)
+                run.members_per_token.append(len(run.mixture.members))
                 if not run.tokens_left:
                     self._running.remove(run)
                     run.done.set()
@@ -149,27 +158,16 @@ class VirtualEngine:
                 self._work.clear()
 
     def _keep_deadlines(self, now: float) -> None:
-        tally, runs, runners = StepTally(), list[Run](), list[Runner]()
-        for run in self._running:
-            tally.add(range(run.members), rows=1, context=0)
-            if run.finish_at is not None:
-                runs.append(run)
-                runners.append(
-                    Runner(
-                        left_s=run.finish_at - now,
-                        remaining_tokens=run.tokens_expected,
-                        num_members=run.members,
-                        may_leave=tuple(range(run.members - 1, run.floor - 1, -1)),
-                        context=0,
-                    )
-                )
-        for run, count in zip(runs, choose_drops(runners, tally, self._costs.of), strict=True):
-            run.members -= count
+        drops = keep_deadlines([run.scheduled() for run in self._running], now, self._costs.of)
+        for run, count in zip(self._running, drops, strict=True):
+            for _ in range(count):
+                assert run.deadline is not None
+                _, run.mixture = run.deadline.drop(at_token=len(run.members_per_token), reason="forecast")
 
     def _load(self, prompt_rows: int = 0) -> StepLoad:
         tally = StepTally()
         for run in self._running:
-            tally.add(range(run.members), rows=1, context=0)
+            tally.add(run.mixture.members, rows=1, context=0)
         load = tally.load()
         return replace(load, member_rows=load.member_rows + prompt_rows)
 
@@ -247,19 +245,21 @@ class World:
         return outcome
 
     def _run(self, grant: Grant, characters: int, max_tokens: int, call: Call) -> Run:
-        in_flight = grant.in_flight
-        finish_at = None
+        in_flight, deadline = grant.in_flight, None
+        mixture = _first_members(in_flight.work.members)
         if in_flight.finish_by is not None:
             left_s = in_flight.finish_by - time.perf_counter()
-            finish_at = time.perf_counter() + self.known.reserve.after_reserve_s(left_s)
+            deadline = Deadline(
+                finish_at=time.perf_counter() + self.known.reserve.after_reserve_s(left_s),
+                way_down=way_down(mixture, frozenset(range(in_flight.floor.budget)), fitted=()),
+                expected_tokens=in_flight.work.max_tokens if call.size.is_open else None,
+            )
         return Run(
-            members=in_flight.work.members,
-            floor=in_flight.floor.budget,
+            mixture=mixture,
             prompt_tokens=characters // 2,
             max_tokens=max_tokens,
-            most_tokens=max(max_tokens, call.size.max_tokens),
-            expected_tokens=in_flight.work.max_tokens if call.size.is_open else None,
-            finish_at=finish_at,
+            token_limit=max(max_tokens, call.size.max_tokens),
+            deadline=deadline,
         )
 
     def _learn(self, grant: Grant, run: Run, *, is_met: bool, had_budget: bool) -> None:

@@ -15,6 +15,8 @@ from chorus.serve.gateway.request.keys import Tenant
 from chorus.serve.gateway.request.offer import Offer, offer_to
 
 _FORWARDED = ("traceparent", "tracestate")
+SESSION = "x-session-id"
+"""Header with a client's name for a series of requests, which are best served by one engine."""
 
 
 def gateway_of(request: Request) -> Gateway:
@@ -47,7 +49,7 @@ async def read(request: Request, kind: Kind, *, is_auxiliary: bool = False) -> t
     context = _context(request, gateway, tenant, offer_to(tenant, gateway.offer))
     await quotas.take_request(gateway.store, tenant)
     body = await gateway.bodies.read(request, gateway.settings.max_auxiliary_bytes if is_auxiliary else None)
-    call = _read_call(body, kind, context, gateway.offer)
+    call = _read_call(body, kind, context, gateway.offer, request.headers.get(SESSION))
     if call.is_served_by_a_tier:
         context.record.tier_asked = call.choice.requested
     return call, context
@@ -93,13 +95,14 @@ def _context(request: Request, gateway: Gateway, tenant: Tenant, offer: Offer) -
     )
 
 
-def _read_call(body: bytes, kind: Kind, context: RequestContext, full: Offer) -> Call:
+def _read_call(body: bytes, kind: Kind, context: RequestContext, full: Offer, session: str | None) -> Call:
     offer, tenant = context.offer, context.tenant
     try:
         return read_call(
             *(body, kind, offer.population, offer.default_tier),
             tenant_floor=tenant.floor,
             allow_constraints=tenant.structured_outputs,
+            session=session,
         )
     except ApiError as error:
         if error.status == 404 and offer is not full and _is_on_offer(body, kind, full):

@@ -1,18 +1,20 @@
-"""The engines behind a gateway, and their order of preference for a request: by health, load and cached prefixes."""
+"""The engines behind a gateway, and their order of preference for a request: by health, cached prefixes and load."""
 
+import math
 import random
-from collections import OrderedDict
 from collections.abc import Container, Sequence
+from hashlib import blake2b
+from weakref import WeakKeyDictionary
 
 from chorus.serve.gateway.engines.engine import Engine
+from chorus.serve.gateway.engines.prefixes import Prefixes
 from chorus.serve.gateway.request.call import Call
 from chorus.serve.gateway.request.errors import unavailable
+from chorus.serve.gateway.request.prefix import Prefix
 from chorus.serve.gateway.request.size import Size
 
-_MAX_PREFIXES = 4096
-_PREFIX_BYTES = 256
-_AFFINITY_ROWS = 8.0
-"""How many more member rows an engine may run than another and still be preferred for its prefix cache."""
+_MAX_DEVIATIONS = 2.0
+"""Standard deviations above the mean up to which an engine's load is put down to chance, and the engine is preferred."""
 
 
 class Pool:
@@ -20,10 +22,15 @@ class Pool:
 
     def __init__(self) -> None:
         self.engines: list[Engine] = []
-        self._prefix_engines: OrderedDict[tuple[bytes, bytes], Engine] = OrderedDict()
+        self._prefixes = Prefixes()
+        self._keys: WeakKeyDictionary[Prefix, bytes] = WeakKeyDictionary()
 
     def candidates(self, call: Call | None = None, avoid: Container[Engine] = ()) -> Sequence[Engine]:
         """Engines that may serve the call, best first.
+
+        Calls with the same prefix key (see `prefixes`) prefer the engines in the same order, by rendezvous hashing (Thaler and
+        Ravishankar 1998): in every gateway, and hardly changed by an engine that comes or goes. The first of them whose load is
+        bounded goes first (Mirrokni, Thorup and Zadimoghaddam 2018); then the others, by load.
 
         Raises:
             ApiError: 503 if there is none, with the time after which one should answer.
@@ -35,21 +42,19 @@ class Pool:
         available = [engine for engine in available if engine.breaker.allows_request()] or available
         if len(available) == 1:
             return available
-        preferred = self._prefix_engines.get(_key(call)) if call is not None else None
+        rows = {engine: engine.traffic.load().rows for engine in available}
         # Break ties at random: otherwise all gateways would crowd the first engine.
-        return sorted(
-            available,
-            key=lambda engine: (engine.traffic.load().rows - _AFFINITY_ROWS * (engine is preferred), random.random()),
-        )
-
-    def note_sent(self, call: Call, engine: Engine) -> None:
-        """The engine got the call: its prefix cache will hold the beginning of the prompt."""
-        if len(self.engines) > 1:
-            key = _key(call)
-            self._prefix_engines[key] = engine
-            self._prefix_engines.move_to_end(key)
-            if len(self._prefix_engines) > _MAX_PREFIXES:
-                self._prefix_engines.popitem(last=False)
+        by_load = sorted(available, key=lambda engine: (rows[engine], random.random()))
+        if call is None:
+            return by_load
+        own_rows = len(call.choice.tier.members) * call.size.num_sequences
+        mean = sum(rows.values()) / len(available)
+        # Of requests like this one, placed at random, an engine has a number with mean and variance `mean / own_rows`.
+        limit = mean + _MAX_DEVIATIONS * math.sqrt(mean * own_rows) + own_rows
+        key = self._key(call.prefix)
+        within = [engine for engine in available if rows[engine] <= limit]
+        preferred = max(within, key=lambda engine: _weight(key, engine), default=by_load[0])
+        return [preferred, *(engine for engine in by_load if engine is not preferred)]
 
     def prompt_tokens(self, size: Size) -> float:
         """Expected prompt length in tokens, by the model with the most prompts observed: all engines share one tokenizer."""
@@ -68,6 +73,12 @@ class Pool:
         """Whether any engine is up."""
         return any(engine.is_up for engine in self.engines)
 
+    def _key(self, prefix: Prefix) -> bytes:
+        """The prefix key, computed once: a waiting call is placed many times."""
+        if (key := self._keys.get(prefix)) is None:
+            key = self._keys[prefix] = self._prefixes.key(prefix.hashes(), len(self.engines))
+        return key
+
     def _unavailable(self) -> Exception:
         retry_after_s = min((engine.retry_after_s() for engine in self.engines), default=3)
         many = len(self.engines) != 1
@@ -75,6 +86,5 @@ class Pool:
         return unavailable(f"{message}; try again in about {retry_after_s} s.", retry_after_s=retry_after_s)
 
 
-def _key(call: Call) -> tuple[bytes, bytes]:
-    # Members that do not run leave nothing in the cache, so a cached prefix serves its own tier best.
-    return call.choice.tier.name.encode(), call.affinity[:_PREFIX_BYTES]
+def _weight(key: bytes, engine: Engine) -> bytes:
+    return blake2b(engine.url.encode(), digest_size=8, key=key).digest()

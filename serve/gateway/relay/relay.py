@@ -95,7 +95,6 @@ class Relay(Response):
     async def _try(self, grant: Grant, reply: Reply) -> None:
         """One try on one engine, ended as the wait for it ended."""
         attempt = Attempt(self._context, grant, reply, path=self._path, call=self._call, tiers=self._tiers)
-        self._context.pool.note_sent(self._call, grant.engine)
         grant.engine.breaker.note_attempt()
         try:
             async with attempt.wait:

@@ -30,6 +30,7 @@ from chorus.population.wire import (
 )
 from chorus.serve.gateway.request.constraints import check_constraints
 from chorus.serve.gateway.request.errors import ApiError, bad_request
+from chorus.serve.gateway.request.prefix import Prefix
 from chorus.serve.gateway.request.size import Size, read_size, read_text_size
 from chorus.serve.gateway.request.tiers import Choice, at_least, choose
 
@@ -173,8 +174,7 @@ class Call:
     """Whether each event of the client's stream carries the usage so far."""
     has_offsets: bool = False
     """Whether the answer echoes the prompt and gives the offsets of its tokens."""
-    affinity: bytes = b""
-    """The beginning of the prompt: requests that share it are best served by the same engine."""
+    prefix: Prefix = field(default_factory=Prefix)
 
     def event_size(self, token_s: float) -> int:
         """Tokens in each event of its stream, if one token is expected to take `token_s` seconds (0 if unknown).
@@ -263,11 +263,12 @@ def read_call(
     tenant_floor: str | None = None,
     *,
     allow_constraints: bool = True,
+    session: str | None = None,
 ) -> Call:
     """Check a request's body and turn it into a call.
 
     `tenant_floor` is the smallest tier to which its key's requests may fall; `allow_constraints` allows answers that must follow a
-    schema or a grammar.
+    schema or a grammar. `session` is the client's name for a series of requests with a common prefix.
 
     Raises:
         ApiError: 400, 403, 404 or 422, with what the client must change.
@@ -329,7 +330,7 @@ def read_call(
         has_usage=has_usage,
         has_running_usage=has_running_usage,
         has_offsets=kind == "completion" and bool(fields.get("echo")) and "logprobs" in fields,
-        affinity=_prompt_prefix(fields, kind),
+        prefix=_prefix(fields, kind, session),
     )
 
 
@@ -450,12 +451,15 @@ def _tokens_per_event(checked: CallFields, time_budget: TimeBudget, *, joins: bo
     return None if checked.stream and joins and not time_budget.stops_at_deadline else 1
 
 
-def _prompt_prefix(fields: dict[str, Any], kind: Kind) -> bytes:
-    """About the first kilobyte of the members' input."""
+def _prefix(fields: dict[str, Any], kind: Kind, session: str | None) -> Prefix:
+    keys = [session, *(fields.get(name) for name in ("cache_salt", "prompt_cache_key", "user"))]
+    before = [fields[name] for name in ("tools", "system", "instructions") if fields.get(name)]
     found = fields.get(INPUTS[kind])
-    if isinstance(found, list):
-        found = found[:256] if found and isinstance(found[0], int) else found[:1]
-    return str(found)[:1024].encode(errors="replace")
+    if isinstance(found, list) and found and not isinstance(found[0], int):
+        parts = found[:1] if kind == "completion" else found  # of several prompts the first
+    else:
+        parts = [found]
+    return Prefix(keys=tuple(key for key in keys if isinstance(key, str) and key), parts=(*before, *parts))
 
 
 def _to_json(fields: dict[str, Any]) -> bytes:

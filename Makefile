@@ -33,7 +33,7 @@ demo: .venv/.installed
 # What tests run for real and pip does not have. Debian's packages, installed where that is allowed.
 .PHONY: tools
 tools:
-	@missing=; for tool in redis-server chromium prometheus node npm; do \
+	@missing=; for tool in redis-server openssl chromium prometheus node npm; do \
 	  command -v $$tool >/dev/null || missing="$$missing $${tool/%node/nodejs}"; done; \
 	  [ -z "$$missing" ] && exit 0; \
 	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \

@@ -30,7 +30,8 @@ import click
     envvar="CHORUS_REDIS",
     show_envvar=True,
     metavar="URL",
-    help="Redis in which gateways share engines, learned times, quotas and the prior.",
+    help="Redis in which gateways share engines, learned times, quotas and the prior: redis://, redis+sentinel:// or "
+    "redis+cluster:// (rediss for TLS), see docs/gateway.md.",
 )
 @click.option(
     "--max-sequences",

@@ -80,8 +80,10 @@ class Settings:
                 raise ChorusError(
                     f"--engine {source!r} is not a URL; use one such as http://127.0.0.1:8001 or dns+http://engines:8000."
                 )
-        if self.redis is not None and not self.redis.startswith(("redis://", "rediss://", "unix://")):
-            raise ChorusError(f"--redis {self.redis!r} is not a Redis URL; use one such as redis://127.0.0.1:6379/0.")
+        if self.redis is not None:
+            from chorus.serve.gateway.shared.redis_client import check_address  # only this needs the Redis client
+
+            check_address(self.redis)
 
     @property
     def max_auxiliary_bytes(self) -> int:

@@ -12,10 +12,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisClusterException, RedisError, ResponseError
 
 from chorus.population.manifest import LAST_PRIOR_VERSION
+from chorus.serve.gateway.shared.redis_client import connect
 from chorus.serve.gateway.shared.store import Bucket, MemoryStore
 
 logger = logging.getLogger(__name__)
@@ -83,16 +83,13 @@ class RedisStore:
     """State shared by all gateways of one population."""
 
     def __init__(self, url: str, population: str, *, timeout_s: float = _TIMEOUT_S) -> None:
-        pool = BlockingConnectionPool.from_url(
+        self._redis, self._close = connect(
             url,
-            max_connections=32,
-            timeout=timeout_s,
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
             decode_responses=True,
             encoding_errors="replace",
         )
-        self._redis = Redis.from_pool(pool)
         self._take = self._redis.register_script(_TAKE)
         self._renew = self._redis.register_script(_RENEW)
         self._list_fresh = self._redis.register_script(_LIST_FRESH)
@@ -178,7 +175,7 @@ class RedisStore:
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._redis.aclose()
+        await self._close()
 
     def _share(self, bucket: Bucket) -> Bucket:
         count = self._num_gateways
@@ -199,7 +196,7 @@ class RedisStore:
                 logger.warning("removing Redis key %s: it has the wrong type, so no gateway wrote it", *keys)
                 await self._redis.delete(*keys)
                 found = await command(keys=keys, args=args)
-        except (RedisError, OSError, TimeoutError, ValueError) as error:
+        except (RedisError, RedisClusterException, OSError, TimeoutError, ValueError) as error:
             self._try_again_at = time.monotonic() + _RETRY_PAUSE_S
             if self._is_up:
                 logger.warning(

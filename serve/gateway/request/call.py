@@ -174,7 +174,7 @@ class Call:
     """Whether each event of the client's stream carries the usage so far."""
     has_offsets: bool = False
     """Whether the answer echoes the prompt and gives the offsets of its tokens."""
-    prefix: Prefix = field(default_factory=Prefix)
+    prefix: Prefix = field(default_factory=Prefix, compare=False)
 
     def event_size(self, token_s: float) -> int:
         """Tokens in each event of its stream, if one token is expected to take `token_s` seconds (0 if unknown).

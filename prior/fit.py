@@ -14,13 +14,13 @@ from chorus.population.manifest import Pool
 from chorus.prior.bootstrap import Bootstrap, Interval
 from chorus.prior.choosing import choose, choose_freely
 from chorus.prior.evaluation import Evaluator, Mixture, SequentialGain, TierFit
+from chorus.prior.fit_warnings import find_warnings
 from chorus.prior.held_out import HeldOut
 from chorus.prior.member_stats import MemberStats, compute_member_stats
 from chorus.prior.pools import LinearSet, PoolFit, Source, fit_pools
 from chorus.prior.quadratic import FloatArray
 from chorus.prior.reference import reference_weights
 from chorus.prior.selection import Choice, Limits
-from chorus.prior.warnings import find_warnings
 from chorus.prior.weights import Fit, check_probabilities, mixture_losses, solve
 
 # M members, N tokens, K members of a tier

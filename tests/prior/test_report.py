@@ -9,9 +9,9 @@ import pytest
 from chorus.population import manifest
 from chorus.prior.bootstrap import Interval
 from chorus.prior.fit import PriorFit, fit_prior
+from chorus.prior.fit_warnings import find_warnings
 from chorus.prior.report import REPORT, save_report
 from chorus.prior.results import FittedText
-from chorus.prior.warnings import find_warnings
 from tests.prior.test_fit import some_held_out
 
 TEXT = FittedText(source="tests", num_tokens={"test": 9}, num_documents={"test": 9})

@@ -12,7 +12,7 @@ import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlencode
 
 from redis.asyncio import BlockingConnectionPool, Redis, Sentinel
 from redis.asyncio.cluster import ClusterNode, RedisCluster
@@ -22,6 +22,7 @@ from redis.backoff import NoBackoff
 
 from chorus.population.errors import ChorusError
 
+_PLAIN = ("redis://", "rediss://", "unix://")
 _MAX_CONNECTIONS = 32
 _SENTINEL_PORT, _PORT = 26379, 6379
 _URL = re.compile(
@@ -44,7 +45,9 @@ class _Address:
 
 def check_address(url: str) -> None:
     """Raise ChorusError if `url` has none of the forms above."""
-    if not url.startswith(("redis://", "rediss://", "unix://")):
+    if url.startswith(_PLAIN):
+        _options(url)
+    else:
         _parse(url)
 
 
@@ -55,7 +58,7 @@ def connect(url: str, **options: Any) -> tuple[Redis | RedisCluster, Callable[[]
     Raises:
         ChorusError: `url` has none of the forms above.
     """
-    if url.startswith(("redis://", "rediss://", "unix://")):
+    if url.startswith(_PLAIN):
         timeout_s = options.get("socket_timeout")
         pool = BlockingConnectionPool.from_url(url, max_connections=_MAX_CONNECTIONS, timeout=timeout_s, **options)
         server: Redis = Redis.from_pool(pool)
@@ -84,15 +87,11 @@ def _parse(url: str) -> _Address:
     primary, _, database = (match["path"] or "" if match else "").partition("/")
     is_cluster = match is not None and match["kind"] == "cluster"
     if match is None or not all(hosts) or bool(primary) is is_cluster or not (database or "0").isdecimal():
-        raise ChorusError(
-            f"--redis {_without_password(url)!r} is not an address of Redis. Use redis://HOST:6379/0, rediss://... for TLS, "
-            "redis+sentinel://HOST:26379,HOST:26379/PRIMARY or redis+cluster://HOST:6379,HOST:6379."
-        )
+        raise _refusal(url)
     query = parse_qs(match["query"] or "")
     sentinel_password = query.pop("sentinel_password", [None])[0]
-    text = "&".join(f"{name}={value}" for name, values in query.items() for value in values)
     user = f"{match['user']}@" if match["user"] else ""
-    options = dict(parse_url(f"{match['tls']}://{user}host/{database or 0}?{text}"))
+    options = _options(f"{match['tls']}://{user}host/{database or 0}?{urlencode(query, doseq=True)}")
     options.pop("host", None)
     tls: dict[str, Any] = {name: value for name, value in options.items() if name.startswith("ssl_")}
     if options.pop("connection_class", None) is SSLConnection:
@@ -106,6 +105,21 @@ def _parse(url: str) -> _Address:
         primary=primary,
         options=options,
         sentinel_options={**tls, **({"password": sentinel_password} if sentinel_password else {})},
+    )
+
+
+def _options(url: str) -> dict[str, Any]:
+    """redis-py's options for one server."""
+    try:
+        return dict(parse_url(url))
+    except ValueError as error:
+        raise _refusal(url, f" ({error})") from None
+
+
+def _refusal(url: str, reason: str = "") -> ChorusError:
+    return ChorusError(
+        f"--redis {_without_password(url)!r} is not an address of Redis{reason}. Use redis://HOST:6379/0, rediss://... for TLS, "
+        "redis+sentinel://HOST:26379,HOST:26379/PRIMARY or redis+cluster://HOST:6379,HOST:6379."
     )
 
 

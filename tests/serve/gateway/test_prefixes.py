@@ -135,9 +135,10 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pool_of(num_engines: int) -> Pool:
-    pool, session = Pool(), Any
+    pool = Pool()
+    session: Any = None
     for idx in range(num_engines):
-        engine = Engine(session, url=f"http://e{idx}", is_supervised=False, probe_interval_s=1, probe_timeout_s=1)  # type: ignore[arg-type]
+        engine = Engine(session, url=f"http://e{idx}", is_supervised=False, probe_interval_s=1, probe_timeout_s=1)
         engine.mark_up()
         pool.engines.append(engine)
     return pool

@@ -75,6 +75,8 @@ def in_store(url: str, scenario: Any = use) -> None:
         "redis+cluster://h:1,,h:2",
         "redis+cluster://h:port",
         "redis+other://h:1",
+        "redis://h:port",
+        "redis+cluster://h:1?socket_timeout=x",
     ],
 )
 def test_addresses_that_cannot_be_meant(url: str) -> None:
